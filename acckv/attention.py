@@ -1,0 +1,90 @@
+"""Scoped shadowing of transformers' attention function.
+
+The attention function is the one place that sees queries, keys, values, mask and scaling after position embedding.
+The entry in use is replaced inside a context manager and restored on exit. No new name is registered: a name that
+transformers does not know gets no mask.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+#: (original, layer index, module, query, key, value, attention_mask, **kwargs) -> (output, weights)
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@contextmanager
+def shadow_attention(modules: list[nn.Module], implementation: str, attend: Attend) -> Iterator[None]:
+    """Send the attention of `modules` through `attend` while the context is open; all others stay untouched.
+
+    Args:
+        modules: the decoder's attention modules, in order of layer.
+        implementation: the name that the decoder's config has in use, such as 'sdpa' or 'eager'.
+    """
+    index = {id(module): layer for layer, module in enumerate(modules)}
+    local = ALL_ATTENTION_FUNCTIONS._local_mapping
+    before = local.get(implementation)
+    inherited = ALL_ATTENTION_FUNCTIONS.get(implementation)
+
+    def dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        # 'eager' is no entry of the mapping: every model file has its own.
+        original = inherited or sys.modules[type(module).__module__].eager_attention_forward
+        layer = index.get(id(module))
+        if layer is None:
+            return original(module, *args, **kwargs)
+        return attend(original, layer, module, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[implementation] = dispatch
+    try:
+        yield
+    finally:
+        if before is None:
+            del ALL_ATTENTION_FUNCTIONS[implementation]
+        else:
+            ALL_ATTENTION_FUNCTIONS[implementation] = before
+
+
+def region_mask(
+    attention_mask: Tensor | None, query: Tensor, key_length: int, region: int, bias: Tensor | None
+) -> Tensor | None:
+    """The mask of a layer whose first `region` entries are compressed.
+
+    Every later query sees the whole region, but for empty places. The tail keeps the columns that transformers made
+    for it: they are the last ones of a mask that is as wide as the longest layer.
+
+    Args:
+        attention_mask: ``[B, 1 or H, Q, W]`` bool or additive, or None (plain causal).
+        query: ``[B, H, Q, D]``; bias: ``[B, K or 1, region]`` or None.
+
+    Returns:
+        a mask ``[B, 1 or H, Q, key_length]``, or None where the attention function needs none.
+    """
+    batch, heads, length = query.shape[:3]
+    tail = key_length - region
+    if attention_mask is None:
+        if bias is None and (length == 1 or region == 0):
+            return None
+        causal = torch.ones(length, tail, dtype=torch.bool, device=query.device).tril(tail - length)
+        attention_mask = causal[None, None].expand(batch, 1, -1, -1)
+    attention_mask = attention_mask[..., attention_mask.shape[-1] - tail :]
+    if attention_mask.dtype == torch.bool:
+        additive = torch.zeros_like(attention_mask, dtype=query.dtype)
+        tail_mask = additive.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
+    else:
+        tail_mask = attention_mask.to(query.dtype)
+    if bias is None:
+        front = tail_mask.new_zeros(*tail_mask.shape[:3], region)
+    else:
+        front = bias.to(query.dtype).clamp_min(torch.finfo(query.dtype).min)[:, :, None]
+        if front.shape[1] > 1:
+            front = front.repeat_interleave(heads // front.shape[1], dim=1)
+        front = front.expand(-1, -1, length, -1)
+        tail_mask = tail_mask.expand(batch, front.shape[1], -1, -1)
+    return torch.cat([front, tail_mask], dim=-1)

@@ -1,0 +1,182 @@
+"""KVCompressor: the options, the learned weights and the pipeline, saved and loaded as one small folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from acckv.config import CompressionConfig, LoraScope
+from acckv.focusing import allocate, round_exactly, total_budget, water_fill, whole_budgets
+from acckv.lora import LoraWeights
+from acckv.modality import ModalityMap
+from acckv.pipeline import AlignmentRule, LayerPlan, LayerScore, LogGates, MergeRule, hard, plan_layer, soft
+from acckv.policies import build_policy
+from acckv.scoring import Observation
+from acckv.weights import CalibratedWeights
+
+if TYPE_CHECKING:
+    from acckv.session import Session
+
+
+class KVCompressor(nn.Module):
+    """Compress the audio and video entries of an AV-LLM's KV cache.
+
+    ``with compressor(model): model.generate(...)`` is all that inference needs; the model is untouched on exit.
+
+    Args:
+        config: the options.
+        weights: what calibration learned, or None for the training-free policy of the config.
+        lora: the adapter that goes with the weights, or None.
+        lora_scope: 'after' adapts only tokens after compression, 'all' the prompt too.
+        base: where the weights belong: ``{"name", "layers", "query_heads", "kv_heads", "head_size"}``.
+        source: the export it was loaded from, for messages.
+    """
+
+    def __init__(
+        self,
+        config: CompressionConfig | None = None,
+        weights: CalibratedWeights | None = None,
+        lora: LoraWeights | None = None,
+        lora_scope: LoraScope = "after",
+        base: dict[str, Any] | None = None,
+        source: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config or CompressionConfig()
+        self.weights = weights
+        self.lora = lora
+        self.lora_scope: LoraScope = lora_scope
+        self.base = base
+        self.source = source
+        self.policy = build_policy(self.config, weights)
+
+    def __call__(self, model: Any, processor: Any = None, **options: Any) -> Session:  # type: ignore[override]
+        """A session that compresses `model`'s cache while its context is open.
+
+        Args:
+            model: a loaded AV-LLM of a supported family.
+            processor: needed only where a probe prompt must be tokenised (`when: context` with observed attention).
+        """
+        from acckv.session import Session
+
+        return Session(self, model, processor, **options)
+
+    @property
+    def name(self) -> str:
+        return "acckv-calibrated" if self.weights is not None else self.config.policy
+
+    def with_ratio(self, ratio: float) -> KVCompressor:
+        """The same weights at another ratio."""
+        config = dataclasses.replace(self.config, ratio=ratio, budget=None)
+        return KVCompressor(config, self.weights, self.lora, self.lora_scope, self.base, self.source)
+
+    def keeps_all(self, ratio: float | None = None) -> bool:
+        """Whether nothing would ever be evicted."""
+        ratio = self.config.ratio if ratio is None else ratio
+        return self.config.policy == "full" or (ratio >= 1 and self.config.budget is None)
+
+    def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
+        """Score one layer's entries (METHOD steps 1 and 2)."""
+        return self.policy.score(layer, observation, labels)
+
+    def budgets(
+        self, scores: list[LayerScore], labels: ModalityMap, ratio: float | None = None, whole: bool = True
+    ) -> Tensor:
+        """Entries that each layer keeps.
+
+        Args:
+            ratio: replaces the config's ratio and budget.
+            whole: exact whole numbers; otherwise the real numbers that training differentiates.
+
+        Returns:
+            ``[B, L, 2]`` by modality, or ``[B, L, 1]`` where the policy takes one top-k over both.
+        """
+        counts = labels.counts()
+        absolute = self.config.budget if ratio is None else None
+        ratio = self.config.ratio if ratio is None else ratio
+        if self.config.policy == "full":
+            ratio, absolute = 1.0, None
+        if absolute is not None:
+            ratio = min(absolute / max(float(counts.sum(-1).float().mean()), 1.0), 1.0)
+        total = total_budget(ratio, absolute, len(scores), counts)
+        if scores[0].modality_shares is None:
+            available = counts.sum(-1, keepdim=True).expand(-1, len(scores))
+            even = water_fill(total.float(), torch.ones_like(available, dtype=torch.float32), available.float())
+            return round_exactly(even, total, available)[..., None]
+        measured = torch.stack([score.modality_shares for score in scores if score.modality_shares is not None], dim=1)
+        layer_shares = torch.ones(len(scores), device=counts.device)
+        if self.weights is not None:
+            layer_shares = self.weights.layer_shares(ratio, self.config.layer_floor)
+            moved = [self.weights.modality_shares(layer, measured[:, layer], ratio) for layer in range(len(scores))]
+            measured = torch.stack(moved, dim=1)
+        amounts = allocate(total, layer_shares, measured, counts)
+        return whole_budgets(amounts, total, counts) if whole else amounts
+
+    def plan(
+        self,
+        scores: list[LayerScore],
+        observations: list[Observation],
+        labels: ModalityMap,
+        ratio: float | None = None,
+        temperature: float | None = None,
+    ) -> list[LayerPlan]:
+        """Decide for all layers together, since they share one budget.
+
+        Args:
+            scores, observations: one a layer.
+            ratio: replaces the config's.
+            temperature: None for the hard selection that is shipped, above 0 for its differentiable twin.
+        """
+        budgets = self.budgets(scores, labels, ratio, whole=temperature is None)
+        to_gates: LogGates = hard if temperature is None else soft(temperature)
+        return [
+            plan_layer(
+                scores[layer],
+                observation.keys,
+                observation.values,
+                labels,
+                budgets[:, layer],
+                to_gates,
+                self._merge_rule(layer),
+                self._alignment_rule(layer, temperature or 0.0),
+            )
+            for layer, observation in enumerate(observations)
+        ]
+
+    def _merge_rule(self, layer: int) -> MergeRule | None:
+        if self.config.policy != "acckv" or not self.config.integration:
+            return None
+        if self.weights is None:
+            return MergeRule()
+        return MergeRule(self.weights.merge_bias[layer], self.weights.merge_gain[layer])
+
+    def _alignment_rule(self, layer: int, temperature: float) -> AlignmentRule | None:
+        if self.config.policy != "acckv":
+            return None
+        threshold, drop = self.config.alignment_threshold, self.config.cross_calibration
+        if self.weights is None:
+            return AlignmentRule(threshold) if drop else None
+        learned = threshold + self.weights.alignment_threshold[layer]
+        # Cosines span 2, standardised scores about 6: a third of the temperature is as soft for them.
+        return AlignmentRule(learned, self.weights.alignment_weight[layer], drop, softness=temperature / 3)
+
+    def save_pretrained(self, folder: str | Path, results: list[dict[str, Any]] | None = None) -> None:
+        """Write config.json, model.safetensors, adapter/ and the model card; see :mod:`acckv.checkpoint`."""
+        from acckv.checkpoint import save
+
+        save(self, Path(folder), results)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> KVCompressor:
+        """Load an export from a folder or hub id; keyword arguments override its options (such as `ratio`).
+
+        Raises:
+            InputError: a file is missing, truncated or of an unknown format version.
+        """
+        from acckv.checkpoint import load
+
+        return load(name, options)

@@ -1,0 +1,123 @@
+"""Every option of a compression, validated once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from acckv.errors import InputError
+
+When = Literal["context", "prompt"]
+PolicyName = Literal["full", "random", "streaming_llm", "h2o", "snapkv", "keydiff", "acckv"]
+Signal = Literal["attention", "key_diversity"]
+LoraScope = Literal["after", "all"]
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """How the audio and video entries of a KV cache are compressed. Text entries are always kept.
+
+    The defaults are the paper's AccKV (preset ``paper``); see METHOD of the README for the steps.
+
+    Raises:
+        InputError: an option is out of its range; the message names it.
+    """
+
+    policy: PolicyName = _option("acckv", "Which method scores the entries.")
+    when: When = _option(
+        "context",
+        "'context': after the media, before any question is seen. 'prompt': after the whole prompt.",
+    )
+    ratio: float = _option(0.2, "Kept share of the audio and video entries, averaged over layers; 0 to 1.")
+    budget: int | None = _option(None, "Kept audio and video entries a layer on average; replaces `ratio`.")
+    signal: Signal = _option(
+        "attention", "AccKV's heavy-hitter signal: 'attention' of the observed rows or 'key_diversity'."
+    )
+    redistribution: bool = _option(True, "AccKV step 1: undo the bias of causal attention to early columns.")
+    focusing: bool = _option(True, "AccKV step 2: split a layer's budget by the attention each modality gets.")
+    integration: bool = _option(True, "AccKV step 3: average what a modality loses into one merged entry.")
+    cross_calibration: bool = _option(True, "AccKV step 4: drop low-priority entries that match no kept key.")
+    alignment_threshold: float = _option(0.6, "AccKV step 4: least mean cosine similarity (paper: 0.9 or 0.6).")
+    share_heads: bool = _option(False, "Keep the same tokens in all KV heads of a layer.")
+    window: int = _option(32, "SnapKV: observed rows at the end of what was prefilled.")
+    kernel: int = _option(5, "SnapKV: width of the max-pooling over neighbouring scores; odd, in entries.")
+    sinks: int = _option(4, "StreamingLLM: first audio and video entries that are always kept.")
+    layer_floor: float = _option(0.1, "Least share of the uniform budget that a learned layer budget leaves; 0 to 1.")
+    probe_queries: int = _option(4, "Learned probe queries a query head (calibrated compressors only); 0 to 16.")
+    seed: int = _option(0, "Seed of the random policy.")
+
+    def __post_init__(self) -> None:
+        for name, choices in (("policy", PolicyName), ("when", When), ("signal", Signal)):
+            value = getattr(self, name)
+            if value not in get_args(choices):
+                raise InputError(f"{value!r} is not one of {', '.join(get_args(choices))}", field=name)
+        for name, low, high in (
+            ("ratio", 0.0, 1.0),
+            ("alignment_threshold", -1.0, 1.0),
+            ("layer_floor", 0.0, 1.0),
+            ("probe_queries", 0, 16),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise InputError(f"{value!r} is not a number from {low:g} to {high:g}", field=name)
+        for name, least in (("window", 1), ("kernel", 1), ("sinks", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{value!r} is not an integer of at least {least}", field=name)
+        if self.kernel % 2 == 0:
+            raise InputError(f"{self.kernel} is even; the pooling window needs a middle", field="kernel")
+        if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 0):
+            raise InputError(f"{self.budget!r} is not a number of entries", field="budget")
+        for item in fields(self):
+            if isinstance(item.default, bool) and not isinstance(getattr(self, item.name), bool):
+                raise InputError(f"{getattr(self, item.name)!r} is not true or false", field=item.name)
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> CompressionConfig:
+        """The options of a named preset; keyword arguments override it.
+
+        ``paper`` is AccKV as published. ``context`` is its variant for compression before the question: key
+        diversity as heavy-hitter signal, since no question row exists yet, and one selection for all heads.
+        """
+        presets: dict[str, dict[str, Any]] = {
+            "paper": {},
+            "context": {
+                "signal": "key_diversity",
+                "focusing": False,
+                "integration": False,
+                "cross_calibration": False,
+                "share_heads": True,
+            },
+        }
+        if name not in presets:
+            raise InputError(f"{name!r} is not one of {', '.join(presets)}", field="preset")
+        return cls(**{**presets[name], **options})
+
+    @property
+    def observes_attention(self) -> bool:
+        """Whether AccKV needs the attention of observed rows (a probe prompt in `when: context`)."""
+        return self.policy == "acckv" and (self.signal == "attention" or self.focusing)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str | Path | None = None) -> CompressionConfig:
+        """The config of a parsed JSON object; unknown and ill-valued fields are an InputError naming `source`."""
+        known = {item.name for item in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise InputError("is no option of a compression", source=source, field=name)
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(str(error), source=source) from error
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)

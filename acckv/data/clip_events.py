@@ -1,0 +1,201 @@
+"""What happens in a generated clip (its script), and what can be asked about it.
+
+A clip is a row of slots of one second. A slot holds a coloured shape or nothing, and a sound (a timbre at a pitch) or
+silence. Within one clip no shape and no timbre appears twice, so every question has one answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from acckv.errors import InputError
+
+COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
+TIMBRES = ("beep", "buzz", "hiss", "chirp", "siren", "knock")
+PITCHES = ("low", "mid", "high", "ultra")
+CELLS = 4
+"""Places of an object: it spans 2x2 of the 3x3 cells of a picture."""
+
+SPLITS = ("train", "validation", "test")
+SINGLE_TYPES = (
+    ("Visual", "Colour"),
+    ("Visual", "After"),
+    ("Audio", "Pitch"),
+    ("Audio", "After"),
+    ("Audio-Visual", "Shape during sound"),
+    ("Audio-Visual", "Sound during shape"),
+    ("Audio-Visual", "Pitch during shape"),
+    ("Audio-Visual", "Colour during sound"),
+)
+DESCRIPTION_TYPES = (("Visual", "Description"), ("Audio", "Description"), ("Audio-Visual", "Description"))
+
+TEMPLATES = {
+    ("Visual", "Colour"): "What colour was the <Shape>?",
+    ("Visual", "After"): "Which shape came after the <Shape>?",
+    ("Audio", "Pitch"): "What pitch was the <Sound>?",
+    ("Audio", "After"): "Which sound came after the <Sound>?",
+    ("Audio-Visual", "Shape during sound"): "Which shape was shown during the <Sound>?",
+    ("Audio-Visual", "Sound during shape"): "Which sound played during the <Shape>?",
+    ("Audio-Visual", "Pitch during shape"): "What pitch played during the <Shape>?",
+    ("Audio-Visual", "Colour during sound"): "What colour was shown during the <Sound>?",
+    ("Visual", "Description"): "List the shapes in order.",
+    ("Audio", "Description"): "List the sounds in order.",
+    ("Audio-Visual", "Description"): "Describe the clip.",
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question in the parts of a MUSIC-AVQA record: `template` holds `<..>` where `values` go."""
+
+    type: tuple[str, str]
+    template: str
+    values: tuple[str, ...]
+    answer: str
+
+    @property
+    def text(self) -> str:
+        """The template with its values filled in."""
+        filled = self.template
+        for value in self.values:
+            start, end = filled.index("<"), filled.index(">")
+            filled = filled[:start] + value + filled[end + 1 :]
+        return filled
+
+
+@dataclass(frozen=True)
+class ClipScript:
+    """The events of one clip.
+
+    Attributes:
+        slots: length in seconds.
+        shapes: slot -> (index in SHAPES, index in COLOURS).
+        sounds: slot -> (index in TIMBRES, index in PITCHES).
+        cells: slot of a shape -> its place, 0..3 (upper left, upper right, lower left, lower right).
+    """
+
+    slots: int
+    shapes: dict[int, tuple[int, int]]
+    sounds: dict[int, tuple[int, int]]
+    cells: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over which events happen when; not over places or renderings."""
+        events = [self.slots, sorted(self.shapes.items()), sorted(self.sounds.items())]
+        return hashlib.sha256(json.dumps(events).encode()).hexdigest()
+
+    @property
+    def split(self) -> str:
+        """The only split that this script may appear in: a tenth of all scripts each for validation and test."""
+        tenth = int(self.digest[:8], 16) % 10
+        return {0: "test", 1: "validation"}.get(tenth, "train")
+
+    def shape(self, slot: int) -> str:
+        return SHAPES[self.shapes[slot][0]]
+
+    def colour(self, slot: int) -> str:
+        return COLOURS[self.shapes[slot][1]]
+
+    def timbre(self, slot: int) -> str:
+        return TIMBRES[self.sounds[slot][0]]
+
+    def pitch(self, slot: int) -> str:
+        return PITCHES[self.sounds[slot][1]]
+
+
+def draw_script(
+    rng: np.random.Generator, split: str, slots: int = 16, both: int = 3, video_only: int = 2, audio_only: int = 2
+) -> ClipScript:
+    """Draw a script that belongs to `split` (see `ClipScript.split`: no script belongs to two splits).
+
+    Args:
+        rng: source of randomness; equal generators give equal scripts.
+        split: "train", "validation" or "test".
+        slots: seconds of the clip.
+        both: slots with a shape and a sound. `video_only` and `audio_only`: slots with one of them.
+
+    Raises:
+        InputError: an unknown split, or more events than slots, shapes or timbres.
+    """
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}", field="split")
+    events = both + video_only + audio_only
+    if min(both, video_only, audio_only) < 0 or events > slots:
+        raise InputError(f"{events} events do not fit into {slots} slots", field="slots")
+    if both + video_only > len(SHAPES) or both + audio_only > len(TIMBRES):
+        raise InputError(f"a clip has at most {len(SHAPES)} shapes and {len(TIMBRES)} sounds", field="both")
+    while True:
+        order = rng.permutation(slots)[:events].tolist()
+        shape_slots = sorted(order[: both + video_only])
+        sound_slots = sorted(order[:both] + order[both + video_only :])
+        shapes = rng.permutation(len(SHAPES))[: len(shape_slots)].tolist()
+        colours = rng.integers(0, len(COLOURS), len(shape_slots)).tolist()
+        timbres = rng.permutation(len(TIMBRES))[: len(sound_slots)].tolist()
+        pitches = rng.integers(0, len(PITCHES), len(sound_slots)).tolist()
+        cells = rng.integers(0, CELLS, len(shape_slots)).tolist()
+        script = ClipScript(
+            slots=slots,
+            shapes=dict(zip(shape_slots, zip(shapes, colours))),
+            sounds=dict(zip(sound_slots, zip(timbres, pitches))),
+            cells=dict(zip(shape_slots, cells)),
+        )
+        if script.split == split:
+            return script
+
+
+def ask(script: ClipScript, kind: tuple[str, str], rng: np.random.Generator) -> Question | None:
+    """Ask one question of type `kind` about a clip, None when the clip has no event to ask about.
+
+    Raises:
+        KeyError: `kind` is in neither SINGLE_TYPES nor DESCRIPTION_TYPES.
+    """
+    template = TEMPLATES[kind]
+    shape_slots, sound_slots = sorted(script.shapes), sorted(script.sounds)
+    if kind in DESCRIPTION_TYPES:
+        return Question(kind, template, (), _describe(script, kind))
+    name = kind[1]
+    if name == "After":
+        slots = shape_slots if kind[0] == "Visual" else sound_slots
+        if len(slots) < 2:
+            return None
+        first = int(rng.integers(0, len(slots) - 1))
+        word = script.shape if kind[0] == "Visual" else script.timbre
+        return Question(kind, template, (word(slots[first]),), word(slots[first + 1]))
+    if kind[0] == "Visual":
+        candidates = shape_slots
+    elif kind[0] == "Audio":
+        candidates = sound_slots
+    else:
+        candidates = [slot for slot in shape_slots if slot in script.sounds]
+    if not candidates:
+        return None
+    slot = candidates[int(rng.integers(0, len(candidates)))]
+    subject = script.shape if "<Shape>" in template else script.timbre
+    answers = {
+        "Colour": script.colour,
+        "Pitch": script.pitch,
+        "Shape during sound": script.shape,
+        "Sound during shape": script.timbre,
+        "Pitch during shape": script.pitch,
+        "Colour during sound": script.colour,
+    }
+    return Question(kind, template, (subject(slot),), answers[name](slot))
+
+
+def _describe(script: ClipScript, kind: tuple[str, str]) -> str:
+    if kind[0] == "Visual":
+        return " ".join(f"{script.colour(slot)} {script.shape(slot)}" for slot in sorted(script.shapes))
+    if kind[0] == "Audio":
+        return " ".join(f"{script.pitch(slot)} {script.timbre(slot)}" for slot in sorted(script.sounds))
+    moments = []
+    for slot in sorted(set(script.shapes) | set(script.sounds)):
+        seen = f"{script.colour(slot)} {script.shape(slot)}" if slot in script.shapes else "none"
+        heard = f"{script.pitch(slot)} {script.timbre(slot)}" if slot in script.sounds else "silent"
+        moments.append(f"{seen} {heard} ;")
+    return " ".join(moments)

@@ -1,0 +1,130 @@
+"""Clips and questions into model inputs, for processors of the Qwen2.5-Omni kind.
+
+The prompt is the processor's own chat template: one user message with the video, then the question. A clip with a
+sound track is interleaved (audio in video); a clip without one is video only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acckv.data.media import Media
+from acckv.errors import InputError
+
+
+def timing(processor: Any) -> tuple[int, float]:
+    """`(position_id_per_seconds, seconds_per_chunk)` of a processor: how sound and pictures are interleaved.
+
+    transformers keeps both as attributes of the processor and does not save them. A processor that differs from the
+    defaults (25, 2.0) therefore carries them as extra fields of its feature extractor, which are saved and loaded.
+    """
+    extractor = processor.feature_extractor
+    position_ids = getattr(extractor, "position_id_per_seconds", None) or processor.position_id_per_seconds
+    seconds = getattr(extractor, "seconds_per_chunk", None) or processor.seconds_per_chunk
+    return position_ids, float(seconds)
+
+
+def encode(processor: Any, clips: Sequence[Media], questions: Sequence[str] | None = None) -> dict[str, Any]:
+    """Model inputs of a batch of clips, each with its question.
+
+    Args:
+        processor: a Qwen2.5-Omni processor.
+        clips: the clips, all with sound or all without (the model marks a whole batch as interleaved or not).
+        questions: one question a clip. None: each prompt ends with the end-of-media tokens (see `encode_context`).
+
+    Returns:
+        `input_ids` and `attention_mask` [batch, tokens] (left padded), the pixel and mel features of the processor,
+        and `use_audio_in_video`, ready for `model(**inputs)` and `model.generate(**inputs)`.
+
+    Raises:
+        InputError: a mixed batch, or sound that is longer than the feature extractor takes.
+        ValueError: no clip, or not one question a clip.
+    """
+    if not clips:
+        raise ValueError("encode needs at least one clip")
+    if questions is not None and len(questions) != len(clips):
+        raise ValueError(f"{len(clips)} clips need {len(clips)} questions, got {len(questions)}")
+    with_sound = clips[0].audio is not None
+    for clip in clips:
+        if (clip.audio is not None) != with_sound:
+            raise InputError("clips with and without a sound track cannot share a batch", source=clip.path)
+        _check_length(processor, clip)
+    if questions is None:
+        texts = [_media_prompt(processor)] * len(clips)
+    else:
+        texts = [_prompt(processor, question) for question in questions]
+    arguments: dict[str, Any] = {"videos": [clip.frames for clip in clips]}
+    if with_sound:
+        position_ids, seconds = timing(processor)
+        arguments |= {
+            "audio": [clip.audio.numpy() for clip in clips],
+            "sampling_rate": clips[0].sampling_rate,
+            "audio_from_video_indices": list(range(len(clips))),
+            "load_audio_from_video": True,
+            "position_id_per_seconds": position_ids,
+            "seconds_per_chunk": seconds,
+        }
+    batch = processor(
+        text=texts,
+        fps=clips[0].fps,
+        do_sample_frames=False,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        **arguments,
+    )
+    inputs: dict[str, Any] = dict(batch)
+    if with_sound:
+        longest = int(inputs["feature_attention_mask"].sum(-1).max())
+        for name in ("input_features", "feature_attention_mask"):
+            inputs[name] = inputs[name][..., :longest]
+    inputs["use_audio_in_video"] = with_sound
+    return inputs
+
+
+def encode_context(processor: Any, clip: Media) -> dict[str, Any]:
+    """Model inputs of one clip up to and including its end-of-media tokens: no question, batch of one.
+
+    Its tokens are exactly the first tokens of `encode(processor, [clip], [question])` for every question; the rest
+    are `question_suffix(processor, question)`.
+    """
+    return encode(processor, [clip], None)
+
+
+def question_suffix(processor: Any, question: str) -> Tensor:
+    """Token ids after the media, from the question to the start of the answer: int64 [tokens]."""
+    text = _prompt(processor, question)
+    suffix = text[len(_media_prompt(processor, text)) :]
+    return torch.tensor(processor.tokenizer(suffix, add_special_tokens=False)["input_ids"], dtype=torch.long)
+
+
+def _prompt(processor: Any, question: str) -> str:
+    content = [{"type": "video", "video": "clip"}, {"type": "text", "text": question}]
+    conversation = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+
+
+def _media_prompt(processor: Any, text: str | None = None) -> str:
+    """The part of a prompt that ends with the (only) end-of-media token."""
+    text = _prompt(processor, "") if text is None else text
+    end = text.find(processor.vision_eos_token)
+    if end < 0:
+        raise InputError(f"the chat template has no {processor.vision_eos_token} after a video", field="chat_template")
+    return text[: end + len(processor.vision_eos_token)]
+
+
+def _check_length(processor: Any, clip: Media) -> None:
+    extractor = processor.feature_extractor
+    if clip.audio is None:
+        return
+    if clip.sampling_rate != extractor.sampling_rate:
+        message = f"sound was read at {clip.sampling_rate} Hz, the processor needs {extractor.sampling_rate}"
+        raise InputError(message, source=clip.path)
+    if len(clip.audio) > extractor.n_samples:
+        limit = extractor.n_samples / extractor.sampling_rate
+        seconds = len(clip.audio) / clip.sampling_rate
+        raise InputError(f"{seconds:g} s of sound, the processor takes {limit:g} s; cut the clip", source=clip.path)

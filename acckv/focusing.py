@@ -1,0 +1,116 @@
+"""AccKV step 2, adaptive focusing: how many entries each layer and modality keeps, exactly.
+
+Budgets are counts of entries. ``L`` layers, ``B`` batch rows, last axis (video, audio).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def focus(score: Tensor, members: Tensor) -> Tensor:
+    """Share of attention that each modality of one layer gets: ``W_v`` and ``W_a = 1 - W_v`` (METHOD step 2).
+
+    Args:
+        score: ``[B, K, N]`` heavy-hitter score from text rows; members: bool ``[B, 2, N]``.
+
+    Returns:
+        ``[B, 2]``; a modality without entries gets 0.
+    """
+    count = members.sum(-1)
+    total = torch.einsum("bkn,bmn->bm", score, members.to(score.dtype)) / score.shape[1]
+    mean = total / count.clamp_min(1)
+    return mean / mean.sum(-1, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
+
+
+def water_fill(total: Tensor, shares: Tensor, capacity: Tensor) -> Tensor:
+    """Split `total` in proportion to `shares`, no part above its capacity, the excess handed on to the others.
+
+    Args:
+        total: ``[...]`` to be given out; shares: ``[..., P]`` of at least 0; capacity: ``[..., P]``.
+
+    Returns:
+        ``[..., P]`` that sums to ``min(total, capacity.sum())``; differentiable in total and shares.
+    """
+    total = torch.minimum(total, capacity.sum(-1))
+    # A share of exactly nothing still takes what no other part has room for.
+    shares = shares.clamp_min(1e-12)
+    full = torch.zeros_like(capacity, dtype=torch.bool)
+    for _ in range(capacity.shape[-1]):
+        rest = (total - (capacity * full).sum(-1)).clamp_min(0)
+        open_shares = shares * ~full
+        amount = rest[..., None] * open_shares / open_shares.sum(-1, keepdim=True).clamp_min(1e-30)
+        over = ~full & (amount >= capacity)
+        if not bool(over.any()):
+            break
+        full = full | over
+    return torch.where(full, capacity, torch.minimum(amount, capacity))
+
+
+def round_exactly(amounts: Tensor, total: Tensor, capacity: Tensor) -> Tensor:
+    """Whole numbers near `amounts` that sum to exactly `total`: largest remainders first.
+
+    Args:
+        amounts: ``[B, P]`` of at least 0; total: int64 ``[B]``; capacity: int64 ``[B, P]``.
+
+    Returns:
+        int64 ``[B, P]``, no part above its capacity, rows summing to ``min(total, capacity.sum())``.
+    """
+    total = torch.minimum(total, capacity.sum(-1))
+    # A sum such as 2.9999998 is a 3 that lost its last bit.
+    counts = torch.minimum((amounts.double() + 1e-6).floor().long(), capacity)
+    excess = counts.sum(-1) - total
+    for row in (excess > 0).nonzero().flatten().tolist():  # rounding up of the line above, never more than a few
+        for _ in range(int(excess[row])):
+            counts[row, counts[row].argmax()] -= 1
+    while True:
+        missing = total - counts.sum(-1)
+        if not bool((missing > 0).any()):
+            return counts
+        room = capacity - counts
+        remainder = (amounts.double() - counts).masked_fill(room <= 0, -torch.inf)
+        order = remainder.argsort(dim=-1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+        counts = counts + ((rank < missing[:, None]) & (room > 0)).long()
+
+
+def total_budget(ratio: float, budget: int | None, layers: int, counts: Tensor) -> Tensor:
+    """Entries that all layers together may keep: ``floor(ratio * L * n_av)``, or `budget` a layer.
+
+    Args:
+        counts: int64 ``[B, 2]``: video and audio entries of each row.
+
+    Returns:
+        int64 ``[B]``.
+    """
+    available = counts.sum(-1) * layers
+    if budget is not None:
+        return torch.minimum(torch.full_like(available, budget * layers), available)
+    return (available.double() * ratio + 1e-9).floor().long()
+
+
+def allocate(total: Tensor, layer_shares: Tensor, modality_shares: Tensor, counts: Tensor) -> Tensor:
+    """Budget of every layer and modality, not yet whole numbers.
+
+    Args:
+        total: ``[B]`` entries over all layers.
+        layer_shares: ``[L]`` relative budget of each layer.
+        modality_shares: ``[B, L, 2]`` split inside each layer.
+        counts: ``[B, 2]`` entries that exist.
+
+    Returns:
+        float ``[B, L, 2]`` that sums to `total` over its last two axes; differentiable in both shares.
+    """
+    layers = layer_shares.shape[0]
+    capacity = counts.to(modality_shares.dtype)
+    layer_capacity = capacity.sum(-1, keepdim=True).expand(-1, layers)
+    by_layer = water_fill(total.to(capacity.dtype), layer_shares.expand(total.shape[0], -1), layer_capacity)
+    return water_fill(by_layer, modality_shares, capacity[:, None, :].expand(-1, layers, -1))
+
+
+def whole_budgets(amounts: Tensor, total: Tensor, counts: Tensor) -> Tensor:
+    """`allocate`'s result as exact whole numbers: int64 ``[B, L, 2]`` that sums to ``total`` for every row."""
+    batch, layers, modalities = amounts.shape
+    capacity = counts[:, None, :].expand(-1, layers, -1).reshape(batch, -1)
+    return round_exactly(amounts.detach().reshape(batch, -1), total, capacity).view(batch, layers, modalities)

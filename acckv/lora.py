@@ -1,0 +1,116 @@
+"""LoRA on the decoder's attention projections (peft), put on a model and taken off it without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import Parameter
+
+from acckv.adapters.base import ModelAdapter
+from acckv.errors import InputError
+
+
+@dataclass
+class LoraWeights:
+    """A LoRA adapter that is on no model: its configuration and tensors."""
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def load(cls, folder: Path) -> LoraWeights:
+        """Read a peft folder.
+
+        Raises:
+            InputError: a file is missing or cut off.
+        """
+        file = folder / "adapter_model.safetensors"
+        if not (folder / "adapter_config.json").is_file():
+            raise InputError("is missing; the export is incomplete", source=folder / "adapter_config.json")
+        if not file.is_file():
+            raise InputError("is missing; the export is incomplete", source=file)
+        try:
+            return cls(LoraConfig.from_pretrained(str(folder)), load_file(file))
+        except (SafetensorError, ValueError, TypeError) as error:
+            raise InputError(f"cannot be read: {error}", source=folder) from error
+
+
+def lora_config(adapter: ModelAdapter, rank: int, alpha: float, targets: tuple[str, ...], base: str) -> LoraConfig:
+    """A LoRA of the decoder's projections, by full module names: leaf names would hit the audio tower too."""
+    names = adapter.projection_names(targets)
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, base_model_name_or_path=base)
+
+
+class AttachedLora:
+    """LoRA layers on a model, in place, until :meth:`remove`.
+
+    Args:
+        adapter: of the model; config: from :func:`lora_config`; tensors: as peft saves them, None for fresh ones.
+
+    Raises:
+        InputError: the model carries an adapter already, or the tensors belong to another model.
+    """
+
+    def __init__(self, adapter: ModelAdapter, config: LoraConfig, tensors: dict[str, Tensor] | None = None) -> None:
+        model = adapter.model
+        if hasattr(model, "peft_config"):
+            raise InputError("already carries a peft adapter; merge or unload it first", field="model")
+        self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.adapter = adapter
+        # peft edits the configuration it is given.
+        self.wrapped = PeftModel(model, LoraConfig(**config.to_dict()))
+        found = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        if found != set(config.target_modules or ()):
+            self.remove()
+            raise InputError(f"LoRA reached {len(found)} modules that are not the decoder's", field="adapter")
+        if tensors is not None:
+            self._load(tensors)
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        expected = {name: tensor.shape for name, tensor in self.tensors().items()}
+        if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+            self.remove()
+            raise InputError("the LoRA tensors belong to another model", field="adapter")
+        set_peft_model_state_dict(self.wrapped, tensors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The adapter's tensors as peft saves them, on the CPU."""
+        state = get_peft_model_state_dict(self.wrapped, save_embedding_layers=False)
+        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+
+    def parameters(self) -> list[Parameter]:
+        return [value for name, value in self.adapter.model.named_parameters() if ".lora_" in name]
+
+    def remove(self) -> None:
+        """Take every LoRA layer off again; the model is as it was before."""
+        model = self.wrapped.base_model.unload()
+        for name in ("peft_config", "_hf_peft_config_loaded"):
+            if name in vars(model):
+                delattr(model, name)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._required_grad[name])
+
+
+def set_enabled(adapter: ModelAdapter, enabled: bool) -> None:
+    """Switch the LoRA layers of the model on or off."""
+    for module in adapter.model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(enabled)
+
+
+@contextmanager
+def disabled(adapter: ModelAdapter) -> Iterator[None]:
+    """The base model's own projections while the context is open."""
+    set_enabled(adapter, False)
+    try:
+        yield
+    finally:
+        set_enabled(adapter, True)

@@ -1,0 +1,18 @@
+"""Accuracy over questions, its intervals, and its share of the full cache."""
+
+from acckv.metrics.grouped import GroupedAccuracy
+from acckv.metrics.intervals import Interval, bootstrap_difference, bootstrap_mean, bootstrap_ratio, wilson
+from acckv.metrics.relative import PairedComparison
+from acckv.metrics.words import DescriptionWordAccuracy, word_accuracy
+
+__all__ = [
+    "DescriptionWordAccuracy",
+    "GroupedAccuracy",
+    "Interval",
+    "PairedComparison",
+    "bootstrap_difference",
+    "bootstrap_mean",
+    "bootstrap_ratio",
+    "wilson",
+    "word_accuracy",
+]

@@ -1,0 +1,190 @@
+"""One layer through AccKV: focus -> select -> integrate -> align, hard or soft.
+
+Inference and the training simulation both call :func:`plan_layer`; they differ in how a budget becomes gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from acckv.cross_calibration import alignment, integrate, rebalance
+from acckv.modality import ModalityMap
+from acckv.selection import hard_gates, soft_log_gates
+
+#: (score [B, K, N], members [B, 1, N], budget [B, K or 1]) -> log gates [B, K, N]
+LogGates = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def hard(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
+    """What is shipped: log gates of 0 and -inf."""
+    return hard_gates(score, members, budget).log()
+
+
+def soft(temperature: float) -> LogGates:
+    """What is trained: gates in 0 to 1 that sum to the budget and pass gradients to scores and budgets."""
+
+    def gates(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
+        return soft_log_gates(score, members, budget, temperature)
+
+    return gates
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """What one layer says about its entries.
+
+    Args:
+        score: ``[B, K or 1, N]``, comparable inside a modality (inside the layer, where `modality_shares` is None).
+        modality_shares: ``[B, 2]`` split of the layer's budget, or None for one top-k over both modalities.
+    """
+
+    score: Tensor
+    modality_shares: Tensor | None
+
+
+@dataclass(frozen=True)
+class AlignmentRule:
+    """AccKV step 4 in one layer: drop below `threshold` where `drop`, and add ``weight * c`` to the score.
+
+    `softness` is the temperature of the threshold: 0 at inference, above it in training.
+    """
+
+    threshold: Tensor | float
+    weight: Tensor | float = 0.0
+    drop: bool = True
+    softness: float = 0.0
+
+
+@dataclass(frozen=True)
+class MergeRule:
+    """AccKV step 3 in one layer: log mass (added to attention logits) and relative gain of a merged value.
+
+    ``bias`` and ``gain`` are 0 for plain averaging, else ``[K, 2]``.
+    """
+
+    bias: Tensor | float = 0.0
+    gain: Tensor | float = 0.0
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer's prompt entries, merged entries appended: ``M = N + merged``.
+
+    Args:
+        log_gates: ``[B, K or 1, M]``; added to the attention logits of later queries. 0 kept, -inf evicted.
+        keys, values: the merged entries ``[B, K, M - N, D]``.
+        bias: ``[B, K, M - N]`` log mass of the merged entries.
+    """
+
+    log_gates: Tensor
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+
+    def apply(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values with the merged entries after the prompt, and the bias of both on attention logits.
+
+        Args:
+            keys, values: ``[B, K, N + later, D]``.
+
+        Returns:
+            keys and values ``[B, K, M + later, D]``, bias ``[B, K or 1, M]``.
+        """
+        merged = self.keys.shape[2]
+        if not merged:
+            return keys, values, self.log_gates
+        length = self.log_gates.shape[-1] - merged
+        keys = torch.cat([keys[:, :, :length], self.keys.to(keys.dtype), keys[:, :, length:]], dim=2)
+        values = torch.cat([values[:, :, :length], self.values.to(values.dtype), values[:, :, length:]], dim=2)
+        gates = self.log_gates.expand(-1, keys.shape[1], -1)
+        return keys, values, torch.cat([gates[..., :length], gates[..., length:] + self.bias], dim=-1)
+
+
+def plan_layer(
+    layer: LayerScore,
+    keys: Tensor,
+    values: Tensor,
+    labels: ModalityMap,
+    budgets: Tensor,
+    to_gates: LogGates,
+    merge: MergeRule | None = None,
+    align: AlignmentRule | None = None,
+) -> LayerPlan:
+    """Decide for every entry of one layer.
+
+    Args:
+        keys, values: ``[B, K, N, D]`` of the prompt.
+        budgets: ``[B, 2]`` entries to keep of each modality, merged ones included (``[B, 1]`` for a joint top-k).
+        merge, align: None where the step is off.
+    """
+    score = layer.score
+    members = labels.by_modality
+    always = torch.zeros(members.shape[0], 1, members.shape[-1], dtype=score.dtype, device=score.device)
+    always = always.masked_fill(~labels.text[:, None], -torch.inf)
+    if layer.modality_shares is None:
+        log_gates = torch.maximum(always, to_gates(score, labels.media[:, None], budgets))
+        return _without_merging(log_gates, keys, values)
+
+    split = budgets[:, None, :].to(score.dtype).expand(-1, score.shape[1], -1)
+    counts = members.sum(-1)[:, None, :]
+    if align is not None:
+        score, split = _align(score, keys, members, split, layer.modality_shares, to_gates, align)
+    # A merged entry takes the place of one kept entry; it needs two places and something to average.
+    merging = (split >= 2) & (split < counts) if merge is not None else torch.zeros_like(split, dtype=torch.bool)
+    real = split - merging.to(split.dtype)
+    log_gates = always
+    for modality in range(2):
+        part = to_gates(score, members[:, modality, None], real[..., modality])
+        log_gates = torch.maximum(log_gates, part)
+    if merge is None:
+        return _without_merging(log_gates, keys, values)
+
+    merged_keys, merged_values, _ = integrate(keys, values, log_gates.exp(), members)
+    gain = merge.gain[None, :, :, None] if isinstance(merge.gain, Tensor) else merge.gain
+    bias = merged_keys.new_zeros(merged_keys.shape[:3], dtype=log_gates.dtype) + merge.bias
+    present = torch.zeros_like(split).masked_fill(~merging, -torch.inf)
+    return LayerPlan(
+        torch.cat([log_gates, present.expand(*log_gates.shape[:2], 2)], dim=-1),
+        merged_keys,
+        (merged_values * (1 + gain)).to(values.dtype),
+        bias,
+    )
+
+
+def _without_merging(log_gates: Tensor, keys: Tensor, values: Tensor) -> LayerPlan:
+    return LayerPlan(log_gates, keys[:, :, :0], values[:, :, :0], log_gates.new_zeros(*keys.shape[:2], 0))
+
+
+def _align(
+    score: Tensor,
+    keys: Tensor,
+    members: Tensor,
+    split: Tensor,
+    shares: Tensor,
+    to_gates: LogGates,
+    rule: AlignmentRule,
+) -> tuple[Tensor, Tensor]:
+    """METHOD step 4: the scores and budgets after low-priority entries met the kept high-priority keys."""
+    high = torch.zeros_like(shares, dtype=torch.bool).scatter_(-1, shares.argmax(-1, keepdim=True), True)[:, None]
+    high_members = (members & high.transpose(1, 2)).any(1)[:, None]
+    low_members = (members & ~high.transpose(1, 2)).any(1)[:, None]
+    high_budget = torch.where(high, split, torch.zeros_like(split)).sum(-1)
+    kept_high = to_gates(score, high_members, high_budget).exp()
+    similarity = alignment(keys, kept_high)
+    if score.shape[1] == 1:
+        similarity = similarity.mean(dim=1, keepdim=True)
+    score = score + torch.where(low_members, rule.weight * similarity, 0.0)
+    if not rule.drop:
+        return score, split
+    if rule.softness > 0:
+        passes = torch.sigmoid((similarity - rule.threshold) / rule.softness)
+    else:
+        passes = (similarity >= rule.threshold).to(score.dtype)
+    split = rebalance(split, (passes * low_members).sum(-1), high, members.sum(-1)[:, None, :])
+    # Below every aligned entry of its modality, its own order kept: only what nothing else can fill is left to it.
+    span = score.detach().amax(-1, keepdim=True) - score.detach().amin(-1, keepdim=True) + 1
+    return score - span * (1 - passes) * low_members, split

@@ -1,0 +1,27 @@
+"""The training-free methods: one file, one idea, all on the same pipeline and at the same exact budget."""
+
+from __future__ import annotations
+
+from acckv.config import CompressionConfig
+from acckv.policies.acckv import AccKV
+from acckv.policies.base import Policy
+from acckv.policies.full import Full
+from acckv.policies.h2o import H2O
+from acckv.policies.keydiff import KeyDiff
+from acckv.policies.random import Random
+from acckv.policies.snapkv import SnapKV
+from acckv.policies.streaming_llm import StreamingLLM
+from acckv.weights import CalibratedWeights
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (Full, Random, StreamingLLM, H2O, SnapKV, KeyDiff, AccKV)
+}
+
+__all__ = ["POLICIES", "AccKV", "Policy", "build_policy"]
+
+
+def build_policy(config: CompressionConfig, weights: CalibratedWeights | None = None) -> Policy:
+    """The policy that a config names; only AccKV has learned weights."""
+    if weights is not None:
+        return AccKV(config, weights)
+    return POLICIES[config.policy](config)

@@ -1,0 +1,89 @@
+"""AccKV (arXiv 2511.11106, as summarised), training-free and calibrated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from acckv.config import CompressionConfig
+from acckv.focusing import focus
+from acckv.modality import ModalityMap
+from acckv.pipeline import LayerScore
+from acckv.policies.base import Policy, Rows
+from acckv.scoring import Observation, heavy_hitter_score, key_diversity, standardise
+from acckv.weights import SIGNALS, CalibratedWeights
+
+
+class AccKV(Policy):
+    """Redistributed heavy hitters (or diverse keys) of each modality, the budget split by adaptive focusing.
+
+    With `weights`, every hand-set number gets its learned residual; at zero they change nothing.
+    """
+
+    name = "acckv"
+
+    def __init__(self, config: CompressionConfig, weights: CalibratedWeights | None = None) -> None:
+        super().__init__(config)
+        self.weights = weights
+
+    @property
+    def rows(self) -> Rows:  # type: ignore[override]
+        return "text" if self.config.observes_attention else "none"
+
+    def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
+        weights, members = self.weights, labels.by_modality
+        signals = self._signals(layer, observation, labels)
+        shares = self._measured_shares(signals, labels)
+        base = signals[self.config.signal]
+        if weights is None:
+            return LayerScore(standardise(self.shared(base), members), shares)
+
+        gain = torch.einsum("km,bmn->bkn", weights.modality_gain[layer].exp(), members.to(base.dtype))
+        mix = weights.signal_mix[layer]
+        score = self.shared(gain * standardise(base, members)) if not self.config.share_heads else (
+            gain.mean(dim=1, keepdim=True) * standardise(self.shared(base), members)
+        )
+        for index, name in enumerate(SIGNALS[:3]):
+            if name in signals:
+                score = score + mix[index] * standardise(self.shared(signals[name]), members)
+        saliency = weights.saliency_score(layer, observation.keys, observation.values, members)
+        # One selection for all heads sees all heads: a sum, so that the scorer is linear in the whole (key, value).
+        saliency = saliency.sum(dim=1, keepdim=True) if self.config.share_heads else saliency
+        return LayerScore(score + (1 + mix[3]) * saliency, shares)
+
+    def _signals(self, layer: int, observation: Observation, labels: ModalityMap) -> dict[str, Tensor]:
+        """Every score that the config or the learned mix reads, by name, each ``[B, K, N]``."""
+        weights = self.weights
+        signals = {}
+        if self.config.observes_attention:
+            gamma: Tensor | float = float(self.config.redistribution)
+            if weights is not None:
+                gamma = gamma + weights.redistribution[layer]
+            signals["attention"] = heavy_hitter_score(observation, gamma)
+        if weights is not None or self.config.signal == "key_diversity":
+            signals["key_diversity"] = key_diversity(observation.keys, labels.real)
+        if weights is not None and weights.probe_queries.shape[2]:
+            signals["probe"] = _probe_attention(weights.probe_queries[layer], observation)
+        return signals
+
+    def _measured_shares(self, signals: dict[str, Tensor], labels: ModalityMap) -> Tensor:
+        if self.config.focusing:
+            return focus(signals["attention"], labels.by_modality)
+        counts = labels.counts().float()
+        return counts / counts.sum(-1, keepdim=True).clamp_min(1)
+
+
+def _probe_attention(queries: Tensor, observation: Observation) -> Tensor:
+    """Attention of learned queries ``[Hq, P, D]`` to every entry, as the rows of a probe prompt would give it."""
+    batch, _, entries = observation.keys.shape[:3]
+    count = queries.shape[1]
+    probe = Observation(
+        queries[None].expand(batch, -1, -1, -1).to(observation.keys.dtype),
+        observation.keys,
+        observation.values,
+        torch.full((batch, count), entries, device=queries.device),
+        torch.ones(batch, count, dtype=torch.bool, device=queries.device),
+        observation.real,
+        observation.scaling,
+    )
+    return heavy_hitter_score(probe)

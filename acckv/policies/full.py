@@ -1,0 +1,20 @@
+"""No compression: the full cache."""
+
+from __future__ import annotations
+
+import torch
+
+from acckv.modality import ModalityMap
+from acckv.pipeline import LayerScore
+from acckv.policies.base import Policy
+from acckv.scoring import Observation
+
+
+class Full(Policy):
+    """Keep everything; the compressor treats its ratio as 1."""
+
+    name = "full"
+
+    def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
+        batch, _, entries = observation.keys.shape[:3]
+        return LayerScore(torch.zeros(batch, 1, entries, device=observation.keys.device), None)

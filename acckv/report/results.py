@@ -1,0 +1,192 @@
+"""`results.json` (format 1) and `predictions.jsonl`: written whole or not at all, checked when read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from acckv.errors import InputError
+from acckv.report.files import whole_file
+
+RESULTS_FORMAT = 1
+RESULTS_FILE = "results.json"
+PREDICTIONS_FILE = "predictions.jsonl"
+CONTROL = "control"
+"""Policy name of the row with every audio and video entry evicted."""
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """Mean item score (0..1) over the `n` questions of one group; None for a group without questions."""
+
+    n: int
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy at one ratio.
+
+    Attributes:
+        policy: a policy's name, "acckv-calibrated", or "control".
+        ratio: kept share of the audio and video entries, 0..1.
+        n: questions.
+        accuracy: mean item score, 0..1.
+        relative: accuracy as a share of the full cache's on the same questions; None where that is 0.
+        ci95: interval of `accuracy`; clips are drawn with replacement.
+        kept_entries: audio and video entries held, merged ones included; mean over layers and clips.
+        full_entries: audio and video entries before compression; mean over clips.
+        kv_bytes: bytes of keys and values held for a clip, text entries included, over all layers; mean over clips.
+        groups: score of each question group.
+    """
+
+    policy: str
+    ratio: float
+    n: int
+    accuracy: float
+    relative: float | None
+    ci95: tuple[float, float]
+    kept_entries: float
+    full_entries: float
+    kv_bytes: int
+    groups: dict[str, GroupScore] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Results:
+    """One evaluation: every policy at every ratio on the same questions.
+
+    Attributes:
+        model: name, path or hub id of the base model.
+        benchmark: what was asked, e.g. "generated-clips/test".
+        when: "context" or "prompt".
+        seed: of the evaluation.
+        rows: in the order of the table.
+    """
+
+    model: str
+    benchmark: str
+    when: str
+    seed: int
+    rows: list[Row]
+
+    def row(self, policy: str, ratio: float) -> Row | None:
+        """The row of a policy at a ratio, None if it was not measured."""
+        return next((row for row in self.rows if row.policy == policy and row.ratio == ratio), None)
+
+    @property
+    def full(self) -> Row | None:
+        """The row of the full cache."""
+        return self.row(FULL, 1.0)
+
+    @property
+    def control(self) -> Row | None:
+        """The row with every audio and video entry evicted."""
+        return self.row(CONTROL, 0.0)
+
+
+def write_results(path: str | Path, results: Results) -> None:
+    """Write `results` as `results.json`, format 1.
+
+    Raises:
+        ValueError: a number that JSON cannot hold (nan or infinite).
+    """
+    values = {"format": RESULTS_FORMAT, **asdict(results)}
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_results(path: str | Path) -> Results:
+    """Read a `results.json`.
+
+    Raises:
+        InputError: no such file, no JSON, an unknown format, or a field that is missing or ill-valued.
+    """
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError("no such file", source=path) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"not a whole JSON file ({error})", source=path) from error
+    top = _Fields(values, path, "")
+    if top.number("format") != RESULTS_FORMAT:
+        raise InputError(f"unknown format {values['format']!r}; this version reads format 1", source=path, field="format")
+    when = top.text("when")
+    if when not in ("context", "prompt"):
+        raise InputError(f"{when!r} is neither 'context' nor 'prompt'", source=path, field="when")
+    rows = [_read_row(_Fields(row, path, f"rows[{i}].")) for i, row in enumerate(top.items("rows"))]
+    return Results(top.text("model"), top.text("benchmark"), when, int(top.number("seed")), rows)
+
+
+def write_predictions(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line."""
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+class _Fields:
+    """A parsed JSON object whose fields are checked as they are taken."""
+
+    def __init__(self, values: Any, source: Path, prefix: str) -> None:
+        if not isinstance(values, dict):
+            raise InputError("expected an object", source=source, field=prefix.rstrip(".") or None)
+        self.values, self.source, self.prefix = values, source, prefix
+
+    def number(self, name: str, low: float = -math.inf, high: float = math.inf) -> float:
+        value = self._take(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise self.error(name, f"{value!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    def text(self, name: str) -> str:
+        value = self._take(name)
+        if not isinstance(value, str):
+            raise self.error(name, f"{value!r} is not a text")
+        return value
+
+    def items(self, name: str) -> list[Any]:
+        value = self._take(name)
+        if not isinstance(value, list):
+            raise self.error(name, "expected a list")
+        return value
+
+    def optional(self, name: str, low: float, high: float) -> float | None:
+        return None if self._take(name) is None else self.number(name, low, high)
+
+    def _take(self, name: str) -> Any:
+        if name not in self.values:
+            raise self.error(name, "missing")
+        return self.values[name]
+
+    def error(self, name: str, message: str) -> InputError:
+        return InputError(message, source=self.source, field=f"{self.prefix}{name}")
+
+
+def _read_row(row: _Fields) -> Row:
+    bounds = row.items("ci95")
+    if len(bounds) != 2 or not all(isinstance(b, (int, float)) and not isinstance(b, bool) for b in bounds):
+        raise row.error("ci95", "expected [low, high]")
+    groups: dict[str, GroupScore] = {}
+    named = _Fields(row._take("groups"), row.source, f"{row.prefix}groups.")
+    for name, score in named.values.items():
+        group = _Fields(score, row.source, f"{named.prefix}{name}.")
+        groups[name] = GroupScore(int(group.number("n", 0)), group.optional("accuracy", 0, 1))
+    return Row(
+        policy=row.text("policy"),
+        ratio=row.number("ratio", 0, 1),
+        n=int(row.number("n", 0)),
+        accuracy=row.number("accuracy", 0, 1),
+        relative=row.optional("relative", 0, math.inf),
+        ci95=(bounds[0], bounds[1]),
+        kept_entries=row.number("kept_entries", 0),
+        full_entries=row.number("full_entries", 0),
+        kv_bytes=int(row.number("kv_bytes", 0)),
+        groups=groups,
+    )

@@ -1,0 +1,144 @@
+"""AccKV step 1, attention redistribution, and the other scores that the policies share.
+
+Pure functions of tensors. ``B`` batch, ``H`` query heads, ``K`` KV heads, ``R`` observed rows, ``N`` prompt entries,
+``D`` head size. Memory is rows x tokens, worked off in chunks of rows: nothing is ever tokens x tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Rows whose attention is held at once.
+ROW_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one layer's attention showed while the prompt ran: all that a score may be computed from.
+
+    Args:
+        queries: ``[B, H, R, D]`` of the observed rows, after position embedding.
+        keys: ``[B, K, N, D]`` of the prompt, after position embedding.
+        values: ``[B, K, N, Dv]``.
+        row_positions: int64 ``[B, R]``: index of each row in the sequence (a probe row's is N or more).
+        row_valid: bool ``[B, R]``: which rows count.
+        real: bool ``[B, N]``: entries that are no padding.
+        scaling: factor of the dot product (Gemma 4's is 1, so it is never derived from D).
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    row_positions: Tensor
+    row_valid: Tensor
+    real: Tensor
+    scaling: float
+
+    def rows(self, mask: Tensor) -> Observation:
+        """The same observation with only the rows of `mask` (bool ``[B, R]``) counting, others cut where possible."""
+        valid = self.row_valid & mask
+        used = valid.any(dim=0).nonzero().flatten()
+        first, last = (int(used[0]), int(used[-1]) + 1) if used.numel() else (0, 0)
+        return Observation(
+            self.queries[:, :, first:last],
+            self.keys,
+            self.values,
+            self.row_positions[:, first:last],
+            valid[:, first:last],
+            self.real,
+            self.scaling,
+        )
+
+
+def attention_rows(observation: Observation, chunk: int = ROW_CHUNK) -> Iterator[tuple[slice, Tensor]]:
+    """Softmax attention of the observed rows over the prompt, a chunk of rows at a time.
+
+    Padding is masked before the softmax; rows that do not count give zeros.
+
+    Yields:
+        the slice of rows and their attention ``[B, K, G, rows, N]``, with G query heads to a KV head.
+    """
+    batch, heads, rows, size = observation.queries.shape
+    kv_heads, entries = observation.keys.shape[1:3]
+    queries = observation.queries.view(batch, kv_heads, heads // kv_heads, rows, size)
+    keys = observation.keys.unsqueeze(2)
+    columns = torch.arange(entries, device=keys.device)
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        logits = (queries[:, :, :, part] @ keys.transpose(-1, -2)).float() * observation.scaling
+        seen = columns <= observation.row_positions[:, part, None]
+        visible = (seen & observation.real[:, None, :])[:, None, None]
+        weights = logits.masked_fill(~visible, torch.finfo(logits.dtype).min).softmax(dim=-1)
+        counted = observation.row_valid[:, None, None, part, None]
+        yield part, weights * (visible & counted)
+
+
+def redistribution_weights(
+    row_positions: Tensor, entries: int, gamma: Tensor | float, real: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weights ``((i + 1) / (N - j)) ** gamma`` of METHOD step 1, as a row and a column factor.
+
+    ``i + 1`` undoes the dilution of row i, ``N - j`` divides by the number of rows that can see column j.
+    Padding on the left counts in neither, so that a padded row equals the row alone.
+
+    Returns:
+        row factor ``[B, R]`` and column factor ``[B or 1, N]``.
+    """
+    columns = torch.arange(entries, device=row_positions.device)
+    padding = 0 if real is None else (~real).sum(-1, keepdim=True)
+    row = (row_positions + 1 - padding).clamp_min(1).float() ** gamma
+    column = (entries - columns)[None].float() ** -gamma
+    return row, column
+
+
+def heavy_hitter_score(observation: Observation, gamma: Tensor | float = 0.0) -> Tensor:
+    """Attention that each entry receives from the observed rows (METHOD step 1; gamma 0 is plain H2O).
+
+    Returns:
+        float32 ``[B, K, N]``: sum over rows, mean over the query heads of a KV head.
+    """
+    entries = observation.keys.shape[2]
+    row, column = redistribution_weights(observation.row_positions, entries, gamma, observation.real)
+    total = observation.keys.new_zeros(*observation.keys.shape[:3], dtype=torch.float32)
+    for part, weights in attention_rows(observation):
+        total = total + torch.einsum("bkgrn,br->bkn", weights, row[:, part]) / weights.shape[2]
+    return total * column[:, None, :]
+
+
+def key_diversity(keys: Tensor, real: Tensor) -> Tensor:
+    """Minus the cosine similarity of each key to the mean key of its head (KeyDiff, arXiv 2504.15364).
+
+    Args:
+        keys: ``[B, K, N, D]``; real: bool ``[B, N]``.
+
+    Returns:
+        float32 ``[B, K, N]`` in -1 to 1: the less a key is like the others, the higher.
+    """
+    unit = F.normalize(keys.float(), dim=-1)
+    mean = (unit * real[:, None, :, None]).sum(dim=2, keepdim=True)
+    return -(F.normalize(mean, dim=-1) * unit).sum(dim=-1)
+
+
+def standardise(score: Tensor, members: Tensor, eps: float = 1e-4) -> Tensor:
+    """Zero mean and unit deviation of a score inside each modality; the ranking inside a modality stays.
+
+    Args:
+        score: ``[B, K, N]``; members: bool ``[B, 2, N]``, the entries of each modality.
+
+    Returns:
+        ``[B, K, N]``, zero for entries of no modality.
+    """
+    result = torch.zeros_like(score)
+    for modality in range(members.shape[1]):
+        mask = members[:, modality, None, :]
+        count = mask.sum(-1, keepdim=True).clamp_min(1)
+        mean = (score * mask).sum(-1, keepdim=True) / count
+        centred = (score - mean) * mask
+        deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
+        result = result + centred / (deviation + eps)
+    return result

@@ -1,0 +1,60 @@
+"""From scores and budgets to gates: exact top-k at inference, its differentiable twin in training.
+
+``B`` batch, ``K`` KV heads, ``N`` entries. A budget is a count of entries, one for each row and head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def hard_gates(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
+    """1 for the `budget` best members of each row and head, else 0.
+
+    Args:
+        score: ``[B, K, N]``; members: bool ``[B, 1, N]``; budget: ``[B, K or 1]`` whole numbers.
+
+    Returns:
+        float ``[B, K, N]``. Equal scores keep the earlier entry.
+    """
+    masked = score.detach().masked_fill(~members, -torch.inf)
+    order = masked.argsort(dim=-1, descending=True, stable=True)
+    rank_kept = torch.arange(score.shape[-1], device=score.device) < budget.round()[..., None]
+    kept = torch.zeros_like(masked).scatter_(-1, order, rank_kept.expand_as(order).to(masked.dtype))
+    return kept * members
+
+
+def soft_log_gates(score: Tensor, members: Tensor, budget: Tensor, temperature: float, iterations: int = 30) -> Tensor:
+    """Log of ``sigmoid((score - theta) / temperature)`` with theta solved so that the gates sum to the budget.
+
+    Theta is found by bisection without gradients and refined by one Newton step with them, which gives the exact
+    gradient of the implicit function to scores and budget.
+
+    Args:
+        score: ``[B, K, N]``; members: bool ``[B, 1, N]``; budget: ``[B, K or 1]``, any real number.
+
+    Returns:
+        ``[B, K, N]``; -inf for entries that are no members.
+    """
+    count = members.sum(-1).to(score.dtype)
+    # A gate sum of exactly 0 or N needs an infinite theta.
+    target = torch.minimum(budget.clamp_min(0.05), (count - 0.05).clamp_min(0.05)).expand(score.shape[:-1])
+    with torch.no_grad():
+        bounded = score.masked_fill(~members, 0.0)
+        low = bounded.amin(-1) - 20 * temperature
+        high = bounded.amax(-1) + 20 * temperature
+        for _ in range(iterations):
+            middle = (low + high) / 2
+            too_many = _gate_sum(score, members, middle, temperature) > target
+            low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
+        start = (low + high) / 2
+        gates = torch.sigmoid((score - start[..., None]) / temperature) * members
+        slope = (gates * (1 - gates)).sum(-1) / temperature + 1e-4
+    theta = start + (_gate_sum(score, members, start, temperature) - target) / slope
+    return F.logsigmoid((score - theta[..., None]) / temperature).masked_fill(~members, -torch.inf)
+
+
+def _gate_sum(score: Tensor, members: Tensor, theta: Tensor, temperature: float) -> Tensor:
+    return (torch.sigmoid((score - theta[..., None]) / temperature) * members).sum(-1)

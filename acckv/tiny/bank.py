@@ -1,0 +1,149 @@
+"""Features of single slots, made by the real pipeline: rendered, written as .mp4, read back, run through the processor.
+
+Both encoders of the tiny model look at one second at a time, so slots can be recombined into any number of training
+clips without touching a file again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from acckv.data.clip_events import CELLS, COLOURS, PITCHES, SHAPES, TIMBRES, ClipScript
+from acckv.data.clip_render import render_audio, render_frames, write_mp4
+from acckv.data.encoding import encode_context
+from acckv.data.media import read_media
+from acckv.tiny.build import build_processor
+
+NOTHING = -1
+BANK_SLOTS = 16
+BANK_EVENTS = 10
+CLIPS_A_PART = 20
+
+
+@dataclass
+class SlotBank:
+    """Slots and what they show and sound like.
+
+    Attributes:
+        pixels: float16 [slots, patches, patch values].
+        mel: float16 [slots, mel bins, mel frames].
+        labels: int64 [slots, 5]: shape, colour, cell, timbre, pitch; `NOTHING` where there is none.
+    """
+
+    pixels: Tensor
+    mel: Tensor
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        shape, colour, _, timbre, pitch = self.labels.T
+        self.pictures = {
+            (s, c): np.flatnonzero((shape == s) & (colour == c))
+            for s in range(len(SHAPES))
+            for c in range(len(COLOURS))
+        }
+        self.sounds = {
+            (t, p): np.flatnonzero((timbre == t) & (pitch == p))
+            for t in range(len(TIMBRES))
+            for p in range(len(PITCHES))
+        }
+        self.no_picture = np.flatnonzero(shape == NOTHING)
+        self.no_sound = np.flatnonzero(timbre == NOTHING)
+
+    def clip_features(self, scripts: Sequence[ClipScript], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Random renderings of clips of equal length.
+
+        Returns:
+            pixels float32 [clips * slots * patches, patch values] and mel float32 [clips, bins, slots * frames].
+        """
+        slots = scripts[0].slots
+        pictures = rng.choice(self.no_picture, (len(scripts), slots))
+        sounds = rng.choice(self.no_sound, (len(scripts), slots))
+        for row, script in enumerate(scripts):
+            for slot, event in script.shapes.items():
+                pictures[row, slot] = rng.choice(self.pictures[event])
+            for slot, event in script.sounds.items():
+                sounds[row, slot] = rng.choice(self.sounds[event])
+        pixels = self.pixels[torch.from_numpy(pictures.reshape(-1))].float().flatten(0, 1)
+        mel = self.mel[torch.from_numpy(sounds)].float()
+        return pixels, mel.permute(0, 2, 1, 3).flatten(2)
+
+
+def load_bank(folder: Path, clips: int, seed: int, workers: int = 2) -> SlotBank:
+    """Read the bank kept in `folder`; render what is missing of it.
+
+    Args:
+        folder: where the parts of the bank lie.
+        clips: clips to render, 16 slots each.
+        seed: seed of the renderings; parts of another seed are other files.
+        workers: processes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {folder / f"slots-{seed}-{i}.npz": i for i in range(-(-clips // CLIPS_A_PART))}
+    missing = [(path, seed, index) for path, index in parts.items() if not path.is_file()]
+    if missing:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool, Progress() as progress:
+            task = progress.add_task("rendering slots", total=len(missing))
+            for done in as_completed([pool.submit(_render_part, *job) for job in missing]):
+                done.result()
+                progress.advance(task)
+    loaded = [np.load(path) for path in parts]
+    return SlotBank(
+        torch.from_numpy(np.concatenate([part["pixels"] for part in loaded])),
+        torch.from_numpy(np.concatenate([part["mel"] for part in loaded])),
+        np.concatenate([part["labels"] for part in loaded]),
+    )
+
+
+def _render_part(path: Path, seed: int, index: int) -> None:
+    torch.set_num_threads(1)
+    rng = np.random.default_rng([seed, index])
+    processor = build_processor()
+    pixels, mel, labels = [], [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        for _ in range(CLIPS_A_PART):
+            script = _dense_script(rng)
+            file = Path(scratch) / "clip.mp4"
+            write_mp4(file, render_frames(script, rng), render_audio(script, rng))
+            inputs = encode_context(processor, read_media(file))
+            pixels.append(inputs["pixel_values_videos"].view(BANK_SLOTS, -1, inputs["pixel_values_videos"].shape[-1]))
+            bins = inputs["input_features"].shape[1]
+            mel.append(inputs["input_features"][0].view(bins, BANK_SLOTS, -1).permute(1, 0, 2))
+            labels += [_labels(script, slot) for slot in range(BANK_SLOTS)]
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "wb") as file_object:
+        np.savez(
+            file_object,
+            pixels=torch.cat(pixels).half().numpy(),
+            mel=torch.cat(mel).half().numpy(),
+            labels=np.array(labels),
+        )
+    os.replace(partial, path)
+
+
+def _dense_script(rng: np.random.Generator) -> ClipScript:
+    """A script with more events than a real clip, repeats allowed: it serves as material only."""
+    shape_slots = rng.permutation(BANK_SLOTS)[:BANK_EVENTS].tolist()
+    sound_slots = rng.permutation(BANK_SLOTS)[:BANK_EVENTS].tolist()
+    return ClipScript(
+        BANK_SLOTS,
+        {s: (int(rng.integers(len(SHAPES))), int(rng.integers(len(COLOURS)))) for s in shape_slots},
+        {s: (int(rng.integers(len(TIMBRES))), int(rng.integers(len(PITCHES)))) for s in sound_slots},
+        {s: int(rng.integers(CELLS)) for s in shape_slots},
+    )
+
+
+def _labels(script: ClipScript, slot: int) -> tuple[int, ...]:
+    shape = script.shapes.get(slot, (NOTHING, NOTHING))
+    return (*shape, script.cells.get(slot, NOTHING), *script.sounds.get(slot, (NOTHING, NOTHING)))

@@ -1,0 +1,277 @@
+"""Pretrain the tiny AV-LLM from nothing: `python -m acckv.tiny.pretrain --output DIR`.
+
+Slots are rendered once into real .mp4 clips, read back and run through the processor; their features are recombined
+into unlimited training clips. First the encoders learn to name what a slot holds, then the whole model answers packed
+questions about clips of 4, 8 and at last 16 seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+from acckv.data.clip_events import DESCRIPTION_TYPES, SINGLE_TYPES
+from acckv.tiny.bank import SlotBank, load_bank
+from acckv.tiny.build import POSITION_IDS_PER_SECOND, build_model, build_processor, save
+from acckv.tiny.encoders import unit_rms, warm_up
+from acckv.tiny.fast_training import PrefixAttention, fast_training
+from acckv.tiny.packing import KINDS, PackedBatch, PackedLayout, Stage
+
+CURRICULUM = (
+    Stage(slots=4, both=2, video_only=1, audio_only=1, steps=900, batch=16),
+    Stage(slots=8, both=2, video_only=2, audio_only=2, steps=700, batch=12),
+    Stage(slots=16, both=3, video_only=2, audio_only=2, steps=2000, batch=12),
+)
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """What one pretraining run is made of; the defaults made the shipped checkpoint."""
+
+    output: Path
+    seed: int = 0
+    threads: int = 2
+    minutes: float = math.inf
+    bank_clips: int = 480
+    held_out_clips: int = 40
+    encoder_steps: int = 600
+    learning_rate: float = 1.5e-3
+    final_rate: float = 3e-5
+    warm_up_steps: int = 100
+    weight_decay: float = 0.01
+    auxiliary_layer: int = 2
+    auxiliary_weight: float = 0.2
+    evaluate_every: int = 100
+    advance_at: float = 0.95
+    stages: tuple[Stage, ...] = CURRICULUM
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with each checkpoint."""
+
+    stage: int = 0
+    stage_step: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    accuracy: dict[str, float] = field(default_factory=dict)
+
+
+class Pretraining:
+    """One resumable run: model, auxiliary head, optimizer and the position in the curriculum."""
+
+    def __init__(self, settings: PretrainSettings) -> None:
+        self.settings = settings
+        torch.set_num_threads(settings.threads)
+        torch.manual_seed(settings.seed)
+        self.console = Console()
+        self.model = build_model()
+        self.processor = build_processor()
+        hidden = self.model.config.text_config.hidden_size
+        self.auxiliary_head = nn.Linear(hidden, 14)
+        self.progress = Progress()
+        self._layer_output: Tensor | None = None
+        layer = self.model.model.language_model.layers[settings.auxiliary_layer]
+        layer.register_forward_hook(self._keep_layer_output)
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2] + list(self.auxiliary_head.parameters())
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-9)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.settings.output / "checkpoint.pt"
+
+    def run(self, resume: bool) -> None:
+        """Train to the end of the curriculum, or for `settings.minutes` of net time."""
+        settings = self.settings
+        bank = load_bank(settings.output / "bank", settings.bank_clips, settings.seed + 1000)
+        held_out = load_bank(settings.output / "bank", settings.held_out_clips, settings.seed + 5000)
+        if resume and self.checkpoint.is_file():
+            self.load()
+            self.say(f"resumed at step {self.progress.step}")
+        else:
+            started = time.perf_counter()
+            accuracy = warm_up(self.model, bank, held_out, settings.encoder_steps, settings.seed, self.say)
+            self.progress.seconds += time.perf_counter() - started
+            self.say(f"encoders, held out: {json.dumps(_rounded(accuracy))}")
+            self.store()
+        with fast_training() as attention:
+            while self.progress.stage < len(settings.stages) and self._in_time():
+                self._run_stage(attention, bank, held_out)
+                if self._in_time():
+                    self.progress.stage, self.progress.stage_step = self.progress.stage + 1, 0
+                self.store()
+        save(self.model, settings.output / "model")
+        self.say(f"saved {settings.output / 'model'} after {self.progress.seconds / 60:.1f} minutes")
+
+    def _run_stage(self, attention: PrefixAttention, bank: SlotBank, held_out: SlotBank) -> None:
+        settings, progress = self.settings, self.progress
+        stage = settings.stages[progress.stage]
+        last = progress.stage == len(settings.stages) - 1
+        layout = PackedLayout(self.model, self.processor, stage)
+        attention.prefix = len(layout.prefix)
+        self.say(f"stage {progress.stage}: {stage}, {layout.tokens} tokens a row")
+        losses: list[float] = []
+        started = time.perf_counter()
+        for batch in self._batches(layout, bank):
+            losses.append(self._update(batch, layout, self._rate()))
+            progress.step, progress.stage_step = progress.step + 1, progress.stage_step + 1
+            if progress.step % settings.evaluate_every:
+                continue
+            progress.accuracy = self.evaluate(layout, held_out)
+            spent = time.perf_counter() - started
+            started += spent
+            progress.seconds += spent
+            self.say(
+                f"{progress.seconds / 60:.1f} min step {progress.step} loss {np.mean(losses):.4f} "
+                f"{spent / len(losses):.2f} s/step {json.dumps(_rounded(progress.accuracy))}"
+            )
+            losses = []
+            self.store()
+            if last:
+                save(self.model, settings.output / "model")
+            singles = [progress.accuracy["/".join(kind)] for kind in SINGLE_TYPES]
+            if not self._in_time() or (not last and min(singles) >= settings.advance_at):
+                break
+        progress.seconds += time.perf_counter() - started
+
+    def _batches(self, layout: PackedLayout, bank: SlotBank) -> Iterator[PackedBatch]:
+        """Batches of the rest of the stage, each made from the seed and its step, one ahead of its use."""
+        first, last = self.progress.stage_step, layout.stage.steps
+
+        def make(step: int) -> PackedBatch:
+            rng = np.random.default_rng([self.settings.seed, 2, layout.stage.slots, step])
+            return layout.batch(bank, rng, "train")
+
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(make, first) if first < last else None
+            for step in range(first, last):
+                batch = ahead.result()
+                ahead = pool.submit(make, step + 1) if step + 1 < last else None
+                yield batch
+
+    def _update(self, batch: PackedBatch, layout: PackedLayout, rate: float) -> float:
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+        asked = batch.weights > 0
+        weights = batch.weights[asked] * self._type_weights()[batch.kinds[asked]]
+        errors = F.cross_entropy(self.model.lm_head(hidden[asked]), batch.targets[asked], reduction="none")
+        loss = (errors * weights).sum() / weights.sum()
+        total = loss + self.settings.auxiliary_weight * self._auxiliary_loss(batch, layout)
+        self.optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_([*self.model.parameters(), *self.auxiliary_head.parameters()], 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+    def _auxiliary_loss(self, batch: PackedBatch, layout: PackedLayout) -> Tensor:
+        """Audio tokens predict shape and colour of their slot: it binds the two modalities early."""
+        scores = self.auxiliary_head(unit_rms(self._layer_output[:, layout.audio_slots])).flatten(0, 1)
+        labels = batch.slot_labels.repeat_interleave(POSITION_IDS_PER_SECOND, 1).flatten(0, 1)
+        return F.cross_entropy(scores[:, :7], labels[:, 0]) + F.cross_entropy(scores[:, 7:], labels[:, 1])
+
+    def _type_weights(self) -> Tensor:
+        """Weight per question type (and 1 for tokens of no type): types that lag count more."""
+        accuracy = self.progress.accuracy
+        weights = [1 + 2 * (1 - accuracy.get("/".join(kind), 1.0)) for kind in SINGLE_TYPES]
+        return torch.tensor([*weights, *[1.0] * len(DESCRIPTION_TYPES), 1.0])
+
+    @torch.no_grad()
+    def evaluate(self, layout: PackedLayout, bank: SlotBank, clips: int = 48) -> dict[str, float]:
+        """Teacher-forced share of right words per question type, on scripts and renderings not trained on."""
+        self.model.eval()
+        rng = np.random.default_rng([self.settings.seed, 3])
+        right, seen = torch.zeros(len(KINDS)), torch.zeros(len(KINDS))
+        for _ in range(clips // 16):
+            batch = layout.batch(bank, rng, "validation", 16)
+            hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+            asked = batch.kinds >= 0
+            hits = self.model.lm_head(hidden[asked]).argmax(-1) == batch.targets[asked]
+            right += torch.bincount(batch.kinds[asked], hits.float(), len(KINDS))
+            seen += torch.bincount(batch.kinds[asked], minlength=len(KINDS))
+        return {"/".join(kind): float(right[i] / seen[i]) for i, kind in enumerate(KINDS)}
+
+    def _rate(self) -> float:
+        """Learning rate: warm-up, constant, then a cosine over the last two thirds of the last stage."""
+        settings, progress = self.settings, self.progress
+        rate = settings.learning_rate * min(1.0, (progress.step + 1) / settings.warm_up_steps)
+        if progress.stage < len(settings.stages) - 1:
+            return rate
+        share = progress.stage_step / settings.stages[-1].steps
+        fall = max(0.0, (share - 1 / 3) * 1.5)
+        return settings.final_rate + (rate - settings.final_rate) * 0.5 * (1 + math.cos(math.pi * fall))
+
+    def _keep_layer_output(self, _module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
+        self._layer_output = output if isinstance(output, Tensor) else output[0]
+
+    def _in_time(self) -> bool:
+        return self.progress.seconds < 60 * self.settings.minutes
+
+    def store(self) -> None:
+        """Write the checkpoint, replacing the last one at once."""
+        partial = self.checkpoint.with_suffix(".part")
+        state = {
+            "model": self.model.state_dict(),
+            "auxiliary_head": self.auxiliary_head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": vars(self.progress),
+        }
+        torch.save(state, partial)
+        os.replace(partial, self.checkpoint)
+
+    def load(self) -> None:
+        """Continue from the checkpoint in the output folder."""
+        state = torch.load(self.checkpoint, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.auxiliary_head.load_state_dict(state["auxiliary_head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in values.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m acckv.tiny.pretrain",
+        description="Pretrain the tiny audio-video LLM from nothing and save it as a Hugging Face checkpoint.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for features, checkpoint and model/")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many minutes of training")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, clips and batches")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    options = parser.parse_args(arguments)
+    settings = replace(PretrainSettings(output=options.output), minutes=options.minutes)
+    settings = replace(settings, seed=options.seed, threads=options.threads)
+    Pretraining(settings).run(options.resume)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""The learned weights of METHOD's table, each a residual over what the training-free preset measures."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+#: Ratio at which the slopes over log ratio have no effect.
+REFERENCE_RATIO = 0.1
+#: Order of the last axis of `signal_mix`.
+SIGNALS = ("attention", "key_diversity", "probe", "saliency")
+
+
+class CalibratedWeights(nn.Module):
+    """Everything that calibration learns besides LoRA; zero everywhere (but the probes) is the training-free preset.
+
+    Args:
+        layers: decoder layers L; kv_heads: K; query_heads: Hq; head_size: D; probes: learned queries a head, P.
+
+    Attributes:
+        layer_budget: ``[L, 2]`` log share of a layer in the budget, and its slope over log ratio.
+        modality_budget: ``[L, 2, 2]`` log shares of (video, audio) inside a layer, and their slopes.
+        redistribution: ``[L]`` added to the exponent gamma.
+        modality_gain: ``[L, K, 2]`` log factor on the base score of each modality.
+        probe_queries: ``[L, Hq, P, D]`` queries in the space after position embedding.
+        saliency: ``[L, 2, K, 2 * D]`` linear scorer on an entry's own (key, value), one for each modality.
+        saliency_bias: ``[L, 2, K]``.
+        signal_mix: ``[L, 4]`` added to the preset's mix of SIGNALS.
+        merge_bias, merge_gain: ``[L, K, 2]`` log mass and relative value gain of merged entries.
+        alignment_weight, alignment_threshold: ``[L]``.
+    """
+
+    def __init__(self, layers: int, kv_heads: int, query_heads: int, head_size: int, probes: int) -> None:
+        super().__init__()
+        self.shape = (layers, kv_heads, query_heads, head_size, probes)
+
+        def zeros(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*size))
+
+        self.layer_budget = zeros(layers, 2)
+        self.modality_budget = zeros(layers, 2, 2)
+        self.redistribution = zeros(layers)
+        self.modality_gain = zeros(layers, kv_heads, 2)
+        generator = torch.Generator().manual_seed(0)
+        self.probe_queries = nn.Parameter(torch.randn(layers, query_heads, probes, head_size, generator=generator))
+        self.saliency = zeros(layers, 2, kv_heads, 2 * head_size)
+        self.saliency_bias = zeros(layers, 2, kv_heads)
+        self.signal_mix = zeros(layers, len(SIGNALS))
+        self.merge_bias = zeros(layers, kv_heads, 2)
+        self.merge_gain = zeros(layers, kv_heads, 2)
+        self.alignment_weight = zeros(layers)
+        self.alignment_threshold = zeros(layers)
+
+    def layer_shares(self, ratio: float, floor: float) -> Tensor:
+        """Relative budget of each layer ``[L]``, mean 1: `floor` for every layer, the rest as learned.
+
+        A floor keeps late layers from being starved (EffiVLM-Bench).
+        """
+        logits = self.layer_budget[:, 0] + self.layer_budget[:, 1] * log_ratio(ratio)
+        return floor + (1 - floor) * logits.softmax(0) * logits.shape[0]
+
+    def modality_shares(self, layer: int, measured: Tensor, ratio: float) -> Tensor:
+        """The measured split ``[B, 2]`` of a layer's budget, moved by what was learned."""
+        learned = self.modality_budget[layer, :, 0] + self.modality_budget[layer, :, 1] * log_ratio(ratio)
+        shares = measured * learned.exp()
+        return shares / shares.sum(-1, keepdim=True).clamp_min(1e-12)
+
+    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
+        """Linear score of each entry's own key and value, ``[B, K, N]``.
+
+        Args:
+            keys, values: ``[B, K, N, D]``; members: bool ``[B, 2, N]``.
+        """
+        feature = torch.cat([keys, values], dim=-1).float()
+        feature = feature * (feature.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        score = torch.einsum("bknd,mkd->bmkn", feature, self.saliency[layer])
+        score = score + self.saliency_bias[layer][None, :, :, None]
+        return (score * members[:, :, None].to(score.dtype)).sum(dim=1)
+
+
+def log_ratio(ratio: float) -> float:
+    """Natural logarithm of the ratio over its reference; ratios below 1 in 1000 count as that."""
+    return math.log(max(ratio, 1e-3) / REFERENCE_RATIO)

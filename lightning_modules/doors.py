@@ -1,0 +1,126 @@
+"""What the scripts at the top share: bad input ends with one line on stderr and exit code 2.
+
+Whatever is not the user's input keeps its traceback and exit code 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from acckv.errors import InputError
+
+BAD_INPUT = 2
+_LONGEST = 400  # characters of a line; some type errors list every type that was tried
+
+
+def run_door(main: Callable[[], Any]) -> int:
+    """Run a script's `main` and return its exit code: 0, or 2 after printing one `error:` line for bad input.
+
+    `SystemExit` (of `--help` and `--print_config`) passes through.
+    """
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks. An error that crossed a data-loader process is reduced to its last line."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if len(lines) > 1 and any(line.startswith("Traceback") for line in lines):
+        lines = [lines[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")]
+    text = re.sub(r"\s+", " ", " ".join(lines))
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
+
+
+class OneLineErrors:
+    """Mixin for a jsonargparse parser: an error becomes an `InputError` that names file and key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        known = [action.dest for action in getattr(self, "_actions", [])]
+        raise parser_error(message, sys.argv[1:], known) from ex
+
+
+class DoorParser(OneLineErrors, ArgumentParser):
+    """A jsonargparse parser for a door without LightningCLI; with it, mix `OneLineErrors` into `parser_class`."""
+
+
+def parser_error(message: str, argv: Sequence[str], known: Sequence[str] = ()) -> InputError:
+    """The `InputError` for a message of jsonargparse; the config file is named where the key is in it.
+
+    Args:
+        message: as jsonargparse words it, several lines at times.
+        argv: the arguments that were parsed, to find the config files.
+        known: keys the parser knows, for a suggestion.
+    """
+    files = _config_files(argv)
+    if message.startswith(("Problems parsing config", "Unexpected config")):
+        broken = next((file for file in files if not isinstance(_load(file), dict)), None)
+        return InputError(f"not a YAML mapping of options ({one_line(message)})", source=broken)
+    unknown = re.search(r"^Option '([^']+)' is not accepted|does not accept option '([^']+)'", message)
+    if unknown:
+        key = unknown.group(1) or unknown.group(2)
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return InputError(f"unknown option{hint}", source=_file_with(key, files), field=key)
+    typed = re.match(r'Parser key "([^"]+)":?\s*(.*)', message, re.DOTALL)
+    if typed:
+        key, reason = typed.groups()
+        return InputError(_reason(reason), source=_file_with(key, files), field=key)
+    return InputError(one_line(message))
+
+
+def _reason(text: str) -> str:
+    """Why a value was refused. Of a union's errors the ones that say more than which type was expected are kept."""
+    tried = re.findall(r"^\s*- (.+)$", text, re.MULTILINE)
+    telling = [line for line in tried if not line.startswith("Expected a")]
+    return re.sub(r"<class '([^']+)'>", r"\1", one_line("; ".join(telling) if telling else text))
+
+
+def _config_files(argv: Sequence[str]) -> list[Path]:
+    files = []
+    for index, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name not in ("--config", "-c"):
+            continue
+        if equals:
+            files.append(Path(value))
+        elif index + 1 < len(argv):
+            files.append(Path(argv[index + 1]))
+    return files
+
+
+def _load(file: Path) -> Any:
+    """The parsed file, None if it cannot be read or parsed."""
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+
+
+def _file_with(key: str, files: Sequence[Path]) -> Path | None:
+    """The config file that has the dotted key; its first parts (a subcommand, say) may be missing in the file."""
+    parts = key.split(".")
+    for file in files:
+        values = _load(file)
+        if any(_has(values, parts[start:]) for start in range(len(parts))):
+            return file
+    return None
+
+
+def _has(values: Any, parts: Sequence[str]) -> bool:
+    for part in parts:
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
