@@ -132,13 +132,14 @@ class CompressedCache(DynamicCache):
 
     Attributes:
         labels: the prompt's modality map.
-        rope_deltas: ``[B, 1]`` offset between tokens seen and positions, or None where the model has none.
+        next_position: int64 ``[B, 1]``, where text after the prompt goes on. It is kept with the cache: the model's own
+            record belongs to the last forward that was run, and media positions need not be monotone.
     """
 
-    def __init__(self, layers: list[Any], labels: ModalityMap, rope_deltas: Tensor | None) -> None:
+    def __init__(self, layers: list[Any], labels: ModalityMap, next_position: Tensor) -> None:
         Cache.__init__(self, layers=layers)
         self.labels = labels
-        self.rope_deltas = rope_deltas
+        self.next_position = next_position
 
     def branch(self, repeats: int = 1) -> CompressedCache:
         """A cache that goes on from here without changing this one; with one repeat the entries are shared.
@@ -147,11 +148,10 @@ class CompressedCache(DynamicCache):
             repeats: rows made of each row, side by side (several questions about each clip).
         """
         layers = branch_layers(self.layers)
-        cache = CompressedCache(layers, self.labels, self.rope_deltas)
+        cache = CompressedCache(layers, self.labels, self.next_position)
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
-            if self.rope_deltas is not None:
-                cache.rope_deltas = self.rope_deltas.repeat_interleave(repeats, dim=0)
+            cache.next_position = self.next_position.repeat_interleave(repeats, dim=0)
             cache.labels = ModalityMap(self.labels.labels.repeat_interleave(repeats, dim=0))
         return cache
 

@@ -20,7 +20,7 @@ from acckv.errors import InputError
 
 @dataclass
 class LoraWeights:
-    """A LoRA adapter that is on no model: its configuration and tensors."""
+    """A LoRA adapter that is on no model: its configuration and tensors (none: freshly initialised when attached)."""
 
     config: LoraConfig
     tensors: dict[str, Tensor]

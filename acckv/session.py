@@ -33,7 +33,7 @@ class Prefill:
         labels: modality of every entry.
         observations: by layer, rows of the prompt.
         probes: by layer, rows of the probe prompt, or None where none was run.
-        rope_deltas: ``[B, 1]`` or None.
+        next_position: ``[B, 1]``, where text after the prompt goes on.
         logits: of the last token, ``[B, vocabulary]``, before compression.
     """
 
@@ -41,7 +41,7 @@ class Prefill:
     labels: ModalityMap
     observations: list[Observation]
     probes: list[Observation] | None
-    rope_deltas: Tensor | None
+    next_position: Tensor
     logits: Tensor
 
 
@@ -68,7 +68,7 @@ class Session:
         self.model = model
         self.processor = processor
         self.probe_prompt = probe_prompt
-        self.last_cache: Cache | None = None
+        self.last_cache: CompressedCache | None = None
         self.attached: lora.AttachedLora | None = None
         self._stack = ExitStack()
         self._labels: ModalityMap | None = None
@@ -77,6 +77,7 @@ class Session:
         self._plans: list[LayerPlan] | None = None
         self._passive = False
         self._cache: Cache | None = None
+        self._positions: Tensor | None = None
         if compressor.base is not None:
             self._check_base(compressor.base)
 
@@ -96,7 +97,8 @@ class Session:
         adapter = self.adapter
         with ExitStack() as stack:
             if self.compressor.lora is not None:
-                self.attached = lora.AttachedLora(adapter, self.compressor.lora.config, self.compressor.lora.tensors)
+                fresh = self.compressor.lora.tensors or None
+                self.attached = lora.AttachedLora(adapter, self.compressor.lora.config, fresh)
                 stack.callback(self.attached.remove)
             stack.enter_context(
                 shadow_attention(adapter.attention_modules, adapter.attention_implementation, self._attend)
@@ -145,7 +147,7 @@ class Session:
         self._require_open()
         if prefill is None:
             prefill = self._prefill(inputs, rows=self.compressor.policy.rows)
-        cache = CompressedCache(branch_layers(prefill.cache.layers), prefill.labels, prefill.rope_deltas)
+        cache = CompressedCache(branch_layers(prefill.cache.layers), prefill.labels, prefill.next_position)
         if not self.compressor.keeps_all(ratio):
             for layer, plan in zip(compressed_layers(cache), self.plan(prefill, ratio), strict=True):
                 layer.commit(plan, prefill.labels)
@@ -184,8 +186,11 @@ class Session:
         context = input_ids.new_zeros(input_ids.shape[0], branch.get_seq_length())
         ids = torch.cat([context, input_ids], dim=1)
         mask = torch.cat([branch.labels.real.to(attention_mask.dtype), attention_mask], dim=1)
-        self.adapter.set_rope_deltas(branch.rope_deltas)
-        out = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=branch, **options)
+        positions = self.adapter.text_positions(branch.next_position + (attention_mask.cumsum(-1) - 1).clamp_min(0))
+        positions = torch.nn.functional.pad(positions, (context.shape[1], 0))
+        out = self.model.generate(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=branch, **options
+        )
         out = out if isinstance(out, Tensor) else out.sequences
         return out[:, ids.shape[1] :]
 
@@ -234,6 +239,7 @@ class Session:
     def _decode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward: compresses when media go by, otherwise as it was."""
         before, self._cache = self._cache, kwargs.get("past_key_values")
+        self._positions = kwargs.get("position_ids")
         try:
             if self._compresses():
                 return self._decode_media(original, args, kwargs)
@@ -257,7 +263,7 @@ class Session:
                 field="input_ids",
             )
         adopt(cache, len(self.adapter.attention_modules))
-        self.last_cache = CompressedCache(cache.layers, labels, None)
+        self.last_cache = CompressedCache(cache.layers, labels, _next_position(self._positions))
         if self.compressor.config.when == "context":
             return self._decode_context(original, cache, labels, kwargs)
         observations: list[Observation] = []
@@ -279,7 +285,7 @@ class Session:
             inputs = decoder_inputs(kwargs, front, front_labels.real)
             first = self._observed(observations, front_labels, rows, original, inputs)
             if rows == "text":
-                after = inputs["position_ids"].amax(dim=-1, keepdim=True) + 1
+                after = _next_position(inputs["position_ids"])
                 observations = self._run_probe(original, cache, front_labels, observations, after)
         self._commit(cache, front_labels, observations)
         mask = torch.cat([front_labels.real, rest >= 0], dim=1)
@@ -312,14 +318,13 @@ class Session:
         try:
             with self._prompt_adapters():
                 output = self._observed(observations, labels, rows, self.model, inputs)
-                deltas = adapter.rope_deltas()
+                next_position = _next_position(self._positions)
                 wants_probe = rows == "text" or (rows == "all" and self.processor is not None)
                 if wants_probe and self.compressor.config.when == "context":
-                    start = adapter.decode_positions(labels.real.sum(-1, keepdim=True), 1, deltas)
-                    probes = self._run_probe(adapter.decoder, cache, labels, observations, start)
+                    probes = self._run_probe(adapter.decoder, cache, labels, observations, next_position)
         finally:
             self._passive = False
-        return Prefill(cache, labels, observations, probes, deltas, output.logits[:, -1])
+        return Prefill(cache, labels, observations, probes, next_position, output.logits[:, -1])
 
     def _watched(self, prefill: Prefill) -> list[Observation]:
         """The rows that the policy reads, out of all that were recorded."""
@@ -363,7 +368,7 @@ class Session:
         """Attention of the probe prompt to the whole context; its own entries are taken back afterwards.
 
         Args:
-            start: position ids of the first probe token ``[..., B, 1]``.
+            start: position of the first probe token ``[B, 1]``.
         """
         ids = self._probe_ids(labels)
         length = ids.shape[1]
@@ -376,14 +381,12 @@ class Session:
             front = observations[layer]
             probes.append(Observation(query, front.keys, front.values, row_positions, valid, labels.real, scaling))
 
-        # Text has one position in all dimensions, the one after the largest.
-        start = start.amax(dim=0, keepdim=True).expand_as(start) if start.ndim == 3 else start
         self._record = record
         try:
             decoder(
                 inputs_embeds=self.model.get_input_embeddings()(ids),
                 attention_mask=torch.cat([labels.real, valid], dim=1).long(),
-                position_ids=start + steps,
+                position_ids=self.adapter.text_positions(start + steps),
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -417,6 +420,15 @@ class Session:
             if isinstance(held, CompressedLayer) and held.region:
                 mask = region_mask(mask, query, key.shape[2], held.region, held.bias)
         return original(module, query, key, value, mask, **kwargs)
+
+
+def _next_position(position_ids: Tensor | None) -> Tensor:
+    """Where text goes on after tokens at `position_ids` ``[..., B, tokens]``: int64 ``[B, 1]``."""
+    if position_ids is None:
+        raise InputError("the model gave its decoder no positions; pass an attention_mask", field="attention_mask")
+    last = position_ids[..., -1:]
+    # generate puts plain text positions before the three dimensions (time, height, width).
+    return (last[-3:].amax(dim=0) if last.ndim == 3 else last) + 1
 
 
 _PROBE_REMEDY = (

@@ -6,8 +6,10 @@ Whatever is not the user's input keeps its traceback and exit code 1.
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,9 +31,15 @@ def run_door(main: Callable[[], Any]) -> int:
     try:
         main()
     except InputError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        print(f"error: {one_line(_located(error, sys.argv[1:]))}", file=sys.stderr)
         return BAD_INPUT
     return 0
+
+
+def quiet_libraries() -> None:
+    """Keep notes about devices and data-loader workers off the terminal; warnings about anything else stay."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 def one_line(message: str) -> str:
@@ -41,6 +49,16 @@ def one_line(message: str) -> str:
         lines = [lines[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")]
     text = re.sub(r"\s+", " ", " ".join(lines))
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
+
+
+def _located(error: InputError, argv: Sequence[str]) -> str:
+    """The message of an error, with the config file that its field was set in where the error names no file."""
+    if error.source is not None or error.field is None:
+        return str(error)
+    if any(re.match(rf"--([\w.]+\.)?{re.escape(error.field)}(=|$)", word) for word in argv):
+        return str(error)
+    file = _file_with(error.field, _config_files(argv))
+    return str(error) if file is None else f"{file}: {error}"
 
 
 class OneLineErrors:
@@ -67,7 +85,7 @@ def parser_error(message: str, argv: Sequence[str], known: Sequence[str] = ()) -
     if message.startswith(("Problems parsing config", "Unexpected config")):
         broken = next((file for file in files if not isinstance(_load(file), dict)), None)
         return InputError(f"not a YAML mapping of options ({one_line(message)})", source=broken)
-    unknown = re.search(r"^Option '([^']+)' is not accepted|does not accept option '([^']+)'", message)
+    unknown = re.search(r"Option '([^']+)' is not accepted|does not accept option '([^']+)'", message)
     if unknown:
         key = unknown.group(1) or unknown.group(2)
         near = difflib.get_close_matches(key, known, 1)
@@ -84,7 +102,8 @@ def _reason(text: str) -> str:
     """Why a value was refused. Of a union's errors the ones that say more than which type was expected are kept."""
     tried = re.findall(r"^\s*- (.+)$", text, re.MULTILINE)
     telling = [line for line in tried if not line.startswith("Expected a")]
-    return re.sub(r"<class '([^']+)'>", r"\1", one_line("; ".join(telling) if telling else text))
+    plain = re.sub(r"<class '([^']+)'>", r"\1", one_line("; ".join(telling) if telling else text))
+    return plain.replace("Expected a ", "expected ").rstrip(":")
 
 
 def _config_files(argv: Sequence[str]) -> list[Path]:

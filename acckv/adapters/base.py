@@ -47,16 +47,8 @@ class ModelAdapter(ABC):
         """int64 ``[batch]``: index after the media and the special tokens that close it."""
 
     @abstractmethod
-    def rope_deltas(self) -> Tensor | None:
-        """``[batch, 1]`` offset from tokens seen to positions, as the last prefill left it on the model."""
-
-    @abstractmethod
-    def set_rope_deltas(self, deltas: Tensor | None) -> None:
-        """Put a cache's offset back on the model, so that another forward in between does not matter."""
-
-    @abstractmethod
-    def decode_positions(self, start: Tensor, length: int, deltas: Tensor | None) -> Tensor:
-        """Position ids of `length` text tokens after `start` tokens ``[batch, 1]``."""
+    def text_positions(self, positions: Tensor) -> Tensor:
+        """Position ids as the decoder takes them, for text at `positions` (int64 ``[batch, tokens]``)."""
 
     @property
     def attention_implementation(self) -> str:

@@ -40,13 +40,5 @@ class Qwen25OmniAdapter(ModelAdapter):
             end = end + ((end > 0) & (end < length) & torch.isin(following, closing)).long()
         return end
 
-    def rope_deltas(self) -> Tensor | None:
-        return self.model.model.rope_deltas
-
-    def set_rope_deltas(self, deltas: Tensor | None) -> None:
-        self.model.model.rope_deltas = deltas
-
-    def decode_positions(self, start: Tensor, length: int, deltas: Tensor | None) -> Tensor:
-        text = start + torch.arange(length, device=start.device)
-        moved = text if deltas is None else text + deltas
-        return moved[None].expand(3, -1, -1)
+    def text_positions(self, positions: Tensor) -> Tensor:
+        return positions[None].expand(3, -1, -1)

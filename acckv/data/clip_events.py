@@ -141,9 +141,9 @@ def draw_script(
         cells = rng.integers(0, CELLS, len(shape_slots)).tolist()
         script = ClipScript(
             slots=slots,
-            shapes=dict(zip(shape_slots, zip(shapes, colours))),
-            sounds=dict(zip(sound_slots, zip(timbres, pitches))),
-            cells=dict(zip(shape_slots, cells)),
+            shapes=dict(zip(shape_slots, zip(shapes, colours, strict=True), strict=True)),
+            sounds=dict(zip(sound_slots, zip(timbres, pitches, strict=True), strict=True)),
+            cells=dict(zip(shape_slots, cells, strict=True)),
         )
         if script.split == split:
             return script

@@ -104,7 +104,7 @@ class _FrameSampler:
 
     def __init__(self, fps: float, max_pixels: int | None) -> None:
         self.fps, self.max_pixels = fps, max_pixels
-        self.start = self.end = 0.0
+        self.start = self.end = self._time = 0.0
         self.started = False
         self._shown: av.VideoFrame | None = None
         self._shown_pixels: np.ndarray | None = None
@@ -116,8 +116,9 @@ class _FrameSampler:
         time = frame.time if frame.time is not None else self.end
         if not self.started:
             self.started, self.start = True, time
-        elif time <= self.end - self._step and time <= self.start:
+        elif time <= self._time:
             return
+        self._time = time
         self._emit_until(time)
         self._shown, self._shown_pixels = frame, None
         length = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0

@@ -86,7 +86,7 @@ def bootstrap_ratio(
     Raises:
         ValueError: no items, lengths that differ, or a reference that is 0 everywhere.
     """
-    sums, counts = _per_clip(scores, clips)
+    sums, _ = _per_clip(scores, clips)
     reference_sums, _ = _per_clip(reference, clips)
     if float(reference_sums.sum()) <= 0:
         raise ValueError("the reference is 0 on every item: a share of it is not defined")

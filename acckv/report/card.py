@@ -10,20 +10,29 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from acckv.errors import InputError
 from acckv.report.files import whole_file
-from acckv.report.results import Results, Row
+from acckv.report.results import Results, Row, parse_row
 from acckv.report.table import control_warning
 
 CARD_FILE = "README.md"
 
 
-def render_card(config: Mapping[str, Any], results: Results | None = None, *, command: str | None = None) -> str:
+def render_card(
+    config: Mapping[str, Any],
+    rows: Sequence[Row | Mapping[str, Any]] | None = None,
+    *,
+    setting: str | None = None,
+    command: str | None = None,
+) -> str:
     """The card as Markdown with YAML front matter.
 
     Args:
-        config: the export's `config.json`, parsed. Read are, where present: `base_model` ({"name", "revision", ..}
-            or a text), `format`/`format_version`, `compression` (the options).
-        results: the measured table; without it the card says that nothing has been measured yet.
+        config: the export's `config.json`, parsed; read are `base` (its `name`), `compression` and `lora_scope`.
+        rows: of a `results.json`, for the table; None says that nothing has been measured yet.
+        setting: what was measured, in one sentence, above the table.
         command: the command that the table came from.
+
+    Raises:
+        InputError: a row is not one of a `results.json`.
     """
     environment = Environment(
         loader=PackageLoader("acckv.report"),
@@ -33,20 +42,20 @@ def render_card(config: Mapping[str, Any], results: Results | None = None, *, co
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, not HTML
     )
-    base = config.get("base_model")
-    name = base.get("name") if isinstance(base, Mapping) else base
-    revision = base.get("revision") if isinstance(base, Mapping) else None
-    options = config.get("compression")
-    compression = options if isinstance(options, Mapping) else {}
+    measured = [row if isinstance(row, Row) else parse_row(row, "rows", i) for i, row in enumerate(rows or [])]
+    base = config.get("base") or {}
+    compression = config.get("compression") or {}
+    when = compression.get("when", "context")
+    warning = control_warning(Results(str(base.get("name")), "", when, 0, measured)) if measured else None
     return environment.get_template("card.md.jinja").render(
-        base_model=name or "unknown",
-        revision=revision,
+        base_model=base.get("name") or "unknown",
+        lora_scope=config.get("lora_scope") if config.get("has_lora") else None,
         options=compression,
-        when=compression.get("when", config.get("when", "context")),
-        results=results,
-        rows=[] if results is None else [_cells(row) for row in results.rows],
-        warning=None if results is None else control_warning(results),
+        when=when,
+        rows=[_cells(row) for row in measured],
+        setting=setting,
         command=command,
+        warning=warning,
     )
 
 
@@ -61,7 +70,13 @@ def write_card(
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("no such folder", source=folder)
-    text = render_card(config, results, command=command)
+    setting = None
+    if results is not None and results.rows:
+        setting = (
+            f"Benchmark `{results.benchmark}` on `{results.model}`, `when: {results.when}`, "
+            f"{results.rows[0].n} questions, seed {results.seed}."
+        )
+    text = render_card(config, results.rows if results else None, setting=setting, command=command)
     with whole_file(folder / CARD_FILE) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return folder / CARD_FILE

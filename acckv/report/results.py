@@ -116,11 +116,13 @@ def read_results(path: str | Path) -> Results:
         raise InputError(f"not a whole JSON file ({error})", source=path) from error
     top = _Fields(values, path, "")
     if top.number("format") != RESULTS_FORMAT:
-        raise InputError(f"unknown format {values['format']!r}; this version reads format 1", source=path, field="format")
+        raise InputError(
+            f"unknown format {values['format']!r}; this version reads format 1", source=path, field="format"
+        )
     when = top.text("when")
     if when not in ("context", "prompt"):
         raise InputError(f"{when!r} is neither 'context' nor 'prompt'", source=path, field="when")
-    rows = [_read_row(_Fields(row, path, f"rows[{i}].")) for i, row in enumerate(top.items("rows"))]
+    rows = [parse_row(row, path, i) for i, row in enumerate(top.items("rows"))]
     return Results(top.text("model"), top.text("benchmark"), when, int(top.number("seed")), rows)
 
 
@@ -131,50 +133,22 @@ def write_predictions(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> N
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-class _Fields:
-    """A parsed JSON object whose fields are checked as they are taken."""
+def parse_row(values: Any, source: str | Path, index: int) -> Row:
+    """The row of a parsed `results.json` entry.
 
-    def __init__(self, values: Any, source: Path, prefix: str) -> None:
-        if not isinstance(values, dict):
-            raise InputError("expected an object", source=source, field=prefix.rstrip(".") or None)
-        self.values, self.source, self.prefix = values, source, prefix
+    Args:
+        values: the entry.
+        source, index: the file and the place of the row in it, for messages.
 
-    def number(self, name: str, low: float = -math.inf, high: float = math.inf) -> float:
-        value = self._take(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise self.error(name, f"{value!r} is not a number from {low:g} to {high:g}")
-        return value
-
-    def text(self, name: str) -> str:
-        value = self._take(name)
-        if not isinstance(value, str):
-            raise self.error(name, f"{value!r} is not a text")
-        return value
-
-    def items(self, name: str) -> list[Any]:
-        value = self._take(name)
-        if not isinstance(value, list):
-            raise self.error(name, "expected a list")
-        return value
-
-    def optional(self, name: str, low: float, high: float) -> float | None:
-        return None if self._take(name) is None else self.number(name, low, high)
-
-    def _take(self, name: str) -> Any:
-        if name not in self.values:
-            raise self.error(name, "missing")
-        return self.values[name]
-
-    def error(self, name: str, message: str) -> InputError:
-        return InputError(message, source=self.source, field=f"{self.prefix}{name}")
-
-
-def _read_row(row: _Fields) -> Row:
+    Raises:
+        InputError: a field is missing or ill-valued.
+    """
+    row = _Fields(values, source, f"rows[{index}].")
     bounds = row.items("ci95")
     if len(bounds) != 2 or not all(isinstance(b, (int, float)) and not isinstance(b, bool) for b in bounds):
         raise row.error("ci95", "expected [low, high]")
     groups: dict[str, GroupScore] = {}
-    named = _Fields(row._take("groups"), row.source, f"{row.prefix}groups.")
+    named = _Fields(row.take("groups"), row.source, f"{row.prefix}groups.")
     for name, score in named.values.items():
         group = _Fields(score, row.source, f"{named.prefix}{name}.")
         groups[name] = GroupScore(int(group.number("n", 0)), group.optional("accuracy", 0, 1))
@@ -190,3 +164,41 @@ def _read_row(row: _Fields) -> Row:
         kv_bytes=int(row.number("kv_bytes", 0)),
         groups=groups,
     )
+
+
+class _Fields:
+    """A parsed JSON object whose fields are checked as they are taken."""
+
+    def __init__(self, values: Any, source: str | Path, prefix: str) -> None:
+        if not isinstance(values, dict):
+            raise InputError("expected an object", source=source, field=prefix.rstrip(".") or None)
+        self.values, self.source, self.prefix = values, source, prefix
+
+    def number(self, name: str, low: float = -math.inf, high: float = math.inf) -> float:
+        value = self.take(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise self.error(name, f"{value!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    def text(self, name: str) -> str:
+        value = self.take(name)
+        if not isinstance(value, str):
+            raise self.error(name, f"{value!r} is not a text")
+        return value
+
+    def items(self, name: str) -> list[Any]:
+        value = self.take(name)
+        if not isinstance(value, list):
+            raise self.error(name, "expected a list")
+        return value
+
+    def optional(self, name: str, low: float, high: float) -> float | None:
+        return None if self.take(name) is None else self.number(name, low, high)
+
+    def take(self, name: str) -> Any:
+        if name not in self.values:
+            raise self.error(name, "missing")
+        return self.values[name]
+
+    def error(self, name: str, message: str) -> InputError:
+        return InputError(message, source=self.source, field=f"{self.prefix}{name}")

@@ -46,7 +46,7 @@ def _patch_embed(self: Any, hidden_states: Tensor) -> Tensor:
 class PrefixAttention:
     """Attention of packed rows: the media prefix is plain causal, the turns follow the mask given to the model.
 
-    `prefix` is the number of media tokens. Computed in float32, whatever the autocast.
+    `prefix` is the number of media tokens.
     """
 
     def __init__(self) -> None:
@@ -55,14 +55,11 @@ class PrefixAttention:
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
     ) -> tuple[Tensor, None]:
-        with torch.autocast(query.device.type, enabled=False):
-            query = query.float()
-            key, value = (t.float().repeat_interleave(module.num_key_value_groups, 1) for t in (key, value))
-            head, tail = query[:, :, : self.prefix], query[:, :, self.prefix :]
-            media = [t[:, :, : self.prefix] for t in (key, value)]
-            mask = attention_mask[:, :, self.prefix :] if attention_mask is not None else None
-            first = F.scaled_dot_product_attention(head, *media, is_causal=True)
-            second = F.scaled_dot_product_attention(tail, key, value, attn_mask=mask)
+        key, value = (t.repeat_interleave(module.num_key_value_groups, 1) for t in (key, value))
+        media = [t[:, :, : self.prefix] for t in (query, key, value)]
+        first = F.scaled_dot_product_attention(*media, is_causal=True)
+        mask = attention_mask[:, :, self.prefix :] if attention_mask is not None else None
+        second = F.scaled_dot_product_attention(query[:, :, self.prefix :], key, value, attn_mask=mask)
         return torch.cat([first, second], 2).transpose(1, 2).contiguous(), None
 
 

@@ -112,7 +112,7 @@ class PackedLayout:
         ids[:, : len(self.prefix)] = self.prefix
         for row, script in enumerate(scripts):
             start = len(self.prefix)
-            for kind, (tokens, answers) in zip(self.turns, self._turns(script, rng)):
+            for kind, (tokens, answers) in zip(self.turns, self._turns(script, rng), strict=True):
                 stop = start + len(tokens)
                 asked = slice(stop - len(answers), stop)
                 ids[row, start:stop] = torch.tensor(tokens)

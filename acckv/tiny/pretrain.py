@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,7 @@ class PretrainSettings:
 
     output: Path
     seed: int = 0
-    threads: int = 2
+    workers: int = 2
     minutes: float = math.inf
     bank_clips: int = 480
     held_out_clips: int = 40
@@ -76,7 +77,8 @@ class Pretraining:
 
     def __init__(self, settings: PretrainSettings) -> None:
         self.settings = settings
-        torch.set_num_threads(settings.threads)
+        torch.set_num_threads(1)
+        self._workers = ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(1,))
         torch.manual_seed(settings.seed)
         self.console = Console()
         self.model = build_model()
@@ -84,7 +86,7 @@ class Pretraining:
         hidden = self.model.config.text_config.hidden_size
         self.auxiliary_head = nn.Linear(hidden, 14)
         self.progress = Progress()
-        self._layer_output: Tensor | None = None
+        self._local = threading.local()
         layer = self.model.model.language_model.layers[settings.auxiliary_layer]
         layer.register_forward_hook(self._keep_layer_output)
         matrices = [p for p in self.model.parameters() if p.ndim >= 2] + list(self.auxiliary_head.parameters())
@@ -131,8 +133,8 @@ class Pretraining:
         self.say(f"stage {progress.stage}: {stage}, {layout.tokens} tokens a row")
         losses: list[float] = []
         started = time.perf_counter()
-        for batch in self._batches(layout, bank):
-            losses.append(self._update(batch, layout, self._rate()))
+        for parts in self._batches(layout, bank):
+            losses.append(self._update(parts, layout))
             progress.step, progress.stage_step = progress.step + 1, progress.stage_step + 1
             if progress.step % settings.evaluate_every:
                 continue
@@ -153,40 +155,49 @@ class Pretraining:
                 break
         progress.seconds += time.perf_counter() - started
 
-    def _batches(self, layout: PackedLayout, bank: SlotBank) -> Iterator[PackedBatch]:
-        """Batches of the rest of the stage, each made from the seed and its step, one ahead of its use."""
+    def _batches(self, layout: PackedLayout, bank: SlotBank) -> Iterator[list[PackedBatch]]:
+        """Batches of the rest of the stage in equal parts, made from the seed and their step, one ahead of its use."""
         first, last = self.progress.stage_step, layout.stage.steps
+        workers = self.settings.workers
 
-        def make(step: int) -> PackedBatch:
+        def make(step: int) -> list[PackedBatch]:
             rng = np.random.default_rng([self.settings.seed, 2, layout.stage.slots, step])
-            return layout.batch(bank, rng, "train")
+            return [layout.batch(bank, rng, "train", layout.stage.batch // workers) for _ in range(workers)]
 
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             ahead = pool.submit(make, first) if first < last else None
             for step in range(first, last):
                 batch = ahead.result()
                 ahead = pool.submit(make, step + 1) if step + 1 < last else None
                 yield batch
 
-    def _update(self, batch: PackedBatch, layout: PackedLayout, rate: float) -> float:
+    def _update(self, parts: list[PackedBatch], layout: PackedLayout) -> float:
+        """One step on the mean gradient of the parts; each part is one thread's work (see `workers`)."""
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self._rate()
+        parameters = [*self.model.parameters(), *self.auxiliary_head.parameters()]
+        results = list(self._workers.map(lambda part: self._gradients(part, layout, parameters), parts))
+        for index, parameter in enumerate(parameters):
+            gradients = [gradient[index] for _, gradient in results if gradient[index] is not None]
+            parameter.grad = sum(gradients) / len(parts) if gradients else None
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        return sum(loss for loss, _ in results) / len(parts)
+
+    def _gradients(self, batch: PackedBatch, layout: PackedLayout, parameters: list) -> tuple[float, tuple]:
+        """Loss on the answers, and the gradients of that and the auxiliary loss."""
         hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
         asked = batch.weights > 0
         weights = batch.weights[asked] * self._type_weights()[batch.kinds[asked]]
         errors = F.cross_entropy(self.model.lm_head(hidden[asked]), batch.targets[asked], reduction="none")
         loss = (errors * weights).sum() / weights.sum()
         total = loss + self.settings.auxiliary_weight * self._auxiliary_loss(batch, layout)
-        self.optimizer.zero_grad()
-        total.backward()
-        nn.utils.clip_grad_norm_([*self.model.parameters(), *self.auxiliary_head.parameters()], 1.0)
-        self.optimizer.step()
-        return loss.item()
+        return loss.item(), torch.autograd.grad(total, parameters, allow_unused=True)
 
     def _auxiliary_loss(self, batch: PackedBatch, layout: PackedLayout) -> Tensor:
         """Audio tokens predict shape and colour of their slot: it binds the two modalities early."""
-        scores = self.auxiliary_head(unit_rms(self._layer_output[:, layout.audio_slots])).flatten(0, 1)
+        scores = self.auxiliary_head(unit_rms(self._local.layer_output[:, layout.audio_slots])).flatten(0, 1)
         labels = batch.slot_labels.repeat_interleave(POSITION_IDS_PER_SECOND, 1).flatten(0, 1)
         return F.cross_entropy(scores[:, :7], labels[:, 0]) + F.cross_entropy(scores[:, 7:], labels[:, 1])
 
@@ -222,7 +233,7 @@ class Pretraining:
         return settings.final_rate + (rate - settings.final_rate) * 0.5 * (1 + math.cos(math.pi * fall))
 
     def _keep_layer_output(self, _module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
-        self._layer_output = output if isinstance(output, Tensor) else output[0]
+        self._local.layer_output = output if isinstance(output, Tensor) else output[0]
 
     def _in_time(self) -> bool:
         return self.progress.seconds < 60 * self.settings.minutes
@@ -265,10 +276,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many minutes of training")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, clips and batches")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--workers", type=int, default=2, help="CPU threads, each with its part of a batch")
     options = parser.parse_args(arguments)
     settings = replace(PretrainSettings(output=options.output), minutes=options.minutes)
-    settings = replace(settings, seed=options.seed, threads=options.threads)
+    settings = replace(settings, seed=options.seed, workers=options.workers)
     Pretraining(settings).run(options.resume)
     return 0
 

@@ -1,0 +1,116 @@
+"""Batches for calibration: several clips, each with several turns that do not see one another.
+
+A turn is one question with its answer after the same media. All turns of a clip stand in one row behind its context,
+so a prefill is paid once; the mask hides them from each other and their positions start anew, which makes every turn
+equal to a conversation of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acckv.modality import ModalityMap
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Tokens of one turn.
+
+    Args:
+        ids: int64 ``[tokens]`` after the prefilled part: question, answer and end token.
+        first: index of the first token whose prediction counts: the one before the answer.
+    """
+
+    ids: Tensor
+    first: int
+
+
+@dataclass(frozen=True)
+class PackedTurns:
+    """The turns of a batch, padded on the right.
+
+    Attributes:
+        ids: ``[B, T]``.
+        turn: ``[B, T]`` which turn of its row a token belongs to, -1 for padding.
+        offset: ``[B, T]`` place of a token inside its turn.
+        weight: float ``[B, T]`` weight of the prediction made at this token.
+    """
+
+    ids: Tensor
+    turn: Tensor
+    offset: Tensor
+    weight: Tensor
+
+    def to(self, device: torch.device) -> PackedTurns:
+        return PackedTurns(*(tensor.to(device) for tensor in (self.ids, self.turn, self.offset, self.weight)))
+
+    def mask(self, labels: ModalityMap, dtype: torch.dtype) -> Tensor:
+        """Additive attention mask ``[B, 1, T, N + T]``: the whole context and the earlier tokens of the same turn."""
+        batch, length = self.ids.shape
+        same = self.turn[:, :, None] == self.turn[:, None, :]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.ids.device).tril()
+        context = labels.real[:, None, :].expand(-1, length, -1)
+        visible = torch.cat([context, same & causal], dim=-1)
+        mask = torch.zeros(batch, 1, length, visible.shape[-1], dtype=dtype, device=self.ids.device)
+        return mask.masked_fill(~visible[:, None], torch.finfo(dtype).min)
+
+
+def pack_turns(rows: list[list[Turn]]) -> PackedTurns:
+    """Lay the turns of each row behind one another.
+
+    An answer of n tokens weighs ``sqrt(n)`` in all: a description counts more than a word, but not n times as much.
+    """
+    length = max(sum(len(turn.ids) for turn in turns) for turns in rows)
+    shape = (len(rows), length)
+    packed = PackedTurns(
+        torch.zeros(shape, dtype=torch.long),
+        torch.full(shape, -1),
+        torch.zeros(shape, dtype=torch.long),
+        torch.zeros(shape),
+    )
+    for row, turns in enumerate(rows):
+        start = 0
+        for number, turn in enumerate(turns):
+            stop = start + len(turn.ids)
+            packed.ids[row, start:stop] = turn.ids
+            packed.turn[row, start:stop] = number
+            packed.offset[row, start:stop] = torch.arange(len(turn.ids))
+            answer = len(turn.ids) - 1 - turn.first
+            packed.weight[row, start + turn.first : stop - 1] = max(answer, 1) ** -0.5
+            start = stop
+    return packed
+
+
+def collate_contexts(contexts: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+    """Model inputs of several single prompts as one left-padded batch.
+
+    Args:
+        contexts: as :func:`acckv.data.encoding.encode` gives them for one clip each, all with sound or all without.
+        pad_id: token that fills on the left.
+    """
+    batch: dict[str, Any] = {}
+    for name, value in contexts[0].items():
+        values = [context[name] for context in contexts]
+        if not isinstance(value, Tensor):
+            batch[name] = value
+        elif name in ("input_ids", "attention_mask"):
+            batch[name] = _pad(values, left=True, fill=pad_id if name == "input_ids" else 0)
+        elif name in ("input_features", "feature_attention_mask"):
+            batch[name] = _pad(values, left=False, fill=0)
+        else:
+            batch[name] = torch.cat(values)
+    return batch
+
+
+def _pad(values: list[Tensor], left: bool, fill: int) -> Tensor:
+    """Stack ``[1, ..., length]`` tensors, padded to the longest."""
+    length = max(value.shape[-1] for value in values)
+    padded = []
+    for value in values:
+        missing = length - value.shape[-1]
+        padded.append(torch.nn.functional.pad(value, (missing, 0) if left else (0, missing), value=fill))
+    return torch.cat(padded)

@@ -1,0 +1,61 @@
+"""What happens around calibration: the export at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from acckv.compressor import KVCompressor
+from lightning_modules.calibration import CalibrationModule
+from lightning_modules.datamodule import CalibrationBatch
+
+
+class ExportCompressor(Callback):
+    """At the end of training: freeze, export, load the export again and check that it answers as the live module.
+
+    Args:
+        folder: of the export; None is `export` in the trainer's default_root_dir.
+        new_tokens: length of the compared answers.
+    """
+
+    def __init__(self, folder: str | None = None, new_tokens: int = 24) -> None:
+        self.folder = folder
+        self.new_tokens = new_tokens
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(pl_module, CalibrationModule) or not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        folder = Path(self.folder or Path(trainer.default_root_dir) / "export")
+        pl_module.exported().save_pretrained(folder)
+        batch = self._batch(trainer, pl_module)
+        live = self._answers(pl_module, pl_module.live, batch)
+        pl_module.teardown("fit")
+        with KVCompressor.from_pretrained(folder)(pl_module.model, pl_module.processor) as session:
+            reloaded = self._answers(pl_module, session, batch)
+        if not torch.equal(live, reloaded):
+            raise RuntimeError(f"{folder}: the reloaded export answers otherwise than the live module")
+        rank_zero_info(f"Exported to {folder}; reloaded, it answers exactly as the live module.")
+
+    def _batch(self, trainer: Trainer, module: CalibrationModule) -> CalibrationBatch:
+        loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        return trainer.datamodule.transfer_batch_to_device(next(iter(loader)), module.device, 0)  # type: ignore[attr-defined]
+
+    def _answers(self, module: CalibrationModule, session: Any, batch: CalibrationBatch) -> torch.Tensor:
+        """Tokens that a session gives to the first turn of every clip, at the config's ratio."""
+        turns = batch.turns
+        inputs: dict[str, Any] = {"max_new_tokens": self.new_tokens, "do_sample": False}
+        if module.compression.when == "prompt":
+            return module.model.generate(**batch.inputs, **inputs)
+        question = (turns.turn == 0) & ((turns.weight == 0) | (turns.weight.cumsum(-1) == turns.weight))
+        lengths = question.sum(-1)
+        width = int(lengths.max())
+        ids = turns.ids.new_zeros(len(lengths), width)
+        mask = torch.zeros_like(ids)
+        for row, length in enumerate(lengths.tolist()):
+            ids[row, width - length :] = turns.ids[row, :length]
+            mask[row, width - length :] = 1
+        return session.answer(session.compress(**batch.inputs), ids, mask, **inputs)

@@ -1,0 +1,87 @@
+"""The clips and questions of an evaluation, read a batch at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch.utils.data import DataLoader, Dataset
+
+from acckv.data.clips import video_folder, write_clips
+from acckv.data.media import read_media
+from acckv.data.music_avqa import load_music_avqa
+from acckv.data.records import Record
+from acckv.errors import InputError
+from lightning_modules.evaluation import Clip
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """What is asked about: generated clips, or your own in the MUSIC-AVQA format.
+
+    Args:
+        question_file: questions in the MUSIC-AVQA format; none takes the generated clips.
+        video_root: folder of the question file's `<video_id>.mp4`; none is the folder of the file.
+        split: of the generated clips: train, validation or test.
+        clips: number of generated clips.
+        cache_dir: where generated clips are kept; none is the user's cache folder.
+        seed: of the generated clips.
+    """
+
+    question_file: str | None = None
+    video_root: str | None = None
+    split: Literal["train", "validation", "test"] = "test"
+    clips: int = 48
+    cache_dir: str | None = None
+    seed: int = 0
+
+    @property
+    def benchmark(self) -> str:
+        """What results name: the question file, or the generated split with its size and seed."""
+        if self.question_file is not None:
+            return Path(self.question_file).name
+        return f"generated-clips/{self.split} ({self.clips} clips, seed {self.seed})"
+
+    def records(self) -> list[Record]:
+        """All questions; generated clips are written on first use.
+
+        Raises:
+            InputError: an option, the question file or a video is not usable.
+        """
+        if self.question_file is not None:
+            file = Path(self.question_file)
+            return load_music_avqa(file, Path(self.video_root) if self.video_root else file.parent)
+        if self.video_root is not None:
+            raise InputError("is of use only together with data.question_file", field="data.video_root")
+        if self.clips < 1:
+            raise InputError(f"{self.clips} is less than 1", field="data.clips")
+        file = write_clips(self.cache_dir, self.split, self.clips, seed=self.seed)
+        return load_music_avqa(file, video_folder(file))
+
+
+def clip_loader(records: list[Record], batch_size: int, limit: int | None = None) -> DataLoader[list[Clip]]:
+    """Batches of clips, each with all its questions, in the order of the records.
+
+    Args:
+        records: the questions.
+        batch_size: clips a batch.
+        limit: take this many clips only.
+    """
+    by_video: dict[Path, list[Record]] = {}
+    for record in records:
+        by_video.setdefault(Path(record.video), []).append(record)
+    chosen = list(by_video.items())[:limit]
+    return DataLoader(_Clips(chosen), batch_size=batch_size, collate_fn=list)
+
+
+class _Clips(Dataset[Clip]):
+    def __init__(self, clips: list[tuple[Path, list[Record]]]) -> None:
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> Clip:
+        video, records = self.clips[index]
+        return Clip(index, read_media(video), records)

@@ -1,0 +1,188 @@
+"""The media reader on files of many kinds, written here with PyAV so that every expected number is known."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from acckv.data.media import read_media
+from acckv.errors import InputError
+
+GREYS = (40, 90, 140, 190)
+
+
+def write_video(
+    path: Path,
+    times: list[float],
+    greys: list[int] | tuple[int, ...],
+    audio: np.ndarray | None = None,
+    rate: int = 16_000,
+    layout: str = "mono",
+    audio_start: float = 0.0,
+    size: tuple[int, int] = (48, 32),
+    options: dict[str, str] | None = None,
+) -> Path:
+    """Grey pictures shown from `times` on (seconds), and sound [channels, samples] that starts at `audio_start`."""
+    with av.open(str(path), "w", options=options or {}) as container:
+        video = container.add_stream("libx264", rate=30, options={"preset": "ultrafast", "crf": "10", "threads": "1"})
+        video.width, video.height, video.pix_fmt = *size, "yuv420p"
+        video.codec_context.time_base = Fraction(1, 1000)
+        sound = container.add_stream("aac", rate=rate, layout=layout) if audio is not None else None
+        for time, grey in zip(times, greys, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), grey, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(time * 1000), Fraction(1, 1000)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        if sound is not None:
+            frame = av.AudioFrame.from_ndarray(audio.astype(np.float32), format="fltp", layout=layout)
+            frame.sample_rate, frame.pts, frame.time_base = rate, round(audio_start * rate), Fraction(1, rate)
+            container.mux(sound.encode(frame))
+            container.mux(sound.encode(None))
+    return path
+
+
+def burst(seconds: float, at: float, rate: int = 16_000, hertz: float = 1000.0) -> np.ndarray:
+    """A tone of 0.25 s that starts at `at`, silence around it: float32 [samples]."""
+    time = np.arange(round(seconds * rate)) / rate
+    return (0.5 * np.sin(2 * np.pi * hertz * time) * ((time >= at) & (time < at + 0.25))).astype(np.float32)
+
+
+def onset(audio: torch.Tensor) -> float:
+    """Seconds to the first sample above a tenth of full scale."""
+    return int((audio.abs() > 0.1).nonzero()[0]) / 16_000
+
+
+def greys_of(frames: torch.Tensor) -> list[float]:
+    return frames.float().mean((1, 2, 3)).tolist()
+
+
+@pytest.fixture
+def steady() -> tuple[list[float], list[int]]:
+    """Four seconds at 30 frames a second; the grey changes each second."""
+    times = [k / 30 for k in range(120)]
+    return times, [GREYS[k // 30] for k in range(120)]
+
+
+def test_frames_are_sampled_by_time(tmp_path: Path, steady: tuple) -> None:
+    media = read_media(write_video(tmp_path / "a.mp4", *steady))
+    assert media.frames.dtype == torch.uint8 and media.frames.shape == (8, 3, 32, 48)
+    assert greys_of(media.frames) == pytest.approx(np.repeat(GREYS, 2).tolist(), abs=3)
+    assert media.audio is None
+    assert media.duration == pytest.approx(4.0, abs=0.02)
+
+
+def test_other_sampling_rates(tmp_path: Path, steady: tuple) -> None:
+    path = write_video(tmp_path / "a.mp4", *steady, audio=burst(4, 1.5)[None])
+    media = read_media(path, fps=4.0, sampling_rate=8_000)
+    assert len(media.frames) == 16 and media.audio.shape == (32_000,)
+    assert greys_of(media.frames)[::4] == pytest.approx(GREYS, abs=3)
+
+
+def test_variable_frame_rate(tmp_path: Path) -> None:
+    times, greys = [0.0, 0.1, 1.7, 1.8, 3.0, 3.966], [40, 60, 90, 140, 190, 190]
+    media = read_media(write_video(tmp_path / "a.mp4", times, greys))
+    assert greys_of(media.frames) == pytest.approx([40, 60, 60, 60, 140, 140, 190, 190], abs=4)
+
+
+def test_sound_stays_in_time_with_the_picture(tmp_path: Path, steady: tuple) -> None:
+    media = read_media(write_video(tmp_path / "a.mp4", *steady, audio=burst(4, 1.5)[None]))
+    assert media.audio.shape == (64_000,) and media.audio.dtype == torch.float32
+    assert onset(media.audio) == pytest.approx(1.5, abs=0.01)
+
+
+def test_sound_that_starts_late(tmp_path: Path, steady: tuple) -> None:
+    path = write_video(tmp_path / "a.mp4", *steady, audio=burst(2, 0.5)[None], audio_start=1.25)
+    media = read_media(path)
+    assert onset(media.audio) == pytest.approx(1.75, abs=0.01)
+    assert float(media.audio[-8_000:].abs().max()) < 1e-3, "after the track's end there is silence"
+
+
+def test_pictures_that_start_late(tmp_path: Path) -> None:
+    times = [1.0 + k / 30 for k in range(90)]
+    path = write_video(tmp_path / "a.mkv", times, [GREYS[k // 30] for k in range(90)], audio=burst(4, 2.5)[None])
+    media = read_media(path)
+    assert greys_of(media.frames)[::2] == pytest.approx(GREYS[:3], abs=3)
+    assert onset(media.audio) == pytest.approx(1.5, abs=0.02), "time zero is the first picture"
+
+
+@pytest.mark.parametrize("rate", [44_100, 48_000])
+def test_stereo_is_mixed_and_resampled(tmp_path: Path, steady: tuple, rate: int) -> None:
+    tone = burst(4, 2.0, rate)
+    path = write_video(tmp_path / "a.mp4", *steady, audio=np.stack([tone, 0 * tone]), rate=rate, layout="stereo")
+    audio = read_media(path).audio
+    assert audio.shape == (64_000,) and onset(audio) == pytest.approx(2.0, abs=0.01)
+    spectrum = torch.fft.rfft(audio[32_000:36_000]).abs()
+    assert int(spectrum.argmax()) * 4 == pytest.approx(1000, abs=8)
+
+
+def test_surround_sound(tmp_path: Path, steady: tuple) -> None:
+    tone = burst(4, 1.0, 48_000)
+    channels = np.stack([0 * tone, 0 * tone, tone, 0 * tone, 0 * tone, 0 * tone])
+    path = write_video(tmp_path / "a.mp4", *steady, audio=channels, rate=48_000, layout="5.1")
+    assert onset(read_media(path).audio) == pytest.approx(1.0, abs=0.01)
+
+
+def test_silent_track_is_not_a_missing_one(tmp_path: Path, steady: tuple) -> None:
+    audio = read_media(write_video(tmp_path / "a.mp4", *steady, audio=np.zeros((1, 64_000)))).audio
+    assert audio.shape == (64_000,) and float(audio.abs().max()) == 0
+
+
+def test_length_is_whole_temporal_patches(tmp_path: Path) -> None:
+    times = [k / 10 for k in range(27)]
+    media = read_media(write_video(tmp_path / "a.mp4", times, [100] * 27, audio=burst(5, 0.5)[None]))
+    assert len(media.frames) == 6 and media.audio.shape == (48_000,)
+
+
+def test_a_single_picture(tmp_path: Path) -> None:
+    media = read_media(write_video(tmp_path / "a.mp4", [0.0], [77]))
+    assert greys_of(media.frames) == pytest.approx([77, 77], abs=3)
+
+
+def test_large_pictures_are_scaled_while_reading(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", [0.0, 0.5], [50, 60], size=(640, 320))
+    assert read_media(path, max_pixels=80 * 40).frames.shape == (2, 3, 40, 80)
+    assert read_media(path).frames.shape == (2, 3, 320, 640)
+
+
+def test_a_file_cut_in_the_middle_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    greys = rng.integers(30, 220, 240).tolist()
+    whole = write_video(
+        tmp_path / "a.mkv", [k / 30 for k in range(240)], greys, audio=rng.uniform(-0.5, 0.5, (1, 128_000))
+    )
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    media, full = read_media(cut), read_media(whole)
+    assert 2 <= len(media.frames) < len(full.frames) == 16
+    assert media.audio.shape == (len(media.frames) * 8_000,)
+    assert greys_of(media.frames)[:-2] == greys_of(full.frames)[: len(media.frames) - 2]
+
+
+def test_errors_name_the_file(tmp_path: Path, steady: tuple) -> None:
+    text = tmp_path / "text.mp4"
+    text.write_text("these are words\n" * 40)
+    whole = write_video(tmp_path / "a.mp4", *steady)
+    headless = tmp_path / "headless.mp4"
+    headless.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    sound_only = tmp_path / "sound.wav"
+    with av.open(str(sound_only), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16_000), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        container.mux(stream.encode(frame))
+    cases = {
+        tmp_path / "none.mp4": "no such file",
+        tmp_path: "no such file",
+        text: "not a readable media file",
+        headless: "not a readable media file",
+        sound_only: "no video stream",
+    }
+    for path, message in cases.items():
+        with pytest.raises(InputError, match=message) as caught:
+            read_media(path)
+        assert str(path) in str(caught.value)
