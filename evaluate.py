@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 
-from lightning_modules.doors import DoorParser, quiet_libraries, run_door
+from jsonargparse import ArgumentParser
+
+from lightning_modules.doors import quiet_libraries, run_door
 from lightning_modules.evaluation_run import EvaluationOptions, run_evaluation
 
 
 def main() -> None:
-    parser = DoorParser(description="Answer the same questions from every policy's compressed KV cache.")
+    parser = ArgumentParser(description="Answer the same questions from every policy's compressed KV cache.")
     parser.add_argument("--config", action="config", help="YAML file of the options below.")
     parser.add_class_arguments(EvaluationOptions)
     given = parser.parse_args()

@@ -131,7 +131,9 @@ def _read_config(file: Path) -> dict[str, Any]:
         if field not in config:
             raise InputError("is missing", source=file, field=field)
     if config["format"] != FORMAT:
-        raise InputError(f"version {config['format']!r} is unknown; this acckv reads {FORMAT}", source=file, field="format")
+        raise InputError(
+            f"version {config['format']!r} is unknown; this acckv reads {FORMAT}", source=file, field="format"
+        )
     if config["lora_scope"] not in get_args(LoraScope):
         raise InputError(f"{config['lora_scope']!r} is not 'after' or 'all'", source=file, field="lora_scope")
     if not isinstance(config["compression"], dict):

@@ -71,7 +71,9 @@ def round_exactly(amounts: Tensor, total: Tensor, capacity: Tensor) -> Tensor:
         room = capacity - counts
         remainder = (amounts.double() - counts).masked_fill(room <= 0, -torch.inf)
         order = remainder.argsort(dim=-1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+        rank = torch.empty_like(order).scatter_(
+            -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        )
         counts = counts + ((rank < missing[:, None]) & (room > 0)).long()
 
 

@@ -405,7 +405,15 @@ class Session:
         return torch.tensor(ids, device=labels.labels.device).expand(labels.labels.shape[0], -1)
 
     def _attend(
-        self, original: Any, layer: int, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+        self,
+        original: Any,
+        layer: int,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The shadowed attention function of one decoder layer."""
         if self._record is not None:

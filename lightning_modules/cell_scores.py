@@ -91,13 +91,14 @@ class CellScores:
         if self._official:
             groups[OFFICIAL] = GroupScore(len(self._official), sum(self._official) / len(self._official))
             groups[UNPARSED] = GroupScore(self._unparsed, 0.0 if self._unparsed else None)
+        interval = self.accuracy.interval()
         return Row(
             policy=policy,
             ratio=ratio,
             n=int(result["n"]),
             accuracy=result["accuracy"].item(),
             relative=None if relative != relative else relative,
-            ci95=tuple(self.accuracy.interval()),
+            ci95=(interval.low, interval.high),
             kept_entries=float(self.kept_entries().sum(-1).mean()),
             full_entries=float(self.full_entries().sum()),
             kv_bytes=round(self._bytes / self._rows),

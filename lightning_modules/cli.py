@@ -8,8 +8,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.datamodule import AVDataModule
+from lightning_modules.doors import OneLineErrors
 
 SUBCOMMANDS = ("fit", "validate")
+
+
+class CalibrationParser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser whose errors are one line that names file and key."""
 
 
 class CalibrationCLI(LightningCLI):
@@ -25,16 +30,15 @@ class CalibrationCLI(LightningCLI):
         return {name: every[name] for name in SUBCOMMANDS}
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """Run the command line; without a subcommand it is `fit`."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] not in (*SUBCOMMANDS, "-h", "--help"):
-        arguments = ["fit", *arguments]
+    if len(sys.argv) > 1 and sys.argv[1] not in (*SUBCOMMANDS, "-h", "--help"):
+        sys.argv.insert(1, "fit")
     CalibrationCLI(
         CalibrationModule,
         AVDataModule,
-        args=arguments,
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
+        parser_class=CalibrationParser,
         parser_kwargs={"description": "Calibrate AccKV for an audio-video LLM and export the compressor."},
     )

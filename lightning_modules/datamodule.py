@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 
 from acckv.config import When
 from acckv.data.batching import PackedTurns, Turn, collate_contexts, pack_turns
-from acckv.data.clips import default_cache, write_clips
+from acckv.data.clips import video_folder, write_clips
 from acckv.data.encoding import encode, encode_context, question_suffix
 from acckv.data.media import read_media
 from acckv.data.music_avqa import load_music_avqa
@@ -193,9 +193,8 @@ class AVDataModule(LightningDataModule):
         if options.source == "music_avqa":
             file = Path(options[f"{split}_questions"])
             return load_music_avqa(file, Path(options.video_root) if options.video_root else file.parent)
-        root = Path(options.cache_dir) if options.cache_dir else default_cache()
-        file = write_clips(root, split, options[f"{split}_clips"], seed=options.seed)
-        return load_music_avqa(file, file.parent / "videos")
+        file = write_clips(options.cache_dir, split, options[f"{split}_clips"], seed=options.seed)
+        return load_music_avqa(file, video_folder(file))
 
     def train_dataloader(self) -> DataLoader[Any]:
         options, trainer, dataset = self.options, self.trainer, self.datasets["train"]

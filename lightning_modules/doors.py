@@ -10,7 +10,8 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,10 +27,12 @@ _LONGEST = 400  # characters of a line; some type errors list every type that wa
 def run_door(main: Callable[[], Any]) -> int:
     """Run a script's `main` and return its exit code: 0, or 2 after printing one `error:` line for bad input.
 
-    `SystemExit` (of `--help` and `--print_config`) passes through.
+    Errors of a jsonargparse parser that `main` makes count as bad input. `SystemExit` (of `--help` and
+    `--print_config`) passes through.
     """
     try:
-        main()
+        with _parser_errors_raise():
+            main()
     except InputError as error:
         print(f"error: {one_line(_located(error, sys.argv[1:]))}", file=sys.stderr)
         return BAD_INPUT
@@ -37,9 +40,13 @@ def run_door(main: Callable[[], Any]) -> int:
 
 
 def quiet_libraries() -> None:
-    """Keep notes about devices and data-loader workers off the terminal; warnings about anything else stay."""
+    """Keep libraries' notes (devices, workers, weights loaded) off the terminal; other warnings stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for known in (".*does not have many workers.*", ".*treespec, LeafSpec.*deprecated.*"):
+        warnings.filterwarnings("ignore", message=known)
 
 
 def one_line(message: str) -> str:
@@ -61,16 +68,20 @@ def _located(error: InputError, argv: Sequence[str]) -> str:
     return str(error) if file is None else f"{file}: {error}"
 
 
-class OneLineErrors:
-    """Mixin for a jsonargparse parser: an error becomes an `InputError` that names file and key."""
+@contextmanager
+def _parser_errors_raise() -> Iterator[None]:
+    """Let every jsonargparse parser (LightningCLI's too) raise an `InputError` where it would print usage and exit."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        known = [action.dest for action in getattr(self, "_actions", [])]
+    def error(self: ArgumentParser, message: str, ex: Exception | None = None) -> NoReturn:
+        known = [action.dest for action in self._actions]
         raise parser_error(message, sys.argv[1:], known) from ex
 
-
-class DoorParser(OneLineErrors, ArgumentParser):
-    """A jsonargparse parser for a door without LightningCLI; with it, mix `OneLineErrors` into `parser_class`."""
+    original = ArgumentParser.error
+    ArgumentParser.error = error  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ArgumentParser.error = original  # type: ignore[method-assign]
 
 
 def parser_error(message: str, argv: Sequence[str], known: Sequence[str] = ()) -> InputError:

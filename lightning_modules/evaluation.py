@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.cache import CompressedCache
@@ -77,7 +77,7 @@ class EvaluationModule(LightningModule):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         processor: Any,
         cells: Sequence[Cell],
         groups: Sequence[str],
@@ -163,7 +163,9 @@ class EvaluationModule(LightningModule):
                     self._record(number, records, self._decode(new), cache)
 
     def _prefill(self, inputs: dict[str, Any]) -> Prefill:
-        moved = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        moved: dict[str, Any] = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()
+        }
         with self.observer(self.model, self.processor) as session:
             return session.prefill(**moved)
 

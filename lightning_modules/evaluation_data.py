@@ -60,19 +60,27 @@ class EvaluationData:
         return load_music_avqa(file, video_folder(file))
 
 
-def clip_loader(records: list[Record], batch_size: int, limit: int | None = None) -> DataLoader[list[Clip]]:
-    """Batches of clips, each with all its questions, in the order of the records.
+def group_by_clip(records: list[Record], limit: int | None = None) -> list[tuple[Path, list[Record]]]:
+    """Each video with its questions, in the order of the records.
 
     Args:
         records: the questions.
-        batch_size: clips a batch.
         limit: take this many clips only.
     """
     by_video: dict[Path, list[Record]] = {}
     for record in records:
-        by_video.setdefault(Path(record.video), []).append(record)
-    chosen = list(by_video.items())[:limit]
-    return DataLoader(_Clips(chosen), batch_size=batch_size, collate_fn=list)
+        by_video.setdefault(record.video, []).append(record)
+    return list(by_video.items())[:limit]
+
+
+def clip_loader(clips: list[tuple[Path, list[Record]]], batch_size: int) -> DataLoader[Clip]:
+    """Batches (lists) of clips, each read when its batch is due.
+
+    Args:
+        clips: as `group_by_clip` gives them.
+        batch_size: clips a batch.
+    """
+    return DataLoader(_Clips(clips), batch_size=batch_size, collate_fn=list)
 
 
 class _Clips(Dataset[Clip]):

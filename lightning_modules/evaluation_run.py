@@ -30,7 +30,7 @@ from acckv.report.results import (
 )
 from acckv.report.table import control_warning, render_group_tables, render_table
 from lightning_modules.evaluation import Cell, EvaluationModule
-from lightning_modules.evaluation_data import EvaluationData, clip_loader
+from lightning_modules.evaluation_data import EvaluationData, clip_loader, group_by_clip
 
 CALIBRATED = "acckv-calibrated"
 POLICIES = (*get_args(PolicyName), CALIBRATED)
@@ -57,7 +57,7 @@ class EvaluationOptions:
         batch_size: clips that are prefilled together.
         data: what is asked about.
         word_tokens: longest one-word answer, in tokens.
-        description_tokens: longest description, in tokens.
+        description_tokens: longest description, in tokens; those of the generated clips have up to 35.
         update_card: write the measured table into the model card of the export, where that is a folder.
         dtype: of the model: float32, bfloat16 or float16.
         accelerator: of the Trainer: auto, cpu or gpu.
@@ -71,10 +71,10 @@ class EvaluationOptions:
     limit: int | None = None
     output: str = "runs/eval"
     seed: int = 0
-    batch_size: int = 12
+    batch_size: int = 24
     data: EvaluationData = field(default_factory=EvaluationData)
     word_tokens: int = 4
-    description_tokens: int = 90
+    description_tokens: int = 40
     update_card: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -138,8 +138,8 @@ def run_evaluation(options: EvaluationOptions, command: str | None = None, conso
     seed_everything(options.seed, verbose=False)
     cells = build_cells(options)
     records = options.data.records()
-    loader = clip_loader(records, options.batch_size, options.limit)
-    asked = [record for _, clip in loader.dataset.clips for record in clip]
+    clips = group_by_clip(records, options.limit)
+    asked = [record for _, questions in clips for record in questions]
     model, processor = load_model(options.model, dtype=options.dtype)
     with _progress(console) as progress:
         task = progress.add_task("answering", total=len(asked) * len(cells))
@@ -154,7 +154,7 @@ def run_evaluation(options: EvaluationOptions, command: str | None = None, conso
             seed=options.seed,
             on_progress=lambda count: progress.advance(task, count),
         )
-        _trainer(options).test(module, loader, verbose=False)
+        _trainer(options).test(module, clip_loader(clips, options.batch_size), verbose=False)
     results = module.results(options.model, options.data.benchmark, options.seed)
     _print(console, results, module)
     _write(Path(options.output), results, module)

@@ -52,9 +52,7 @@ def test_grouped_accuracy_forgets_on_reset_and_refuses_bad_shapes() -> None:
 
 
 @given(
-    scores=st.lists(
-        st.tuples(st.floats(0, 1, width=32), st.integers(0, 4), st.booleans()), min_size=1, max_size=30
-    ),
+    scores=st.lists(st.tuples(st.floats(0, 1, width=32), st.integers(0, 4), st.booleans()), min_size=1, max_size=30),
     cut=st.integers(0, 30),
 )
 @settings(deadline=None, max_examples=50)

@@ -62,7 +62,7 @@ def encode(processor: Any, clips: Sequence[Media], questions: Sequence[str] | No
         position_ids, seconds = timing(processor)
         arguments |= {
             "audio": [clip.audio.numpy() for clip in clips],
-            "sampling_rate": clips[0].sampling_rate,
+            "audio_kwargs": {"sampling_rate": clips[0].sampling_rate, "max_length": _padded_samples(processor, clips)},
             "audio_from_video_indices": list(range(len(clips))),
             "load_audio_from_video": True,
             "position_id_per_seconds": position_ids,
@@ -115,6 +115,16 @@ def _media_prompt(processor: Any, text: str | None = None) -> str:
     if end < 0:
         raise InputError(f"the chat template has no {processor.vision_eos_token} after a video", field="chat_template")
     return text[: end + len(processor.vision_eos_token)]
+
+
+def _padded_samples(processor: Any, clips: Sequence[Media]) -> int:
+    """Samples to pad sound to: the longest clip and one window of silence, instead of the extractor's maximum.
+
+    The window keeps the last mel frame what it is with full padding; all frames that the mask shows are the same.
+    """
+    extractor = processor.feature_extractor
+    hops = -(-(max(len(clip.audio) for clip in clips) + extractor.n_fft) // extractor.hop_length)
+    return hops * extractor.hop_length
 
 
 def _check_length(processor: Any, clip: Media) -> None:

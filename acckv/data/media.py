@@ -67,7 +67,7 @@ def read_media(
     with container:
         pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not pictures:
-            raise InputError("no video stream", source=path)
+            raise InputError("no video stream (or the file is cut off)", source=path)
         sampler = _FrameSampler(fps, max_pixels)
         sound = container.streams.audio[0] if container.streams.audio else None
         track = _AudioTrack(sampling_rate) if sound is not None else None

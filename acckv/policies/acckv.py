@@ -40,8 +40,10 @@ class AccKV(Policy):
 
         gain = torch.einsum("km,bmn->bkn", weights.modality_gain[layer].exp(), members.to(base.dtype))
         mix = weights.signal_mix[layer]
-        score = self.shared(gain * standardise(base, members)) if not self.config.share_heads else (
-            gain.mean(dim=1, keepdim=True) * standardise(self.shared(base), members)
+        score = (
+            self.shared(gain * standardise(base, members))
+            if not self.config.share_heads
+            else (gain.mean(dim=1, keepdim=True) * standardise(self.shared(base), members))
         )
         for index, name in enumerate(SIGNALS[:3]):
             if name in signals:

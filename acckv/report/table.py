@@ -40,9 +40,9 @@ def render_table(results: Results, paired: Paired | None = None) -> Table:
         paired: intervals of the share of full, shown behind it where given.
     """
     questions = max((row.n for row in results.rows), default=0)
+    moment = f"when: {results.when}, {questions} questions, seed {results.seed}"
     table = Table(
-        title=f"{results.benchmark} on {results.model}, when: {results.when}, {questions} questions, "
-        f"seed {results.seed}",
+        title=f"{results.benchmark} on {results.model}\n{moment}",
         caption="control*: every audio and video entry evicted. Entries: audio and video, a layer and clip. "
         "Brackets: 95 % intervals, clips drawn with replacement.",
         box=box.SIMPLE_HEAD,
@@ -69,10 +69,10 @@ def render_table(results: Results, paired: Paired | None = None) -> Table:
 
 
 def render_group_tables(results: Results) -> list[Table]:
-    """Accuracy by question group: one table a ratio, a row a group, the full cache and the control first."""
+    """Accuracy by question group: one table a ratio between 0 and 1, the full cache and the control first."""
     references = [row for row in (results.full, results.control) if row is not None]
     others = [row for row in results.rows if row not in references]
-    ratios = list(dict.fromkeys(row.ratio for row in others)) or [1.0]
+    ratios = list(dict.fromkeys(row.ratio for row in others if 0 < row.ratio < 1))
     return [_group_table(ratio, [*references, *(row for row in others if row.ratio == ratio)]) for ratio in ratios]
 
 

@@ -33,9 +33,9 @@ from acckv.tiny.fast_training import PrefixAttention, fast_training
 from acckv.tiny.packing import KINDS, PackedBatch, PackedLayout, Stage
 
 CURRICULUM = (
-    Stage(slots=4, both=2, video_only=1, audio_only=1, steps=900, batch=16),
-    Stage(slots=8, both=2, video_only=2, audio_only=2, steps=700, batch=12),
-    Stage(slots=16, both=3, video_only=2, audio_only=2, steps=2000, batch=12),
+    Stage(slots=4, both=2, video_only=1, audio_only=1, steps=500, batch=16),
+    Stage(slots=8, both=2, video_only=2, audio_only=2, steps=300, batch=12),
+    Stage(slots=16, both=3, video_only=2, audio_only=2, steps=1100, batch=12),
 )
 
 

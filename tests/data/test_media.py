@@ -179,7 +179,7 @@ def test_errors_name_the_file(tmp_path: Path, steady: tuple) -> None:
         tmp_path / "none.mp4": "no such file",
         tmp_path: "no such file",
         text: "not a readable media file",
-        headless: "not a readable media file",
+        headless: "not a readable media file|no video stream",
         sound_only: "no video stream",
     }
     for path, message in cases.items():

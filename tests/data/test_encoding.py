@@ -1,0 +1,140 @@
+"""Clips and questions become the model inputs that the chat template says, for the tiny and for full-size settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2_5OmniProcessor, Qwen2VLVideoProcessor, WhisperFeatureExtractor
+
+from acckv.data.encoding import encode, encode_context, question_suffix, timing
+from acckv.data.media import Media
+from acckv.errors import InputError
+from acckv.tiny.build import build_model, build_processor
+
+QUESTIONS = ("What colour was the circle?", "Which sound came after the beep?", "Describe the clip.")
+
+
+def clip(seconds: int, seed: int = 0, sound: bool = True, side: int = 84) -> Media:
+    rng = torch.Generator().manual_seed(seed)
+    frames = torch.randint(0, 256, (2 * seconds, 3, side, side), generator=rng, dtype=torch.uint8)
+    audio = torch.randn(16_000 * seconds, generator=rng) * 0.1 if sound else None
+    return Media(frames, audio, float(seconds), Path(f"clip{seed}.mp4"))
+
+
+@pytest.fixture(scope="module")
+def processor() -> Qwen2_5OmniProcessor:
+    return build_processor()
+
+
+@pytest.fixture(scope="module")
+def full_size(processor: Qwen2_5OmniProcessor) -> Qwen2_5OmniProcessor:
+    """A processor with the settings of the 7B model (but the small tokenizer)."""
+    return Qwen2_5OmniProcessor(
+        image_processor=processor.image_processor,
+        video_processor=Qwen2VLVideoProcessor(cap_pixels_per_frame=False),
+        feature_extractor=WhisperFeatureExtractor(feature_size=128, chunk_length=300),
+        tokenizer=processor.tokenizer,
+        chat_template=processor.chat_template,
+    )
+
+
+def test_the_prompt_token_by_token(processor: Qwen2_5OmniProcessor) -> None:
+    inputs = encode(processor, [clip(2)], ["What colour was the circle?"])
+    media = "<|audio_bos|>" + ("<|VIDEO|>" * 9 + "<|AUDIO|>" * 8) * 2 + "<|audio_eos|>"
+    text = "<|im_start|>user<|vision_bos|>" + media + "<|vision_eos|>what colour was the circle?<|im_end|>"
+    text += "<|im_start|>assistant"
+    assert inputs["input_ids"].tolist() == [processor.tokenizer(text)["input_ids"]]
+    assert processor.tokenizer.unk_token_id not in inputs["input_ids"]
+    assert inputs["use_audio_in_video"] is True
+    assert inputs["video_grid_thw"].tolist() == [[2, 6, 6]]
+    assert inputs["input_features"].shape == (1, 32, 64)
+    assert inputs["feature_attention_mask"].tolist() == [[1] * 64]
+
+
+def test_a_clip_without_sound(processor: Qwen2_5OmniProcessor) -> None:
+    inputs = encode(processor, [clip(2, sound=False)], ["Describe the clip."])
+    text = "<|im_start|>user<|vision_bos|>" + "<|VIDEO|>" * 18 + "<|vision_eos|>describe the clip.<|im_end|>"
+    assert inputs["input_ids"].tolist() == [processor.tokenizer(text + "<|im_start|>assistant")["input_ids"]]
+    assert inputs["use_audio_in_video"] is False and "input_features" not in inputs
+
+
+def test_timing_is_saved_with_the_processor(processor: Qwen2_5OmniProcessor, full_size, tmp_path: Path) -> None:
+    assert timing(processor) == (8, 1.0)
+    assert timing(full_size) == (25, 2.0)
+    processor.save_pretrained(tmp_path)
+    again = Qwen2_5OmniProcessor.from_pretrained(tmp_path)
+    assert timing(again) == (8, 1.0)
+    first, second = (encode(p, [clip(3)], [QUESTIONS[0]]) for p in (processor, again))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(second[name])), name
+
+
+def test_full_size_settings_interleave_two_second_chunks(processor, full_size) -> None:
+    media = clip(4, side=112)
+    ids = encode(full_size, [media], ["Describe the clip."])["input_ids"][0]
+    kinds = {processor.video_token_id: "v", processor.audio_token_id: "a"}
+    word = "".join(kinds[i] for i in ids.tolist() if i in kinds)
+    tokens = word.count("v") // 4
+    assert word == ("v" * 2 * tokens + "a" * 50) * 2
+
+
+@pytest.mark.parametrize("sound", [True, False])
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("name", ["processor", "full_size"])
+def test_context_and_suffix_make_the_prompt(request, name: str, question: str, sound: bool) -> None:
+    chosen = request.getfixturevalue(name)
+    media = clip(2, sound=sound)
+    whole, context = encode(chosen, [media], [question]), encode_context(chosen, media)
+    ids = torch.cat([context["input_ids"][0], question_suffix(chosen, question)])
+    assert torch.equal(ids, whole["input_ids"][0])
+    assert context["input_ids"][0, -1] == chosen.tokenizer.convert_tokens_to_ids("<|vision_eos|>")
+    for key in whole.keys() - {"input_ids", "attention_mask"}:
+        assert torch.equal(torch.as_tensor(whole[key]), torch.as_tensor(context[key])), key
+
+
+def test_a_left_padded_batch_equals_its_rows(processor: Qwen2_5OmniProcessor) -> None:
+    torch.manual_seed(0)
+    model = build_model().eval()
+    clips = [clip(2, 1), clip(4, 2), clip(3, 3)]
+    batch = encode(processor, clips, QUESTIONS)
+    assert batch["attention_mask"][0, 0] == 0 and bool(batch["attention_mask"][:, -1].all())
+    with torch.no_grad():
+        together = model(**batch).logits[:, -1]
+        alone = [model(**encode(processor, [c], [q])).logits[0, -1] for c, q in zip(clips, QUESTIONS, strict=True)]
+    torch.testing.assert_close(together, torch.stack(alone), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["processor", "full_size"])
+def test_mel_features_are_those_of_full_padding(request: pytest.FixtureRequest, name: str) -> None:
+    """Sound is padded to little more than its length, for speed; the extractor alone pads it to its maximum."""
+    chosen = request.getfixturevalue(name)
+    clips = [clip(2, 1), clip(4, 2)]
+    inputs = encode(chosen, clips, QUESTIONS[:2])
+    audio = [c.audio.numpy() for c in clips]
+    options = {"sampling_rate": 16_000, "return_attention_mask": True, "padding": "max_length", "return_tensors": "pt"}
+    full = chosen.feature_extractor(audio, **options)
+    frames = inputs["input_features"].shape[-1]
+    assert frames == int(full["attention_mask"].sum(-1).max()) < full["attention_mask"].shape[-1]
+    assert torch.equal(inputs["feature_attention_mask"], full["attention_mask"][:, :frames].long())
+    valid = inputs["feature_attention_mask"].bool()[:, None].expand_as(inputs["input_features"])
+    torch.testing.assert_close(
+        inputs["input_features"][valid], full["input_features"][..., :frames][valid], atol=1e-5, rtol=0
+    )
+
+
+def test_errors(processor: Qwen2_5OmniProcessor) -> None:
+    with pytest.raises(InputError, match=r"clip2\.mp4.*cannot share a batch"):
+        encode(processor, [clip(2, 1), clip(2, 2, sound=False)], QUESTIONS[:2])
+    with pytest.raises(ValueError, match="2 clips need 2 questions"):
+        encode(processor, [clip(2), clip(2)], QUESTIONS[:1])
+    with pytest.raises(ValueError, match="at least one clip"):
+        encode(processor, [], [])
+    long = Media(torch.zeros(2, 3, 84, 84, dtype=torch.uint8), torch.zeros(16_000 * 65), 65.0, Path("long.mp4"))
+    with pytest.raises(InputError, match=r"long\.mp4: 65 s of sound, the processor takes 64 s"):
+        encode(processor, [long], QUESTIONS[:1])
+    slow = Media(torch.zeros(2, 3, 84, 84, dtype=torch.uint8), torch.zeros(8_000), 1.0, Path("slow.mp4"), 2.0, 8_000)
+    with pytest.raises(InputError, match="8000 Hz"):
+        encode(processor, [slow], QUESTIONS[:1])

@@ -1,0 +1,222 @@
+"""KVCompressor: the calibrated one starts as the preset; saved and loaded it is the same; bad files are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from acckv import CompressionConfig, InputError, KVCompressor
+from acckv.adapters import find_adapter
+from acckv.lora import AttachedLora, LoraWeights, lora_config
+from acckv.weights import CalibratedWeights
+from tests import tiny_omni
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_omni.build()
+
+
+def calibrated(model: Any, config: CompressionConfig, noise: float = 0.0, rank: int = 0) -> KVCompressor:
+    """A compressor with weights: zero as at the start of training, or moved by `noise`."""
+    adapter = find_adapter(model)
+    sizes = adapter.dimensions
+    weights = CalibratedWeights(
+        sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], config.probe_queries
+    )
+    torch.manual_seed(0)
+    for parameter in weights.parameters():
+        parameter.data += noise * torch.randn_like(parameter)
+    lora = None
+    if rank:
+        settings = lora_config(adapter, rank, 2.0 * rank, ("q_proj", "v_proj"), "tiny")
+        attached = AttachedLora(adapter, settings)
+        tensors = {name: noise * torch.randn_like(tensor) for name, tensor in attached.tensors().items()}
+        attached.remove()
+        lora = LoraWeights(settings, tensors)
+    return KVCompressor(config, weights, lora, "after", {"name": "tiny", **sizes}).eval()
+
+
+@pytest.mark.parametrize("preset", ["paper", "context"])
+@pytest.mark.parametrize("when", ["context", "prompt"])
+@pytest.mark.parametrize("ratio", [0.5, 0.3, 0.1])
+def test_untrained_weights_select_what_the_preset_selects(model: Any, preset: str, when: Any, ratio: float) -> None:
+    config = CompressionConfig.preset(preset, when=when, ratio=ratio)
+    inputs = tiny_omni.context() if when == "context" else tiny_omni.prompt()
+    plans = []
+    for compressor in (KVCompressor(config), calibrated(model, config)):
+        with compressor(model, tiny_omni.Tokenizer()) as session:
+            plans.append(session.plan(session.prefill(**inputs)))
+    for preset_plan, learned_plan in zip(*plans, strict=True):
+        assert torch.equal(preset_plan.log_gates, learned_plan.log_gates)
+        assert torch.equal(preset_plan.keys, learned_plan.keys)
+        assert torch.equal(preset_plan.bias, learned_plan.bias)
+    moved = calibrated(model, config, noise=1.0)
+    with moved(model, tiny_omni.Tokenizer()) as session:
+        other = session.plan(session.prefill(**inputs))
+    assert any(not torch.equal(a.log_gates, b.log_gates) for a, b in zip(plans[0], other, strict=True))
+
+
+def test_budgets_of_learned_weights_are_exact(model: Any) -> None:
+    for ratio in (0.9, 0.5, 0.2, 0.05):
+        config = CompressionConfig.preset("paper", ratio=ratio)
+        with calibrated(model, config, noise=2.0)(model, tiny_omni.Tokenizer()) as session:
+            cache = session.compress(**tiny_omni.context())
+        assert cache.kept_entries().sum() == int(ratio * 3 * 18 + 1e-9)
+
+
+def test_every_weight_gets_a_gradient(model: Any) -> None:
+    """With all steps on, each row of METHOD's table is reached by the soft selection's gradient."""
+    compressor = calibrated(model, CompressionConfig.preset("paper"), noise=0.1)
+    with compressor(model, tiny_omni.Tokenizer()) as session:
+        prefill = session.prefill(**tiny_omni.context())
+        loss = torch.zeros(())
+        for ratio in (0.3, 0.5, 0.7):
+            plans = session.plan(prefill, ratio, temperature=0.5)
+            ids = torch.tensor([[20, 21, 22]])
+            positions = session.adapter.text_positions(prefill.next_position + torch.arange(3))
+            mask = torch.ones(1, prefill.labels.labels.shape[1] + 3, dtype=torch.long)
+            logits = session.simulate(prefill, plans, input_ids=ids, attention_mask=mask, position_ids=positions)
+            loss = loss + logits.square().mean()
+        loss.backward()
+    for name, parameter in compressor.named_parameters():
+        assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0, name
+
+
+def answers(compressor: KVCompressor, model: Any) -> list[int]:
+    with compressor(model, tiny_omni.Tokenizer()):
+        return model.generate(**tiny_omni.prompt(), **GREEDY)[0].tolist()
+
+
+def test_save_and_load(model: Any, tmp_path: Path) -> None:
+    compressor = calibrated(model, CompressionConfig.preset("context", ratio=0.3), noise=1.0, rank=4)
+    folder = tmp_path / "export"
+    compressor.save_pretrained(folder)
+    compressor.save_pretrained(folder)  # over itself
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert files == [
+        "README.md",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "config.json",
+        "model.safetensors",
+    ]
+    loaded = KVCompressor.from_pretrained(folder)
+    assert answers(loaded, model) == answers(compressor, model)
+    assert loaded.config == compressor.config
+    assert KVCompressor.from_pretrained(folder, ratio=0.7).config.ratio == 0.7
+
+
+def test_lora_acts_and_leaves(model: Any) -> None:
+    config = CompressionConfig.preset("context", ratio=1.0)
+    plain = model.generate(**tiny_omni.prompt(), **GREEDY)[0].tolist()
+    gradients = [parameter.requires_grad for parameter in model.parameters()]
+    assert answers(calibrated(model, config, noise=1.0, rank=4), model) != plain
+    assert answers(calibrated(model, config, noise=0.0, rank=4), model) == plain
+    assert not any("lora" in name for name, _ in model.named_modules())
+    assert [parameter.requires_grad for parameter in model.parameters()] == gradients
+    assert model.generate(**tiny_omni.prompt(), **GREEDY)[0].tolist() == plain
+
+
+def test_scope_after_leaves_the_context_to_the_base_model(model: Any) -> None:
+    config = CompressionConfig.preset("context", ratio=1.0)
+    kept = []
+    for rank in (0, 4):
+        with calibrated(model, config, noise=0.0 if rank == 0 else 1.0, rank=rank)(model) as session:
+            kept.append(session.prefill(**tiny_omni.context()).cache.layers[-1].keys)
+    assert torch.equal(*kept)
+
+
+def edit(file: Path, **changes: Any) -> None:
+    values = json.loads(file.read_text())
+    for key, value in changes.items():
+        if value is None:
+            values.pop(key)
+        else:
+            values[key] = value
+    file.write_text(json.dumps(values))
+
+
+@pytest.fixture
+def export(model: Any, tmp_path: Path) -> Path:
+    calibrated(model, CompressionConfig.preset("context"), noise=0.1, rank=2).save_pretrained(tmp_path / "export")
+    return tmp_path / "export"
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def wrong_shape(file: Path) -> None:
+    tensors = load_file(file)
+    tensors["redistribution"] = torch.zeros(9)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda e: (e / "model.safetensors").unlink(), r"model\.safetensors: is missing"),
+        (lambda e: truncate(e / "model.safetensors"), r"model\.safetensors: is truncated"),
+        (lambda e: wrong_shape(e / "model.safetensors"), r"model\.safetensors: redistribution: has shape \[9\]"),
+        (lambda e: (e / "config.json").unlink(), r"config\.json: is missing"),
+        (lambda e: (e / "config.json").write_text("{"), r"config\.json: is no JSON"),
+        (lambda e: edit(e / "config.json", format=7), r"config\.json: format: version 7 is unknown"),
+        (lambda e: edit(e / "config.json", lora_scope="never"), r"lora_scope: 'never' is not"),
+        (lambda e: edit(e / "config.json", base=None), r"config\.json: base: is missing"),
+        (lambda e: edit(e / "config.json", compression={"ratio": 1.5}), r"config\.json: ratio: 1\.5 is not a number"),
+        (lambda e: edit(e / "config.json", compression={"rate": 1}), r"config\.json: rate: is no option"),
+        (lambda e: (e / "adapter" / "adapter_config.json").unlink(), r"adapter_config\.json: is missing"),
+        (lambda e: (e / "adapter" / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors: is missing"),
+        (lambda e: truncate(e / "adapter" / "adapter_model.safetensors"), r"adapter: cannot be read"),
+    ],
+)
+def test_damaged_exports(export: Path, damage: Any, message: str) -> None:
+    damage(export)
+    with pytest.raises(InputError, match=message) as caught:
+        KVCompressor.from_pretrained(export)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_base_model(export: Path) -> None:
+    other = tiny_omni.build(layers=2)
+    with pytest.raises(InputError, match="layers: was calibrated for tiny with layers 3; this model has 2"):
+        KVCompressor.from_pretrained(export)(other)
+
+
+def test_no_such_export(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no export folder"):
+        KVCompressor.from_pretrained(tmp_path / "nothing")
+
+
+def test_foreign_folders_are_not_overwritten(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match="is no export"):
+        calibrated(model, CompressionConfig.preset("context")).save_pretrained(tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 1.5}, "ratio: 1.5 is not a number from 0 to 1"),
+        ({"ratio": "a"}, "ratio: 'a' is not a number"),
+        ({"policy": "h3o"}, "policy: 'h3o' is not one of full, random"),
+        ({"when": "later"}, "when: 'later' is not one of"),
+        ({"kernel": 4}, "kernel: 4 is even"),
+        ({"budget": -1}, "budget: -1 is not a number of entries"),
+        ({"focusing": 1}, "focusing: 1 is not true or false"),
+        ({"probe_queries": 17}, "probe_queries: 17 is not a number from 0 to 16"),
+    ],
+)
+def test_config_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        CompressionConfig(**options)
