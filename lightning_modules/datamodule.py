@@ -124,6 +124,16 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         return int(np.random.default_rng((self.seed, passed)).permutation(self.clips)[index])
 
 
+class NumberedLoader(DataLoader[Any]):
+    """A loader whose place is the trainer's global step: :class:`StepSampler` starts there, nothing else is saved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
 class AVDataModule(LightningDataModule):
     """Clips for calibration.
 
@@ -211,7 +221,7 @@ class AVDataModule(LightningDataModule):
             trainer.global_rank,
             trainer.world_size,
         )
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate)
+        return NumberedLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate)
 
     def val_dataloader(self) -> DataLoader[Any]:
         dataset = self.datasets["validation"]

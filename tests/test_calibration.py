@@ -1,0 +1,209 @@
+"""Calibration through a real Trainer on the packaged AV-LLM: what it trains, saves, resumes and exports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from acckv import InputError, KVCompressor
+from acckv.data.batching import Turn, pack_turns
+from acckv.modality import ModalityMap
+from lightning_modules.calibration import CalibrationModule
+from lightning_modules.callbacks import ExportCompressor
+from lightning_modules.datamodule import AVDataModule, StepSampler
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("clips")
+
+
+class StopAfter(Callback):
+    """Ends a run early, as an interruption would, without changing its schedule."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.steps
+
+
+def fit(cache: Path, folder: Path, steps: int = 4, stop: int | None = None, resume: Path | None = None, **options: Any):
+    torch.manual_seed(0)
+    module = CalibrationModule(**options)
+    data = AVDataModule(
+        when=options.get("when", "context"), train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache)
+    )
+    checkpoint = ModelCheckpoint(dirpath=folder, filename="step-{step}", every_n_train_steps=2, save_top_k=-1)
+    callbacks: list[Callback] = [checkpoint, ExportCompressor(str(folder / "export"), new_tokens=4)]
+    if stop is not None:
+        callbacks.append(StopAfter(stop))
+    trainer = Trainer(
+        max_steps=steps,
+        callbacks=callbacks,
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        gradient_clip_val=1.0,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, data, ckpt_path=resume)
+    return module
+
+
+def trained(module: CalibrationModule) -> dict[str, torch.Tensor]:
+    values = {f"compressor.{name}": value for name, value in module.compressor.state_dict().items()}
+    lora = module.exported().lora
+    return values | (lora.tensors if lora is not None else {})
+
+
+def test_resume_is_exact(cache: Path, tmp_path: Path) -> None:
+    whole = fit(cache, tmp_path / "whole")
+    fit(cache, tmp_path / "cut", stop=2)
+    checkpoint = tmp_path / "cut" / "step-step=2.ckpt"
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert state and all(name.startswith("compressor.weights.") or ".lora_" in name for name in state)
+    resumed = fit(cache, tmp_path / "cut", resume=checkpoint)
+    expected, found = trained(whole), trained(resumed)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    first = KVCompressor.from_pretrained(tmp_path / "whole" / "export").weights.state_dict()
+    second = KVCompressor.from_pretrained(tmp_path / "cut" / "export").weights.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_scope": "all"},
+        {"lora_rank": 0},
+        {"preset": "paper"},
+        {"when": "prompt", "preset": "paper"},
+    ],
+    ids=["scope-all", "weights-only", "paper", "prompt"],
+)
+def test_variants_train_and_export(cache: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """ExportCompressor compares live and reloaded answers, and raises where they differ."""
+    before = CalibrationModule(**options)
+    before.configure_model()
+    module = fit(cache, tmp_path, steps=2, **options)
+    start = before.compressor.state_dict()
+    moved = [name for name, value in module.compressor.state_dict().items() if not torch.equal(value, start[name])]
+    before.teardown("fit")
+    assert "weights.layer_budget" in moved and "weights.saliency" in moved
+    assert (tmp_path / "export" / "adapter").exists() == (options.get("lora_rank") != 0)
+
+
+def test_the_teacher_is_the_student_at_ratio_one(cache: Path) -> None:
+    module = CalibrationModule()
+    module.configure_model()
+    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
+    data.setup()
+    batch = next(iter(data.val_dataloader()))
+    with torch.no_grad():
+        same, _ = module.distill(batch, 1.0, None)
+        less, _ = module.distill(batch, 0.05, None)
+    module.teardown("fit")
+    assert abs(float(same)) < 1e-5 < 1e-2 < float(less)
+
+
+def test_packed_turns_equal_single_turns(cache: Path) -> None:
+    """A turn among others answers as it does alone, and as the model's plain forward does."""
+    module = CalibrationModule(lora_rank=0)
+    module.configure_model()
+    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
+    data.setup()
+    dataset = data.datasets["validation"]
+    context, turns, _ = dataset[(0, 0)]
+    with torch.no_grad():
+        prefill = module.live.prefill(**context)
+        packed = pack_turns([turns])
+        together = module._logits(prefill, None, packed)[0]
+        for number, turn in enumerate(turns):
+            alone = module._logits(prefill, None, pack_turns([[turn]]))[0]
+            assert torch.allclose(together[packed.turn[0] == number], alone, atol=1e-4)
+        ids = torch.cat([context["input_ids"], turns[0].ids[None]], dim=1)
+        plain = module.model(**{**context, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0]
+    module.teardown("fit")
+    assert torch.allclose(plain[context["input_ids"].shape[1] :], together[packed.turn[0] == 0], atol=1e-4)
+
+
+def test_pack_turns() -> None:
+    packed = pack_turns([[Turn(torch.tensor([5, 6, 7, 8, 9]), 1), Turn(torch.tensor([3, 4]), 0)], [Turn(torch.tensor([1, 2]), 0)]])
+    assert packed.ids.tolist() == [[5, 6, 7, 8, 9, 3, 4], [1, 2, 0, 0, 0, 0, 0]]
+    assert packed.turn.tolist() == [[0, 0, 0, 0, 0, 1, 1], [0, 0, -1, -1, -1, -1, -1]]
+    assert packed.offset.tolist()[0] == [0, 1, 2, 3, 4, 0, 1]
+    assert packed.weight[0].tolist() == pytest.approx([0, 3**-0.5, 3**-0.5, 3**-0.5, 0, 1, 0])
+    labels = ModalityMap(torch.tensor([[3, 0, 1], [0, 1, 2]]))
+    mask = packed.mask(labels, torch.float32)[0, 0] == 0
+    assert mask[5].tolist() == [False, True, True] + [False] * 5 + [True, False]
+    assert mask[3].tolist() == [False, True, True] + [True] * 4 + [False] * 3
+
+
+def test_batches_depend_on_their_number_only() -> None:
+    whole = list(StepSampler(5, 2, 6, 0, seed=1))
+    assert list(StepSampler(5, 2, 6, 4, seed=1)) == whole[4:]
+    assert {index for batch in whole[:5] for index, _ in batch} == set(range(5))
+    ranks = [list(StepSampler(5, 2, 6, 0, seed=1, rank=rank, world=2)) for rank in range(2)]
+    double = list(StepSampler(5, 4, 6, 0, seed=1))
+    for one, other, both in zip(*ranks, double, strict=True):
+        assert sorted(one + other) == sorted(both)
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(InputError, match=r"model\.ratio_min"):
+        CalibrationModule(ratio_min=0.5, ratio_max=0.1)
+    with pytest.raises(InputError, match=r"data\.train_questions: is needed"):
+        AVDataModule(source="music_avqa")
+    with pytest.raises(InputError, match=r"lora_targets: 'gate_proj' is not one of"):
+        CalibrationModule(lora_targets=("gate_proj",)).configure_model()
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    """SIGKILL in the middle, resume with --ckpt_path: the weights of an uninterrupted run."""
+
+    def command(name: str, *more: str) -> list[str]:
+        out = tmp_path / name
+        return [
+            *(sys.executable, "train.py", "--config", "configs/calib.yaml", "--trainer.max_steps=12"),
+            *("--data.train_clips=8", "--data.validation_clips=2", "--data.batch_size=2"),
+            *(f"--data.cache_dir={tmp_path / 'clips'}", f"--trainer.default_root_dir={out}"),
+            *("--checkpoint.every_n_train_steps=2", "--trainer.val_check_interval=100", *more),
+        ]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command("whole"), check=True, **run)  # type: ignore[call-overload]
+    process = subprocess.Popen(command("cut"), **run)  # type: ignore[call-overload]
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 240
+    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert last.exists() and not (tmp_path / "cut" / "export").exists()
+    reached = torch.load(last, weights_only=True)["global_step"]
+    assert 0 < reached < 12
+    subprocess.run(command("cut", f"--ckpt_path={last}"), check=True, **run)  # type: ignore[call-overload]
+    exports = [KVCompressor.from_pretrained(tmp_path / name / "export") for name in ("whole", "cut")]
+    for name, value in exports[0].state_dict().items():
+        assert torch.equal(value, exports[1].state_dict()[name]), name
+    for name, value in exports[0].lora.tensors.items():
+        assert torch.equal(value, exports[1].lora.tensors[name]), name
