@@ -1,4 +1,4 @@
-"""The export: a folder of config.json, model.safetensors, adapter/ and a model card. No pickle, no half-written file."""
+"""The export: config.json, model.safetensors, adapter/ and a model card. No pickle, no half-written file."""
 
 from __future__ import annotations
 

@@ -15,10 +15,6 @@ Signal = Literal["attention", "key_diversity"]
 LoraScope = Literal["after", "all"]
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class CompressionConfig:
     """How the audio and video entries of a KV cache are compressed. Text entries are always kept.
@@ -29,28 +25,51 @@ class CompressionConfig:
         InputError: an option is out of its range; the message names it.
     """
 
-    policy: PolicyName = _option("acckv", "Which method scores the entries.")
-    when: When = _option(
-        "context",
-        "'context': after the media, before any question is seen. 'prompt': after the whole prompt.",
+    policy: PolicyName = field(default="acckv", metadata={"help": "Which method scores the entries."})
+    when: When = field(
+        default="context",
+        metadata={"help": "'context': after the media, before any question is seen. 'prompt': after the whole prompt."},
     )
-    ratio: float = _option(0.2, "Kept share of the audio and video entries, averaged over layers; 0 to 1.")
-    budget: int | None = _option(None, "Kept audio and video entries a layer on average; replaces `ratio`.")
-    signal: Signal = _option(
-        "attention", "AccKV's heavy-hitter signal: 'attention' of the observed rows or 'key_diversity'."
+    ratio: float = field(
+        default=0.2, metadata={"help": "Kept share of the audio and video entries, averaged over layers; 0 to 1."}
     )
-    redistribution: bool = _option(True, "AccKV step 1: undo the bias of causal attention to early columns.")
-    focusing: bool = _option(True, "AccKV step 2: split a layer's budget by the attention each modality gets.")
-    integration: bool = _option(True, "AccKV step 3: average what a modality loses into one merged entry.")
-    cross_calibration: bool = _option(True, "AccKV step 4: drop low-priority entries that match no kept key.")
-    alignment_threshold: float = _option(0.6, "AccKV step 4: least mean cosine similarity (paper: 0.9 or 0.6).")
-    share_heads: bool = _option(False, "Keep the same tokens in all KV heads of a layer.")
-    window: int = _option(32, "SnapKV: observed rows at the end of what was prefilled.")
-    kernel: int = _option(5, "SnapKV: width of the max-pooling over neighbouring scores; odd, in entries.")
-    sinks: int = _option(4, "StreamingLLM: first audio and video entries that are always kept.")
-    layer_floor: float = _option(0.1, "Least share of the uniform budget that a learned layer budget leaves; 0 to 1.")
-    probe_queries: int = _option(4, "Learned probe queries a query head (calibrated compressors only); 0 to 16.")
-    seed: int = _option(0, "Seed of the random policy.")
+    budget: int | None = field(
+        default=None, metadata={"help": "Kept audio and video entries a layer on average; replaces `ratio`."}
+    )
+    signal: Signal = field(
+        default="attention",
+        metadata={"help": "AccKV's heavy-hitter signal: 'attention' of the observed rows or 'key_diversity'."},
+    )
+    redistribution: bool = field(
+        default=True, metadata={"help": "AccKV step 1: undo the bias of causal attention to early columns."}
+    )
+    focusing: bool = field(
+        default=True, metadata={"help": "AccKV step 2: split a layer's budget by the attention each modality gets."}
+    )
+    integration: bool = field(
+        default=True, metadata={"help": "AccKV step 3: average what a modality loses into one merged entry."}
+    )
+    cross_calibration: bool = field(
+        default=True, metadata={"help": "AccKV step 4: drop low-priority entries that match no kept key."}
+    )
+    alignment_threshold: float = field(
+        default=0.6, metadata={"help": "AccKV step 4: least mean cosine similarity (paper: 0.9 or 0.6)."}
+    )
+    share_heads: bool = field(default=False, metadata={"help": "Keep the same tokens in all KV heads of a layer."})
+    window: int = field(default=32, metadata={"help": "SnapKV: observed rows at the end of what was prefilled."})
+    kernel: int = field(
+        default=5, metadata={"help": "SnapKV: width of the max-pooling over neighbouring scores; odd, in entries."}
+    )
+    sinks: int = field(
+        default=4, metadata={"help": "StreamingLLM: first audio and video entries that are always kept."}
+    )
+    layer_floor: float = field(
+        default=0.1, metadata={"help": "Least share of the uniform budget that a learned layer budget leaves; 0 to 1."}
+    )
+    probe_queries: int = field(
+        default=4, metadata={"help": "Learned probe queries a query head (calibrated compressors only); 0 to 16."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the random policy."})
 
     def __post_init__(self) -> None:
         for name, choices in (("policy", PolicyName), ("when", When), ("signal", Signal)):

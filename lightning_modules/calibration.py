@@ -39,7 +39,8 @@ class CalibrationModule(LightningModule):
         lora_alpha: LoRA scale times rank; None is twice the rank.
         lora_targets: attention projections that LoRA adapts.
         lora_scope: 'after' adapts tokens after compression only, 'all' the prompt too.
-        lr_budget, lr_score, lr_lora, lr_other: peak learning rates of budgets, of saliency and signal mix, of LoRA, of the rest.
+        lr_budget, lr_score, lr_lora, lr_other: peak learning rates of budgets, of saliency and signal mix, of LoRA,
+            and of the rest.
         warmup: steps of linear warm-up; a cosine to 5 % follows.
         layer_floor: least share of the uniform budget that a layer keeps.
         probe_queries: learned probe queries a head; 0 for none.

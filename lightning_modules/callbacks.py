@@ -1,4 +1,4 @@
-"""What happens around calibration: the export at its end."""
+"""What happens at the end of calibration: the export, and a look at what it is worth."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
 from acckv.compressor import KVCompressor
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.datamodule import CalibrationBatch
+from lightning_modules.evaluation_data import EvaluationData
+from lightning_modules.evaluation_run import EvaluationOptions, run_evaluation
 
 
 class ExportCompressor(Callback):
@@ -26,10 +27,14 @@ class ExportCompressor(Callback):
         self.folder = folder
         self.new_tokens = new_tokens
 
+    def path(self, trainer: Trainer) -> Path:
+        """Folder of the export."""
+        return Path(self.folder or Path(trainer.default_root_dir) / "export")
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, CalibrationModule) or not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        folder = Path(self.folder or Path(trainer.default_root_dir) / "export")
+        folder = self.path(trainer)
         pl_module.exported().save_pretrained(folder)
         batch = self._batch(trainer, pl_module)
         live = self._answers(pl_module, pl_module.live, batch)
@@ -38,7 +43,7 @@ class ExportCompressor(Callback):
             reloaded = self._answers(pl_module, session, batch)
         if not torch.equal(live, reloaded):
             raise RuntimeError(f"{folder}: the reloaded export answers otherwise than the live module")
-        rank_zero_info(f"Exported to {folder}; reloaded, it answers exactly as the live module.")
+        print(f"Exported to {folder}; reloaded, it answers exactly as the live module.")
 
     def _batch(self, trainer: Trainer, module: CalibrationModule) -> CalibrationBatch:
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
@@ -59,3 +64,46 @@ class ExportCompressor(Callback):
             ids[row, width - length :] = turns.ids[row, :length]
             mask[row, width - length :] = 1
         return session.answer(session.compress(**batch.inputs), ids, mask, **inputs)
+
+
+class EvaluateExport(Callback):
+    """After the export: the table of evaluate.py on a few clips, so that a run ends with what it is worth.
+
+    Args:
+        clips: how many; 0 skips it. Generated clips are of the test split, your own of the validation questions.
+        ratios: kept shares.
+        output: folder of the results; None is `eval` in the trainer's default_root_dir.
+    """
+
+    def __init__(self, clips: int = 12, ratios: tuple[float, ...] = (0.2, 0.05), output: str | None = None) -> None:
+        self.clips = clips
+        self.ratios = ratios
+        self.output = output
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(pl_module, CalibrationModule) or not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        exports = [callback for callback in trainer.callbacks if isinstance(callback, ExportCompressor)]  # type: ignore[attr-defined]
+        if not self.clips or not exports:
+            return
+        options = trainer.datamodule.options  # type: ignore[attr-defined]
+        data = EvaluationData(
+            question_file=options.validation_questions,
+            video_root=options.video_root,
+            cache_dir=options.cache_dir,
+            seed=options.seed,
+        )
+        run_evaluation(
+            EvaluationOptions(
+                model=str(pl_module.options.base_model),
+                compressor=str(exports[0].path(trainer)),
+                ratios=list(self.ratios),
+                when=pl_module.compression.when,
+                limit=self.clips,
+                output=self.output or str(Path(trainer.default_root_dir) / "eval"),
+                dtype=pl_module.options.dtype,
+                data=data,
+                accelerator="gpu" if pl_module.device.type == "cuda" else "cpu",
+            ),
+            command=f"python evaluate.py --compressor {exports[0].path(trainer)} --limit {self.clips}",
+        )

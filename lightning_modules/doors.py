@@ -52,7 +52,7 @@ def quiet_libraries() -> None:
 def one_line(message: str) -> str:
     """A message without line breaks. An error that crossed a data-loader process is reduced to its last line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    if len(lines) > 1 and any(line.startswith("Traceback") for line in lines):
+    if len(lines) > 1 and any("Traceback (most recent call last)" in line for line in lines):
         lines = [lines[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")]
     text = re.sub(r"\s+", " ", " ".join(lines))
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
@@ -98,7 +98,8 @@ def parser_error(message: str, argv: Sequence[str], known: Sequence[str] = ()) -
         return InputError(f"not a YAML mapping of options ({one_line(message)})", source=broken)
     unknown = re.search(r"Option '([^']+)' is not accepted|does not accept option '([^']+)'", message)
     if unknown:
-        key = unknown.group(1) or unknown.group(2)
+        group = re.search(r"Group '([^']+)' does not accept", message)
+        key = ".".join(part for part in (group and group.group(1), unknown.group(1) or unknown.group(2)) if part)
         near = difflib.get_close_matches(key, known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return InputError(f"unknown option{hint}", source=_file_with(key, files), field=key)

@@ -145,7 +145,9 @@ def test_packed_turns_equal_single_turns(cache: Path) -> None:
 
 
 def test_pack_turns() -> None:
-    packed = pack_turns([[Turn(torch.tensor([5, 6, 7, 8, 9]), 1), Turn(torch.tensor([3, 4]), 0)], [Turn(torch.tensor([1, 2]), 0)]])
+    packed = pack_turns(
+        [[Turn(torch.tensor([5, 6, 7, 8, 9]), 1), Turn(torch.tensor([3, 4]), 0)], [Turn(torch.tensor([1, 2]), 0)]]
+    )
     assert packed.ids.tolist() == [[5, 6, 7, 8, 9, 3, 4], [1, 2, 0, 0, 0, 0, 0]]
     assert packed.turn.tolist() == [[0, 0, 0, 0, 0, 1, 1], [0, 0, -1, -1, -1, -1, -1]]
     assert packed.offset.tolist()[0] == [0, 1, 2, 3, 4, 0, 1]

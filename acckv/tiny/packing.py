@@ -24,6 +24,8 @@ from acckv.tiny.bank import SlotBank
 KINDS = (*SINGLE_TYPES, *DESCRIPTION_TYPES)
 END_WEIGHT = 0.05
 LIST_WEIGHT = 0.3
+SLOT_LABELS = ("shape", "colour", "previous shape", "previous timbre")
+"""Auxiliary targets a slot; the previous ones are asked in slots with a shape (or sound) only."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class PackedBatch:
         targets: int64 [batch, tokens], the token that follows each token (0 where nothing is asked).
         weights: float32 [batch, tokens], 0 where nothing is asked.
         kinds: int64 [batch, tokens], index in KINDS of the question whose answer is asked here, else -1.
-        slot_labels: int64 [batch, slots, 2], shape and colour of each slot, 6 for none.
+        slot_labels: int64 [batch, slots, labels], see SLOT_LABELS; 6 for none, -100 where nothing is asked.
     """
 
     inputs: dict
@@ -108,7 +110,7 @@ class PackedLayout:
         ids = torch.zeros(size, self.tokens, dtype=torch.long)
         targets, kinds = torch.zeros_like(ids), torch.full_like(ids, -1)
         weights = torch.zeros(size, self.tokens)
-        labels = torch.full((size, self.stage.slots, 2), 6)
+        labels = torch.zeros(size, self.stage.slots, len(SLOT_LABELS), dtype=torch.long)
         ids[:, : len(self.prefix)] = self.prefix
         for row, script in enumerate(scripts):
             start = len(self.prefix)
@@ -122,8 +124,7 @@ class PackedLayout:
                 if kind not in DESCRIPTION_TYPES:
                     weights[row, stop - 1], kinds[row, stop - 1] = END_WEIGHT, -1
                 start = stop
-            for slot, event in script.shapes.items():
-                labels[row, slot] = torch.tensor(event)
+            labels[row] = _slot_labels(script)
         pixels, mel = bank.clip_features(scripts, rng)
         inputs = {
             "input_ids": ids,
@@ -163,3 +164,16 @@ class PackedLayout:
         visible = (turn[None, :] == 0) | (turn[:, None] == turn[None, :])
         visible &= torch.ones_like(visible).tril()
         self.mask = torch.zeros(1, 1, *visible.shape).masked_fill(~visible, float("-inf"))
+
+
+def _slot_labels(script: ClipScript) -> Tensor:
+    """Auxiliary targets of a clip: int64 [slots, len(SLOT_LABELS)]."""
+    labels = torch.tensor([[6, 6, -100, -100]]).repeat(script.slots, 1)
+    for slot, event in script.shapes.items():
+        labels[slot, :2] = torch.tensor(event)
+    for column, events in ((2, script.shapes), (3, script.sounds)):
+        previous = 6
+        for slot in sorted(events):
+            labels[slot, column] = previous
+            previous = events[slot][0]
+    return labels

@@ -30,12 +30,12 @@ from acckv.tiny.bank import SlotBank, load_bank
 from acckv.tiny.build import POSITION_IDS_PER_SECOND, build_model, build_processor, save
 from acckv.tiny.encoders import unit_rms, warm_up
 from acckv.tiny.fast_training import PrefixAttention, fast_training
-from acckv.tiny.packing import KINDS, PackedBatch, PackedLayout, Stage
+from acckv.tiny.packing import KINDS, SLOT_LABELS, PackedBatch, PackedLayout, Stage
 
 CURRICULUM = (
     Stage(slots=4, both=2, video_only=1, audio_only=1, steps=500, batch=16),
     Stage(slots=8, both=2, video_only=2, audio_only=2, steps=300, batch=12),
-    Stage(slots=16, both=3, video_only=2, audio_only=2, steps=1100, batch=12),
+    Stage(slots=16, both=3, video_only=2, audio_only=2, steps=900, batch=12),
 )
 
 
@@ -84,7 +84,7 @@ class Pretraining:
         self.model = build_model()
         self.processor = build_processor()
         hidden = self.model.config.text_config.hidden_size
-        self.auxiliary_head = nn.Linear(hidden, 14)
+        self.auxiliary_head = nn.Linear(hidden, 7 * len(SLOT_LABELS))
         self.progress = Progress()
         self._local = threading.local()
         layer = self.model.model.language_model.layers[settings.auxiliary_layer]
@@ -196,10 +196,11 @@ class Pretraining:
         return loss.item(), torch.autograd.grad(total, parameters, allow_unused=True)
 
     def _auxiliary_loss(self, batch: PackedBatch, layout: PackedLayout) -> Tensor:
-        """Audio tokens predict shape and colour of their slot: it binds the two modalities early."""
+        """Audio tokens predict what their slot shows and what came before it: it binds modalities and moments early."""
         scores = self.auxiliary_head(unit_rms(self._local.layer_output[:, layout.audio_slots])).flatten(0, 1)
         labels = batch.slot_labels.repeat_interleave(POSITION_IDS_PER_SECOND, 1).flatten(0, 1)
-        return F.cross_entropy(scores[:, :7], labels[:, 0]) + F.cross_entropy(scores[:, 7:], labels[:, 1])
+        parts = zip(scores.split(7, dim=-1), labels.unbind(-1), strict=True)
+        return torch.stack([F.cross_entropy(score, label) for score, label in parts]).sum()
 
     def _type_weights(self) -> Tensor:
         """Weight per question type (and 1 for tokens of no type): types that lag count more."""
