@@ -305,6 +305,13 @@ class Gemma4(Family):
             **self.tokens(),
         )
 
+    def build(self, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
+        """With query norms of 0.25: with 1 and no scaling, attention saturates and multiplies rounding errors."""
+        model = super().build(attention, dtype)
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_norm.weight.data.fill_(0.25)
+        return model
+
     def attention(self, name: str) -> Any:
         return {"text_config": name, "vision_config": "sdpa", "audio_config": "eager", "": name}
 
