@@ -17,7 +17,7 @@ from acckv.cache import compressed_layers, sliding_layers
 from acckv.cache_layer import settle_window
 from acckv.errors import InputError
 from acckv.modality import Modality, ModalityMap
-from acckv.ragged import scatter_back, take, window
+from acckv.ragged import packed, scatter_back, take, window
 from acckv.turn import Turn
 from acckv.watch import Watch, WatchListener, record_past, restore_past
 
@@ -69,6 +69,12 @@ class PromptRun:
 
     def __post_init__(self) -> None:
         turn = self.turn
+        # Where columns are counted, gaps were closed when they came.
+        self.past = packed(turn.past) if self.adapter.has_windows else turn.past
+        if self.arguments.get("position_ids") is None:  # the decoder would count columns
+            columns = torch.arange(turn.seen, turn.seen + turn.length, device=turn.past.device)
+            positions = self.adapter.text_positions(columns.expand(turn.past.shape[0], -1))
+            self.arguments = {**self.arguments, "position_ids": positions}
         stops = torch.maximum(turn.stop, turn.labels.real.long().argmax(dim=1))
         self.front = window(torch.zeros_like(stops), torch.where(turn.stop > 0, stops, 0))
         # Left-aligned, so that there is no gap between the two in any row.
@@ -81,8 +87,13 @@ class PromptRun:
                 field="input_ids",
             )
 
+    @property
+    def next_position(self) -> Tensor:
+        """int64 ``[batch, 1]``: where text goes on after the turn."""
+        return next_position(self.arguments["position_ids"])
+
     def watch(self, rows: Tensor, probe: int) -> Watch:
-        return Watch(self.front_labels, rows, self.turn.past, probe)
+        return Watch(self.front_labels, rows, self.past, probe)
 
     def run(
         self,
@@ -117,9 +128,8 @@ class PromptRun:
         return output
 
     def _front(self, listener: WatchListener | None, probe_ids: Tensor | None, needs_front: bool) -> Any:
-        turn, labels = self.turn, self.front_labels
         inputs = self._cut(self.front, needs_front)
-        real = torch.cat([turn.past, labels.real], dim=1)
+        real = torch.cat([self.past, self.front_labels.real], dim=1)
         if probe_ids is not None:
             after = next_position(inputs["position_ids"]) + torch.arange(probe_ids.shape[1], device=real.device)
             inputs = self.adapter.append_text(inputs, probe_ids, after)
@@ -137,9 +147,9 @@ class PromptRun:
         return output
 
     def _rest(self) -> Any:
-        turn, valid = self.turn, self.rest >= 0
+        valid = self.rest >= 0
         inputs = self._cut(self.rest, whole=True)
-        real = torch.cat([turn.past, self.front_labels.real, valid], dim=1)
+        real = torch.cat([self.past, self.front_labels.real, valid], dim=1)
         inputs["attention_mask"] = self.adapter.mask(real, inputs, self.cache, None)
         gaps = not bool(valid.all())
         flags = record_past(self.cache) if gaps else {}
@@ -182,10 +192,8 @@ class PromptRun:
         return torch.cat(parts, dim=1)
 
 
-def next_position(position_ids: Tensor | None) -> Tensor:
+def next_position(position_ids: Tensor) -> Tensor:
     """Where text goes on after tokens at `position_ids` ``[..., B, tokens]``: int64 ``[B, 1]``."""
-    if position_ids is None:
-        raise InputError("the model gave its decoder no positions; pass an attention_mask", field="attention_mask")
     last = position_ids[..., -1:]
     # generate puts plain text positions before the three dimensions (time, height, width).
     return (last[-3:].amax(dim=0) if last.ndim == 3 else last) + 1

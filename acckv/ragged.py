@@ -25,6 +25,11 @@ def window(starts: Tensor, stops: Tensor, align: Literal["left", "right"] = "rig
     return columns.masked_fill(columns < (stops - lengths)[:, None], -1)
 
 
+def packed(real: Tensor) -> Tensor:
+    """A mask bool ``[batch, tokens]`` with each row's gaps moved to its left."""
+    return real.to(torch.uint8).sort(dim=1).values.bool()
+
+
 def take(tensor: Tensor, columns: Tensor, dim: int, fill: int | float = 0) -> Tensor:
     """Gather a window out of dimension `dim`; the batch is the dimension before it.
 

@@ -57,13 +57,12 @@ class _Task:
 
     Attributes:
         rows: to record for a Prefill; None evicts while it runs, at `ratio` (None: the config's).
-        recorder: what was recorded; positions: position ids that the decoder got.
+        recorder: what was recorded.
     """
 
     rows: Rows | None = None
     ratio: float | None = None
     recorder: Recorder | None = None
-    positions: Tensor | None = None
 
 
 class Session:
@@ -146,13 +145,16 @@ class Session:
         cache, task = fresh_cache(self.adapter), _Task(rows)
         turn = self._read(inputs)
         inputs.pop("modality_ids", None)
+        if inputs.get("position_ids") is None:
+            start = turn.stop.new_zeros(turn.stop.shape[0], 1)
+            inputs["position_ids"] = self.adapter.prompt_positions(inputs, turn.labels.real, start)
         with torch.set_grad_enabled(gradients), without_checkpointing(self.adapter.decoder):
             output = self._run(self.model, task, turn, {**inputs, "past_key_values": cache, "use_cache": True})
         recorder = task.recorder
         if recorder is None:
             raise InputError("brings no token", field="input_ids")
         probes = recorder.probes or None
-        after = next_position(task.positions)
+        after = next_position(inputs["position_ids"])
         return Prefill(cache, turn.labels, recorder.observations, probes, after, output.logits[:, -1])
 
     @torch.no_grad()
@@ -327,7 +329,6 @@ class Session:
             self.tap.cache = before
 
     def _run_task(self, task: _Task, original: Decoder, cache: Cache, turn: Turn, arguments: dict[str, Any]) -> Any:
-        task.positions = arguments.get("position_ids")
         run = PromptRun(self.adapter, self.tap, original, cache, turn, arguments)
         if task.rows is None:
             listener, probe = self._eviction(run, cache, turn, task.ratio)
@@ -344,7 +345,7 @@ class Session:
         output = run.run(listener, probe, self._prompt_adapters())
         past = torch.zeros_like(turn.past, dtype=torch.long).masked_fill(~turn.past, Modality.PADDING)
         labels = ModalityMap(torch.cat([past, turn.labels.labels], dim=1))
-        self.last_cache = CompressedCache(cache.layers, labels, next_position(arguments.get("position_ids")))
+        self.last_cache = CompressedCache(cache.layers, labels, run.next_position)
         return output
 
     def _eviction(

@@ -7,11 +7,14 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from acckv.adapters.base import ModelAdapter
+from acckv.cache import compressed_layers
 from acckv.config import When
 from acckv.errors import InputError
+from acckv.ragged import packed
 from acckv.turn import Turn, read_turn
 
 #: (the decoder's own forward, the turn that its model call brings or None, its arguments) -> its output
@@ -97,6 +100,10 @@ class Wiring:
             raise InputError("cannot be given for assisted decoding; use plain generation", field="modality_ids")
         if length > 1 or modality_ids is not None:
             self._turn = read_turn(self.adapter, inputs, self.when, modality_ids, seen, candidates)
+        mask = kwargs.get("attention_mask")
+        if self.adapter.has_windows and compressed_layers(cache) and isinstance(mask, Tensor) and mask.ndim == 2:
+            # Sliding windows count columns: gaps inside rows were closed when they came.
+            kwargs["attention_mask"] = torch.cat([packed(mask[:, :seen] > 0), mask[:, seen:] > 0], dim=1).to(mask.dtype)
         return args, kwargs
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

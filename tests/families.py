@@ -31,6 +31,7 @@ class Family(ABC):
 
     Attributes:
         name: of the family; padding: input name -> value that fills rows on the left.
+        plain: input name -> its value where there is text.
         joined: inputs whose rows are joined along their first axis in a batch; others are padded on the right.
         layers: how many the budget counts.
     """
@@ -38,6 +39,7 @@ class Family(ABC):
     name: str
     layers = 3
     padding: dict[str, int] = {"input_ids": 0, "attention_mask": 0}  # noqa: RUF012
+    plain: dict[str, int] = {"input_ids": 0, "attention_mask": 1}  # noqa: RUF012
     joined: tuple[str, ...] = ("pixel_values_videos", "video_grid_thw", "video_second_per_grid")
 
     @abstractmethod
@@ -77,7 +79,10 @@ class Family(ABC):
 
     def text(self, model: Any, tokens: tuple[int, ...]) -> dict[str, Any]:
         """A turn of text."""
-        return {"input_ids": torch.tensor([tokens])}
+        ids = torch.tensor([tokens])
+        return {
+            name: ids if name == "input_ids" else torch.full_like(ids, int(fill)) for name, fill in self.plain.items()
+        }
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Rows of different length as one left-padded batch."""
@@ -96,6 +101,19 @@ class Family(ABC):
             else:
                 batch[name] = self.pad_features(values)
         return batch
+
+    def join(self, turns: list[dict[str, Any]]) -> dict[str, Any]:
+        """The turns of one row as the inputs of one prompt."""
+        whole: dict[str, Any] = {}
+        for name in {name: None for turn in turns for name in turn}:
+            values = [turn[name] for turn in turns if name in turn]
+            if not isinstance(values[0], Tensor):
+                whole[name] = values[0]
+            elif name in self.padding or name in self.joined:
+                whole[name] = torch.cat(values, dim=int(name in self.padding))
+            else:
+                whole[name] = self.pad_features(values)
+        return whole
 
     def pad_features(self, values: list[Tensor]) -> Tensor:
         """Stack ``[1, ..., length]`` sound features, padded on the right."""
@@ -252,6 +270,7 @@ class Gemma4(Family):
     name = "gemma4"
     layers = 2
     padding = {**Family.padding, "mm_token_type_ids": 0}  # noqa: RUF012
+    plain = {**Family.plain, "mm_token_type_ids": 0}  # noqa: RUF012
     joined = ("pixel_values_videos", "video_position_ids", "num_frames_per_video")
     shared = 2
     bidirectional: str | None = None
@@ -349,6 +368,19 @@ class Gemma4(Family):
             **floats,
         }
 
+    def join(self, turns: list[dict[str, Any]]) -> dict[str, Any]:
+        """The turns of one row as the inputs of one prompt."""
+        whole: dict[str, Any] = {}
+        for name in {name: None for turn in turns for name in turn}:
+            values = [turn[name] for turn in turns if name in turn]
+            if not isinstance(values[0], Tensor):
+                whole[name] = values[0]
+            elif name in self.padding or name in self.joined:
+                whole[name] = torch.cat(values, dim=int(name in self.padding))
+            else:
+                whole[name] = self.pad_features(values)
+        return whole
+
     def pad_features(self, values: list[Tensor]) -> Tensor:
         width = max(value.shape[1] for value in values)
         tails = (0, 0) * (values[0].ndim - 2)
@@ -402,6 +434,16 @@ class VideoLlama2(Family):
 
     name = "videollama2"
     padding = {"inputs_embeds": 0, "attention_mask": 0, "modality_ids": 3}  # noqa: RUF012
+
+    def text(self, model: Any, tokens: tuple[int, ...]) -> dict[str, Any]:
+        ids = torch.tensor([tokens])
+        with torch.no_grad():
+            embeds = model.get_input_embeddings()(ids)
+        return {
+            "inputs_embeds": embeds,
+            "attention_mask": torch.ones_like(ids),
+            "modality_ids": torch.zeros_like(ids),
+        }
 
     @property
     def model_class(self) -> Any:

@@ -39,6 +39,7 @@ def masked(model: Any, evictions: Evictions) -> Iterator[None]:
             visible = (mask if mask.dtype == torch.bool else mask > -1).expand_as(logits).clone()
         positions = torch.arange(columns - rows, columns)
         for boundary, evicted in evictions[layer.slot]:
+            evicted = evicted[:, :columns]
             hidden = evicted.repeat_interleave(groups, 0)[:, None] & (positions >= boundary)[:, None]
             visible[..., : evicted.shape[1]] &= ~hidden
         weights = logits.masked_fill(~visible, torch.finfo(torch.float32).min).softmax(-1)

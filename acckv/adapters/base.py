@@ -191,14 +191,10 @@ class ModelAdapter:
         """The decoder's arguments for a window of its tokens (see :mod:`acckv.ragged`).
 
         Args:
-            arguments: with inputs_embeds ``[batch, tokens, hidden]`` and position_ids ``[..., batch, tokens]`` or None.
+            arguments: with inputs_embeds ``[batch, tokens, hidden]`` and position_ids ``[..., batch, tokens]``.
         """
-        embeds, positions = arguments["inputs_embeds"], arguments.get("position_ids")
-        if positions is None:
-            positions = self.text_positions(
-                torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
-            )
-        return {**arguments, "inputs_embeds": take(embeds, columns, 1), "position_ids": take(positions, columns, -1)}
+        inside = {"inputs_embeds": take(arguments["inputs_embeds"], columns, 1)}
+        return {**arguments, **inside, "position_ids": take(arguments["position_ids"], columns, -1)}
 
     def append_text(self, arguments: dict[str, Any], input_ids: Tensor, positions: Tensor) -> dict[str, Any]:
         """The decoder's arguments with text after them.
