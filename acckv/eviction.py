@@ -149,7 +149,7 @@ def _heads_as_rows(seen: Observation) -> Observation:
         return tensor.repeat_interleave(heads, dim=0)
 
     def by_head(tensor: Tensor) -> Tensor:
-        return tensor.reshape(batch * heads, -1, *tensor.shape[2:])
+        return tensor.reshape(batch * heads, tensor.shape[1] // heads, *tensor.shape[2:])
 
     return Observation(
         by_head(seen.queries),
@@ -164,6 +164,6 @@ def _heads_as_rows(seen: Observation) -> Observation:
 
 def _rows_as_heads(plan: LayerPlan, heads: int) -> LayerPlan:
     def back(tensor: Tensor) -> Tensor:
-        return tensor.reshape(-1, heads, *tensor.shape[2:])
+        return tensor.reshape(tensor.shape[0] // heads, heads, *tensor.shape[2:])
 
     return LayerPlan(back(plan.log_gates), back(plan.keys), back(plan.values), back(plan.bias))

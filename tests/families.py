@@ -261,7 +261,7 @@ class Qwen3OmniMoe(Qwen25Omni):
         )
 
     def mel_frames(self, sounds: int) -> int:
-        return 8 * sounds
+        return 100 * (sounds // 13) + 8 * (sounds % 13)
 
 
 class Gemma4(Family):
