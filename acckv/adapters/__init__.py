@@ -38,6 +38,8 @@ MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
     "gemma4": Gemma4ForConditionalGeneration,
     "gemma4_unified": Gemma4UnifiedForConditionalGeneration,
 }
+#: config.model_type -> attention of parts that cannot run the one that is asked for.
+TOWER_ATTENTION: dict[str, dict[str, str]] = {"gemma4": {"audio_config": "eager"}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 __all__ = ["ADAPTERS", "AttentionLayer", "GenericAdapter", "ModelAdapter", "find_adapter", "load_model"]
@@ -86,7 +88,9 @@ def load_model(
         kind = AutoConfig.from_pretrained(name).model_type
         if kind not in MODEL_CLASSES:
             raise InputError(f"model_type {kind!r} is not one of {', '.join(MODEL_CLASSES)}", source=name)
-        model = MODEL_CLASSES[kind].from_pretrained(name, dtype=DTYPES[dtype], attn_implementation=attn_implementation)
+        towers = TOWER_ATTENTION.get(kind, {})
+        attention = {"": attn_implementation, **towers} if towers else attn_implementation
+        model = MODEL_CLASSES[kind].from_pretrained(name, dtype=DTYPES[dtype], attn_implementation=attention)
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
