@@ -111,7 +111,8 @@ def adopt(cache: Cache, adapter: ModelAdapter) -> None:
         )
     group: list[CompressedLayer] = []
     for index in slots:
-        before, layer = cache.layers[index], CompressedLayer(group)
+        before: Any = cache.layers[index]
+        layer = CompressedLayer(group)
         if before.is_initialized:
             layer.lazy_initialization(before.keys, before.values)
             layer.keys, layer.values, layer.seen = before.keys, before.values, before.get_seq_length()

@@ -26,6 +26,8 @@ class CompressedLayer(DynamicLayer):
         group: all compressed layers of the cache.
     """
 
+    keys: Any
+    values: Any
     _layer_type = None  # keeps transformers from taking this class for its own full-attention layer
 
     def __init__(self, group: list[CompressedLayer]) -> None:
@@ -79,7 +81,7 @@ class CompressedLayer(DynamicLayer):
         self.seen, self.region, self.bias, self.labels, self.offered = 0, 0, None, None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -169,7 +171,7 @@ def settle_window(layer: DynamicSlidingWindowLayer, valid: Tensor, seen: int) ->
         valid: bool ``[B, held]`` of the entries that the layer holds now.
         seen: columns that the layer has seen when the gaps are not counted.
     """
-    held = layer.keys.shape[-2]
+    held = layer.keys.shape[-2]  # type: ignore[union-attr]
     width = min(layer.sliding_window - 1, seen)
     # A stable sort puts gaps first: each row's last `width` places are its latest tokens.
     index = valid.to(torch.uint8).argsort(dim=-1, stable=True)[:, held - width :, None]

@@ -165,8 +165,9 @@ class PromptRun:
         """Move each row's tokens together, as if the rows had been padded on the left."""
         for layer in compressed_layers(self.cache):
             layer.compact(real[:, real.shape[1] - (layer.physical - layer.region) :])
-        for layer in sliding_layers(self.cache):
-            settle_window(layer, real[:, real.shape[1] - layer.keys.shape[-2] :], self.turn.seen + self.turn.length)
+        for short in sliding_layers(self.cache):
+            held = real[:, real.shape[1] - short.keys.shape[-2] :]  # type: ignore[union-attr]
+            settle_window(short, held, self.turn.seen + self.turn.length)
 
     def _count(self, seen: int) -> None:
         """Windows of different width may have counted other columns than the caller's."""

@@ -3,66 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from acckv import lora
 from acckv.adapters import find_adapter
-from acckv.attention import SIMULATION, Tap, shadow_attention
-from acckv.cache import CompressedCache, adopt, branch_layers, compressed_layers, fresh_cache
+from acckv.attention import shadow_attention
+from acckv.cache import CompressedCache, branch_layers, compressed_layers, fresh_cache
 from acckv.compressor import KVCompressor
 from acckv.errors import InputError
-from acckv.eviction import Eviction
-from acckv.modality import Modality, ModalityMap
+from acckv.modality import ModalityMap
 from acckv.pipeline import LayerPlan
 from acckv.policies.base import Rows
-from acckv.prompt import PROBE_REMEDY, Decoder, ProbePrompt, PromptRun, next_position
-from acckv.ragged import watched_rows
-from acckv.scoring import Observation
+from acckv.prefill import Prefill
+from acckv.prompt import ProbePrompt, next_position
+from acckv.routing import Router, Task
 from acckv.simulation import LengthCache, Simulation, without_checkpointing
 from acckv.turn import Turn, read_turn
-from acckv.watch import Recorder, WatchListener
-from acckv.wiring import Wiring
 
-
-@dataclass(frozen=True)
-class Prefill:
-    """A full-cache prefill and what was observed in it: compressed as often and as strongly as one likes.
-
-    Attributes:
-        cache: the full cache, not compressed yet.
-        labels: modality of every entry.
-        observations: by compressed layer, rows of the prompt.
-        probes: by compressed layer, rows of the probe prompt, or None where none was run.
-        next_position: ``[B, 1]``, where text after the prompt goes on.
-        logits: of the last token, ``[B, vocabulary]``, before compression.
-    """
-
-    cache: Cache
-    labels: ModalityMap
-    observations: list[Observation]
-    probes: list[Observation] | None
-    next_position: Tensor
-    logits: Tensor
-
-
-@dataclass
-class _Task:
-    """What the next forward of the decoder is for, when the session itself asked for it.
-
-    Attributes:
-        rows: to record for a Prefill; None evicts while it runs, at `ratio` (None: the config's).
-        recorder: what was recorded.
-    """
-
-    rows: Rows | None = None
-    ratio: float | None = None
-    recorder: Recorder | None = None
+__all__ = ["Prefill", "Session"]
 
 
 class Session:
@@ -86,15 +48,8 @@ class Session:
         self.compressor = compressor
         self.adapter = find_adapter(model)
         self.model = model
-        self.processor = processor
-        self.probe_prompt = probe_prompt
-        self.last_cache: CompressedCache | None = None
-        self.attached: lora.AttachedLora | None = None
-        self.tap = Tap(self.adapter.attention_layers)
-        self.wiring = Wiring(self.adapter, self._decode, compressor.config.when)
+        self.router = Router(compressor, self.adapter, ProbePrompt(processor, probe_prompt))
         self._stack = ExitStack()
-        self._task: _Task | None = None
-        self._simulation: Simulation | None = None
         if compressor.base is not None:
             self._check_base(compressor.base)
 
@@ -115,20 +70,31 @@ class Session:
         with ExitStack() as stack:
             if self.compressor.lora is not None:
                 fresh = self.compressor.lora.tensors or None
-                self.attached = lora.AttachedLora(adapter, self.compressor.lora.config, fresh)
-                stack.callback(self.attached.remove)
+                attached = lora.AttachedLora(adapter, self.compressor.lora.config, fresh)
+                self.router.attached = attached
+                stack.callback(attached.remove)
             modules = [layer.module for layer in adapter.attention_layers]
-            stack.enter_context(shadow_attention(modules, adapter.attention_implementation, self.tap.attend))
-            stack.enter_context(self.wiring)
+            stack.enter_context(shadow_attention(modules, adapter.attention_implementation, self.router.tap.attend))
+            stack.enter_context(self.router.wiring)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-        self.attached = None
+        self.router.attached = None
+
+    @property
+    def last_cache(self) -> CompressedCache | None:
+        """What was compressed last, by generate or by this session's own methods."""
+        return self.router.last_cache
+
+    @property
+    def attached(self) -> lora.AttachedLora | None:
+        """The compressor's LoRA while it is on the model."""
+        return self.router.attached
 
     def _require_open(self) -> None:
-        if not self.wiring.is_open:
+        if not self.router.wiring.is_open:
             raise InputError("is closed; use it inside `with compressor(model) as session`", field="session")
 
     # ----------------------------------------------- compressing, and answering
@@ -142,14 +108,14 @@ class Session:
             inputs: as for the model, media included; with `when: context` up to the end of the media.
         """
         self._require_open()
-        cache, task = fresh_cache(self.adapter), _Task(rows)
+        cache, task = fresh_cache(self.adapter), Task(rows)
         turn = self._read(inputs)
         inputs.pop("modality_ids", None)
         if inputs.get("position_ids") is None:
             start = turn.stop.new_zeros(turn.stop.shape[0], 1)
             inputs["position_ids"] = self.adapter.prompt_positions(inputs, turn.labels.real, start)
         with torch.set_grad_enabled(gradients), without_checkpointing(self.adapter.decoder):
-            output = self._run(self.model, task, turn, {**inputs, "past_key_values": cache, "use_cache": True})
+            output = self.router.run(self.model, task, turn, {**inputs, "past_key_values": cache, "use_cache": True})
         recorder = task.recorder
         if recorder is None:
             raise InputError("brings no token", field="input_ids")
@@ -172,7 +138,7 @@ class Session:
             labels, offered = prefill.labels.labels[:, None], prefill.labels.counts()
             for layer, plan in zip(compressed_layers(cache), self.plan(prefill, ratio), strict=True):
                 layer.commit(plan, labels, offered)
-        self.last_cache = cache
+        self.router.last_cache = cache
         return cache
 
     @torch.no_grad()
@@ -214,13 +180,13 @@ class Session:
         watched = turn if keep_text else turn.with_text_as_media()
         with without_checkpointing(self.adapter.decoder):
             arguments = {**inputs, "past_key_values": branch, "use_cache": True}
-            self._run(self.adapter.backbone, _Task(ratio=ratio), watched, arguments)
-        self.last_cache = CompressedCache(branch.layers, ModalityMap(labels), next_position(positions))
-        return self.last_cache
+            self.router.run(self.adapter.backbone, Task(ratio=ratio), watched, arguments)
+        self.router.last_cache = CompressedCache(branch.layers, ModalityMap(labels), next_position(positions))
+        return self.router.last_cache
 
     def plan(self, prefill: Prefill, ratio: float | None = None, temperature: float | None = None) -> list[LayerPlan]:
         """What :meth:`compress` would keep; with a temperature, the differentiable twin of it."""
-        observations = self._watched(prefill)
+        observations = prefill.watched(self.compressor.policy.rows, self.compressor.config)
         scores = [self.compressor.score(i, seen, prefill.labels) for i, seen in enumerate(observations)]
         return self.compressor.plan(scores, observations, prefill.labels, ratio, temperature)
 
@@ -279,11 +245,9 @@ class Session:
             positions = inputs["position_ids"]
             positions = positions[-1] if positions.ndim == 3 else positions
             inputs["attention_mask"] = self.adapter.packed_mask(mask, positions, layers)
-        self._simulation = simulation = Simulation(layers, plans)
-        try:
+        simulation = Simulation(layers, plans)
+        with self.router.simulating(simulation):
             logits = self.model(past_key_values=LengthCache(layers), use_cache=True, **inputs).logits
-        finally:
-            self._simulation = None
         if not simulation.reached:
             raise InputError("keeps keyword arguments from its attention, so it cannot be simulated", field="model")
         return logits
@@ -298,99 +262,6 @@ class Session:
     def _read(self, inputs: dict[str, Any], seen: int = 0) -> Turn:
         turn = read_turn(self.adapter, inputs, "prompt", inputs.get("modality_ids"), seen)
         return turn.compressed_whole()
-
-    def _run(self, call: Any, task: _Task, turn: Turn, arguments: dict[str, Any]) -> Any:
-        """Call the model for the session's own sake."""
-        with self.wiring.expecting(turn):
-            self._task = task
-            try:
-                return call(**arguments)
-            finally:
-                self._task = None
-
-    def _decode(self, original: Decoder, turn: Turn | None, arguments: dict[str, Any]) -> Any:
-        """The decoder's forward: compresses when media go by, otherwise as it was."""
-        if self._simulation is not None:
-            return original(**arguments, **{SIMULATION: self._simulation})
-        cache: Cache | None = arguments.get("past_key_values")
-        before, self.tap.cache = self.tap.cache, cache
-        try:
-            if cache is None or turn is None:
-                return original(**arguments)
-            if self._task is not None:
-                return self._run_task(self._task, original, cache, turn, arguments)
-            if turn.has_media and (self.attached is not None or not self.compressor.keeps_all()):
-                return self._compress_prompt(original, cache, turn, arguments)
-            if self.adapter.has_windows and compressed_layers(cache) and not bool(turn.labels.real.all()):
-                run = PromptRun(self.adapter, self.tap, original, cache, turn.uncompressed(), arguments)
-                return run.run(None, None, nullcontext())
-            return original(**arguments)
-        finally:
-            self.tap.cache = before
-
-    def _run_task(self, task: _Task, original: Decoder, cache: Cache, turn: Turn, arguments: dict[str, Any]) -> Any:
-        run = PromptRun(self.adapter, self.tap, original, cache, turn, arguments)
-        if task.rows is None:
-            listener, probe = self._eviction(run, cache, turn, task.ratio)
-        else:
-            listener, probe = self._recorder(run, cache, turn, task)
-        prompt = self._prompt_adapters() if turn.has_media or task.rows is not None else nullcontext()
-        return run.run(listener, probe, prompt)
-
-    def _compress_prompt(self, original: Decoder, cache: Cache, turn: Turn, arguments: dict[str, Any]) -> Any:
-        """A prompt under the user's own call."""
-        adopt(cache, self.adapter)
-        run = PromptRun(self.adapter, self.tap, original, cache, turn, arguments)
-        listener, probe = self._eviction(run, cache, turn, None)
-        output = run.run(listener, probe, self._prompt_adapters())
-        past = torch.zeros_like(turn.past, dtype=torch.long).masked_fill(~turn.past, Modality.PADDING)
-        labels = ModalityMap(torch.cat([past, turn.labels.labels], dim=1))
-        self.last_cache = CompressedCache(cache.layers, labels, run.next_position)
-        return output
-
-    def _eviction(
-        self, run: PromptRun, cache: Cache, turn: Turn, ratio: float | None
-    ) -> tuple[WatchListener | None, Tensor | None]:
-        """Who evicts while the front runs, and the probe prompt that it needs; nobody where all is kept."""
-        if self.compressor.keeps_all(ratio) or not turn.has_media:
-            return None, None
-        rows = self.compressor.policy.rows
-        by_probe = rows == "text" and self.compressor.config.when == "context"
-        probe = self._probe_ids(turn) if by_probe else None
-        mask = watched_rows(run.front_labels, "none" if by_probe else rows, self.compressor.config.window)
-        watch = run.watch(mask, 0 if probe is None else probe.shape[1])
-        return Eviction(self.compressor, cache, watch, ratio, by_probe), probe
-
-    def _recorder(
-        self, run: PromptRun, cache: Cache, turn: Turn, task: _Task
-    ) -> tuple[WatchListener | None, Tensor | None]:
-        rows: Rows = task.rows or "all"
-        wanted = rows == "text" or (rows == "all" and self.processor is not None)
-        probe = self._probe_ids(turn) if wanted and self.compressor.config.when == "context" else None
-        mask = watched_rows(turn.labels, rows, self.compressor.config.window)
-        task.recorder = Recorder(run.watch(mask, 0 if probe is None else probe.shape[1]), cache)
-        return task.recorder, probe
-
-    def _probe_ids(self, turn: Turn) -> Tensor:
-        labels = turn.labels.labels
-        return ProbePrompt(self.processor, self.probe_prompt).ids(labels.shape[0], labels.device)
-
-    def _prompt_adapters(self) -> AbstractContextManager[Any]:
-        """LoRA of scope 'after' is off while the prompt runs."""
-        if self.attached is not None and self.compressor.lora_scope == "after":
-            return lora.disabled(self.adapter)
-        return nullcontext()
-
-    def _watched(self, prefill: Prefill) -> list[Observation]:
-        """The rows that the policy reads, out of all that were recorded."""
-        rows, labels = self.compressor.policy.rows, prefill.labels
-        if rows == "text" and self.compressor.config.when == "context":
-            if prefill.probes is None:
-                raise InputError(PROBE_REMEDY, field="processor")
-            return prefill.probes
-        mask = watched_rows(labels, rows, self.compressor.config.window)
-        # Recorded rows end where the prompt ends.
-        return [seen.rows(mask[:, mask.shape[1] - seen.row_valid.shape[1] :]) for seen in prefill.observations]
 
 
 def _length(inputs: dict[str, Any]) -> int:

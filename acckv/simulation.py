@@ -86,7 +86,7 @@ class _Length(CacheLayerMixin):
 @contextmanager
 def without_checkpointing(decoder: nn.Module) -> Iterator[None]:
     """A prefill needs its cache, which gradient checkpointing takes from the layers of a model in training mode."""
-    active = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
+    active: list[Any] = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in active:
         module.gradient_checkpointing = False
     try:

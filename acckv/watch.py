@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -88,7 +88,8 @@ class Watch:
     def forget_probe(self, cache: Cache, layer: AttentionLayer) -> None:
         """Take the probe prompt's entries back out of a layer that owns entries."""
         if self.probe and layer.owner:
-            cache.layers[layer.cache_index].crop(-self.probe)
+            held: Any = cache.layers[layer.cache_index]
+            held.crop(-self.probe)
 
 
 class WatchListener(Protocol):
@@ -139,4 +140,5 @@ def record_past(cache: Cache) -> dict[int, bool]:
 def restore_past(cache: Cache, flags: dict[int, bool]) -> None:
     """Undo :func:`record_past`; what exceeds a window then is trimmed by the next update."""
     for index, flag in flags.items():
-        cache.layers[index].record_past = flag
+        layer: Any = cache.layers[index]
+        layer.record_past = flag

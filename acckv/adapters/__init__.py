@@ -89,8 +89,10 @@ def load_model(
         if kind not in MODEL_CLASSES:
             raise InputError(f"model_type {kind!r} is not one of {', '.join(MODEL_CLASSES)}", source=name)
         towers = TOWER_ATTENTION.get(kind, {})
-        attention = {"": attn_implementation, **towers} if towers else attn_implementation
-        model = MODEL_CLASSES[kind].from_pretrained(name, dtype=DTYPES[dtype], attn_implementation=attention)
+        attention = (
+            {"": attn_implementation, "text_config": attn_implementation, **towers} if towers else attn_implementation
+        )
+        model: Any = MODEL_CLASSES[kind].from_pretrained(name, dtype=DTYPES[dtype], attn_implementation=attention)
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):

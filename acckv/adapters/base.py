@@ -49,17 +49,17 @@ class ModelAdapter:
     attention_implementations: ClassVar[tuple[str, ...]] = ("sdpa", "eager")
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model: Any = model
 
     # ------------------------------------------------------------ the decoder
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> Any:
         """The model without its language-model head: takes what the model takes."""
         return self.model.model
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The text model: takes embeddings and the cache."""
         return self.backbone.language_model
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
@@ -34,11 +34,11 @@ class GenericAdapter(ModelAdapter):
         super().__init__(model)
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         return self.model.get_decoder()
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> Any:
         return self.decoder
 
     def label(self, input_ids: Tensor, attention_mask: Tensor | None) -> ModalityMap:
