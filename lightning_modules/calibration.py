@@ -27,7 +27,7 @@ class CalibrationModule(LightningModule):
 
     Each step draws a ratio log-uniformly, prefills the media once without gradients, lets the model answer with the
     full cache (teacher, LoRA off) and with gated entries (student), and minimises KL(teacher || student) over the
-    answer tokens. The gates' temperature falls geometrically until they are nearly hard.
+    answer tokens. The gates' temperature falls geometrically until they are nearly hard, so that what is trained is what is shipped.
 
     Args:
         base_model: 'tiny' (packaged), a folder or a hub id.
@@ -35,6 +35,7 @@ class CalibrationModule(LightningModule):
         preset: training-free method that the weights start from and are residuals of: 'context' or 'paper'.
         ratio_min, ratio_max: bounds of the ratio drawn at each step.
         temperature_start, temperature_end: of the gates, in standard deviations of the score.
+        anneal: share of the training in which the temperature falls; it then stays at its end.
         lora_rank: 0 trains no LoRA.
         lora_alpha: LoRA scale times rank; None is twice the rank.
         lora_targets: attention projections that LoRA adapts.
@@ -57,7 +58,8 @@ class CalibrationModule(LightningModule):
         ratio_min: float = 0.02,
         ratio_max: float = 0.5,
         temperature_start: float = 0.5,
-        temperature_end: float = 0.02,
+        temperature_end: float = 0.005,
+        anneal: float = 0.7,
         lora_rank: int = 8,
         lora_alpha: float | None = None,
         lora_targets: tuple[str, ...] = ("q_proj", "v_proj"),
@@ -80,6 +82,8 @@ class CalibrationModule(LightningModule):
             )
         if not 0 < temperature_end <= temperature_start:
             raise InputError("needs 0 < temperature_end <= temperature_start", field="model.temperature_end")
+        if not 0 < anneal <= 1:
+            raise InputError(f"{anneal} is not above 0 and at most 1", field="model.anneal")
         self.save_hyperparameters()
         self.strict_loading = False  # a checkpoint holds what was trained, not the frozen model
         self.compression = CompressionConfig.preset(
@@ -145,7 +149,7 @@ class CalibrationModule(LightningModule):
 
     def temperature(self) -> float:
         start, end = self.options.temperature_start, self.options.temperature_end
-        return start * (end / start) ** self.progress()
+        return start * (end / start) ** min(self.progress() / self.options.anneal, 1.0)
 
     def draw_ratio(self, number: int) -> float:
         """The ratio of a batch: log-uniform between the bounds, a pure function of the batch's number."""
