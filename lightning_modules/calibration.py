@@ -77,10 +77,11 @@ class CalibrationModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < ratio_min <= ratio_max <= 1:
-            raise InputError(
-                f"needs 0 < ratio_min <= ratio_max <= 1, not {ratio_min} and {ratio_max}", field="model.ratio_min"
-            )
+        for name, value in (("ratio_min", ratio_min), ("ratio_max", ratio_max)):
+            if not 0 < value <= 1:
+                raise InputError(f"{value} is not above 0 and at most 1", field=f"model.{name}")
+        if ratio_min > ratio_max:
+            raise InputError(f"{ratio_min} is more than ratio_max, {ratio_max}", field="model.ratio_min")
         if not 0 < temperature_end <= temperature_start:
             raise InputError("needs 0 < temperature_end <= temperature_start", field="model.temperature_end")
         if not 0 < anneal <= 1:

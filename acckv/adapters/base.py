@@ -22,7 +22,13 @@ class ModelAdapter(ABC):
     """
 
     model_types: ClassVar[tuple[str, ...]]
-    feature_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos", "input_features")
+    # generate may run the encoders by itself and hand on what they made.
+    feature_inputs: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+        "pixel_values_videos",
+        "input_features",
+        "mm_encoder_outputs",
+    )
     projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     def __init__(self, model: PreTrainedModel) -> None:
