@@ -157,7 +157,7 @@ class Session:
     def plan(self, prefill: Prefill, ratio: float | None = None, temperature: float | None = None) -> list[LayerPlan]:
         """What :meth:`compress` would keep; with a temperature, the differentiable twin of it."""
         observations = self._watched(prefill)
-        scores = [self.compressor.score(i, seen, prefill.labels) for i, seen in enumerate(observations)]
+        scores = self.compressor.scores(observations, prefill.labels)
         return self.compressor.plan(scores, observations, prefill.labels, ratio, temperature)
 
     @torch.no_grad()
@@ -340,7 +340,7 @@ class Session:
     def _commit(self, cache: Cache, labels: ModalityMap, observations: list[Observation]) -> None:
         if self.compressor.keeps_all():
             return
-        scores = [self.compressor.score(i, seen, labels) for i, seen in enumerate(observations)]
+        scores = self.compressor.scores(observations, labels)
         plans = self.compressor.plan(scores, observations, labels)
         for layer, plan in zip(compressed_layers(cache), plans, strict=True):
             layer.commit(plan, labels)
