@@ -108,9 +108,11 @@ def set_enabled(adapter: ModelAdapter, enabled: bool) -> None:
 
 @contextmanager
 def disabled(adapter: ModelAdapter) -> Iterator[None]:
-    """The base model's own projections while the context is open."""
+    """The base model's own projections while the context is open; then as before, so that it can be nested."""
+    layers = [module for module in adapter.model.modules() if isinstance(module, BaseTunerLayer)]
+    enabled = any(not layer.disable_adapters for layer in layers)
     set_enabled(adapter, False)
     try:
         yield
     finally:
-        set_enabled(adapter, True)
+        set_enabled(adapter, enabled)

@@ -5,13 +5,83 @@ A window is an int64 tensor ``[batch, width]`` of column indices, aligned to the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from acckv.modality import ModalityMap
+from acckv.errors import InputError
+from acckv.modality import Modality, ModalityMap
 from acckv.policies.base import Rows
+
+
+@dataclass(frozen=True)
+class DecoderInputs:
+    """A batch as it enters the decoder: media encoded, positions computed, padded on the left.
+
+    Attributes:
+        embeds: ``[batch, tokens, hidden]``; position_ids: ``[..., batch, tokens]``.
+        labels: of the tokens.
+    """
+
+    embeds: Tensor
+    position_ids: Tensor
+    labels: ModalityMap
+
+    @classmethod
+    def of(cls, kwargs: dict[str, Any], labels: ModalityMap) -> DecoderInputs:
+        """From the keyword arguments of a decoder's forward."""
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            raise InputError("the model gave its decoder no positions; pass an attention_mask", field="attention_mask")
+        return cls(kwargs["inputs_embeds"].detach(), positions, labels)
+
+    def arguments(self, cache: Any) -> dict[str, Any]:
+        """Keyword arguments of the decoder's forward."""
+        return {
+            "inputs_embeds": self.embeds,
+            "position_ids": self.position_ids,
+            "attention_mask": self.labels.real.long(),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+
+    def rows(self) -> list[DecoderInputs]:
+        """Each row by itself, without its padding, in memory of its own."""
+        parts = []
+        for row, real in enumerate(self.labels.real):
+            start = int(real.long().argmax())
+            labels = ModalityMap(self.labels.labels[row : row + 1, start:].clone())
+            position_ids = self.position_ids[..., row : row + 1, start:].clone()
+            parts.append(DecoderInputs(self.embeds[row : row + 1, start:].clone(), position_ids, labels))
+        return parts
+
+    @classmethod
+    def stack(cls, rows: list[DecoderInputs]) -> DecoderInputs:
+        """One left-padded batch of rows."""
+        length = max(row.embeds.shape[1] for row in rows)
+        missing = [length - row.embeds.shape[1] for row in rows]
+        return cls(
+            torch.cat([F.pad(row.embeds, (0, 0, pad, 0)) for row, pad in zip(rows, missing, strict=True)]),
+            torch.cat([F.pad(row.position_ids, (pad, 0)) for row, pad in zip(rows, missing, strict=True)], dim=-2),
+            ModalityMap(
+                torch.cat(
+                    [
+                        F.pad(row.labels.labels, (pad, 0), value=int(Modality.PADDING))
+                        for row, pad in zip(rows, missing, strict=True)
+                    ]
+                )
+            ),
+        )
+
+
+def next_position(position_ids: Tensor) -> Tensor:
+    """Where text goes on after tokens at `position_ids` ``[..., batch, tokens]``: int64 ``[batch, 1]``."""
+    last = position_ids[..., -1:]
+    # generate puts plain text positions before the three dimensions (time, height, width).
+    return (last[-3:].amax(dim=0) if last.ndim == 3 else last) + 1
 
 
 def window(starts: Tensor, stops: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from acckv.errors import InputError
 from acckv.modality import Modality, ModalityMap
 from acckv.pipeline import LayerPlan
 from acckv.policies.base import Rows
-from acckv.ragged import decoder_inputs, scatter_back, take, watched_rows, window
+from acckv.ragged import DecoderInputs, decoder_inputs, next_position, scatter_back, take, watched_rows, window
 from acckv.scoring import Observation
 
 
@@ -34,7 +34,9 @@ class Prefill:
         observations: by layer, rows of the prompt.
         probes: by layer, rows of the probe prompt, or None where none was run.
         next_position: ``[B, 1]``, where text after the prompt goes on.
-        logits: of the last token, ``[B, vocabulary]``, before compression.
+        adapted: whether LoRA acted on the prompt (scope 'all').
+        embedded: what went into the decoder; another prefill can start from it.
+        logits: of the last token, ``[B, vocabulary]``, before compression; None where it started from embeddings.
     """
 
     cache: Cache
@@ -42,7 +44,9 @@ class Prefill:
     observations: list[Observation]
     probes: list[Observation] | None
     next_position: Tensor
-    logits: Tensor
+    adapted: bool
+    embedded: DecoderInputs
+    logits: Tensor | None
 
 
 class Session:
@@ -77,7 +81,7 @@ class Session:
         self._plans: list[LayerPlan] | None = None
         self._passive = False
         self._cache: Cache | None = None
-        self._positions: Tensor | None = None
+        self._captured: dict[str, Any] | None = None
         if compressor.base is not None:
             self._check_base(compressor.base)
 
@@ -125,17 +129,20 @@ class Session:
 
     # ------------------------------------------------------- several questions
 
-    def prefill(self, rows: Rows = "all", gradients: bool = False, **inputs: Any) -> Prefill:
+    def prefill(
+        self, embedded: DecoderInputs | None = None, rows: Rows = "all", gradients: bool = False, **inputs: Any
+    ) -> Prefill:
         """Run the model over `inputs` with the full cache, observing; nothing is compressed.
 
         Args:
+            embedded: of an earlier prefill, instead of `inputs`: the encoders need not run again.
             rows: rows to record; 'all' serves every policy (the probe prompt's too, where a processor was given).
             gradients: keep the graph, to train LoRA of scope 'all'.
             inputs: as for the model, media included; with `when: context` up to the end of the media.
         """
         self._require_open()
         with torch.set_grad_enabled(gradients):
-            return self._prefill(inputs, rows)
+            return self._prefill(inputs if embedded is None else embedded, rows)
 
     @torch.no_grad()
     def compress(self, prefill: Prefill | None = None, ratio: float | None = None, **inputs: Any) -> CompressedCache:
@@ -147,6 +154,8 @@ class Session:
         self._require_open()
         if prefill is None:
             prefill = self._prefill(inputs, rows=self.compressor.policy.rows)
+        if prefill.adapted != self.adapts_prompt:
+            raise InputError("was made with other LoRA weights; run this session's own prefill", field="prefill")
         cache = CompressedCache(branch_layers(prefill.cache.layers), prefill.labels, prefill.next_position)
         if not self.compressor.keeps_all(ratio):
             for layer, plan in zip(compressed_layers(cache), self.plan(prefill, ratio), strict=True):
@@ -239,7 +248,8 @@ class Session:
     def _decode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward: compresses when media go by, otherwise as it was."""
         before, self._cache = self._cache, kwargs.get("past_key_values")
-        self._positions = kwargs.get("position_ids")
+        if self._captured is not None:
+            self._captured.update(kwargs)
         try:
             if self._compresses():
                 return self._decode_media(original, args, kwargs)
@@ -263,7 +273,7 @@ class Session:
                 field="input_ids",
             )
         adopt(cache, len(self.adapter.attention_modules))
-        self.last_cache = CompressedCache(cache.layers, labels, _next_position(self._positions))
+        self.last_cache = CompressedCache(cache.layers, labels, next_position(kwargs.get("position_ids")))
         if self.compressor.config.when == "context":
             return self._decode_context(original, cache, labels, kwargs)
         observations: list[Observation] = []
@@ -285,7 +295,7 @@ class Session:
             inputs = decoder_inputs(kwargs, front, front_labels.real)
             first = self._observed(observations, front_labels, rows, original, inputs)
             if rows == "text":
-                after = _next_position(inputs["position_ids"])
+                after = next_position(inputs["position_ids"])
                 observations = self._run_probe(original, cache, front_labels, observations, after)
         self._commit(cache, front_labels, observations)
         mask = torch.cat([front_labels.real, rest >= 0], dim=1)
@@ -300,31 +310,43 @@ class Session:
         output.last_hidden_state = scatter_back(parts, length)
         return output
 
+    @property
+    def adapts_prompt(self) -> bool:
+        """Whether LoRA acts on the prompt too, so that a prefill of the base model is of no use here."""
+        return self.attached is not None and self.compressor.lora_scope == "all"
+
     def _prompt_adapters(self) -> Any:
         """LoRA of scope 'after' is off while the prompt runs."""
-        if self.attached is not None and self.compressor.lora_scope == "after":
+        if self.attached is not None and not self.adapts_prompt:
             return lora.disabled(self.adapter)
         return nullcontext()
 
-    def _prefill(self, inputs: dict[str, Any], rows: Rows) -> Prefill:
+    def _prefill(self, inputs: dict[str, Any] | DecoderInputs, rows: Rows) -> Prefill:
         adapter = self.adapter
         cache = DynamicCache(config=adapter.decoder.config)
         adopt(cache, len(adapter.attention_modules))
-        labels = adapter.label(inputs["input_ids"], inputs.get("attention_mask"))
+        logits: Tensor | None = None
         observations: list[Observation] = []
         probes = None
-        inputs = {**inputs, "past_key_values": cache, "use_cache": True}
         self._passive = True
         try:
             with self._prompt_adapters():
-                output = self._observed(observations, labels, rows, self.model, inputs)
-                next_position = _next_position(self._positions)
+                if isinstance(inputs, DecoderInputs):
+                    embedded = inputs
+                    self._observed(observations, embedded.labels, rows, adapter.decoder, embedded.arguments(cache))
+                else:
+                    labels = adapter.label(inputs["input_ids"], inputs.get("attention_mask"))
+                    inputs = {**inputs, "past_key_values": cache, "use_cache": True}
+                    self._captured = captured = {}
+                    logits = self._observed(observations, labels, rows, self.model, inputs).logits[:, -1]
+                    embedded = DecoderInputs.of(captured, labels)
+                after = next_position(embedded.position_ids)
                 wants_probe = rows == "text" or (rows == "all" and self.processor is not None)
                 if wants_probe and self.compressor.config.when == "context":
-                    probes = self._run_probe(adapter.decoder, cache, labels, observations, next_position)
+                    probes = self._run_probe(adapter.decoder, cache, embedded.labels, observations, after)
         finally:
-            self._passive = False
-        return Prefill(cache, labels, observations, probes, next_position, output.logits[:, -1])
+            self._passive, self._captured = False, None
+        return Prefill(cache, embedded.labels, observations, probes, after, self.adapts_prompt, embedded, logits)
 
     def _watched(self, prefill: Prefill) -> list[Observation]:
         """The rows that the policy reads, out of all that were recorded."""
@@ -428,15 +450,6 @@ class Session:
             if isinstance(held, CompressedLayer) and held.region:
                 mask = region_mask(mask, query, key.shape[2], held.region, held.bias)
         return original(module, query, key, value, mask, **kwargs)
-
-
-def _next_position(position_ids: Tensor | None) -> Tensor:
-    """Where text goes on after tokens at `position_ids` ``[..., B, tokens]``: int64 ``[B, 1]``."""
-    if position_ids is None:
-        raise InputError("the model gave its decoder no positions; pass an attention_mask", field="attention_mask")
-    last = position_ids[..., -1:]
-    # generate puts plain text positions before the three dimensions (time, height, width).
-    return (last[-3:].amax(dim=0) if last.ndim == 3 else last) + 1
 
 
 _PROBE_REMEDY = (

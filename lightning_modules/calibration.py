@@ -183,11 +183,13 @@ class CalibrationModule(LightningModule):
         scope_all = self.options.lora_scope == "all" and session.attached is not None
         training = torch.is_grad_enabled()
         with lora.disabled(session.adapter):
-            prefill = session.prefill(self.compressor.policy.rows, **batch.inputs)
+            prefill = session.prefill(batch.embedded, self.compressor.policy.rows, **batch.inputs)
+            if batch.keep is not None:
+                batch.keep(prefill.embedded.rows())
             with torch.no_grad():
                 teacher = self._logits(prefill, None, turns)
         if scope_all:
-            prefill = session.prefill(self.compressor.policy.rows, gradients=training, **batch.inputs)
+            prefill = session.prefill(prefill.embedded, self.compressor.policy.rows, gradients=training)
         plans = session.plan(prefill, ratio, temperature)
         student = self._logits(prefill, plans, turns)
         counted = turns.weight > 0

@@ -63,7 +63,8 @@ class ExportCompressor(Callback):
         for row, length in enumerate(lengths.tolist()):
             ids[row, width - length :] = turns.ids[row, :length]
             mask[row, width - length :] = 1
-        return session.answer(session.compress(**batch.inputs), ids, mask, **inputs)
+        prefill = session.prefill(batch.embedded, session.compressor.policy.rows, **batch.inputs)
+        return session.answer(session.compress(prefill), ids, mask, **inputs)
 
 
 class EvaluateExport(Callback):

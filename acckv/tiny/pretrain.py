@@ -41,7 +41,7 @@ CURRICULUM = (
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """What one pretraining run is made of; the defaults made the shipped checkpoint."""
+    """What one pretraining run is made of."""
 
     output: Path
     seed: int = 0
