@@ -22,6 +22,8 @@ PolicyName = Literal[
     "madakv",
     "knorm",
     "keydiff",
+    "expected_attention",
+    "kvzip",
     "acckv",
 ]
 Signal = Literal["attention", "key_diversity"]

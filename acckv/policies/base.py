@@ -13,7 +13,7 @@ from acckv.modality import ModalityMap
 from acckv.pipeline import LayerPlan, LayerScore
 from acckv.scoring import Observation
 
-Rows = Literal["none", "window", "text", "all"]
+Rows = Literal["none", "window", "text", "all", "repetition"]
 
 
 class Policy(ABC):
@@ -21,10 +21,13 @@ class Policy(ABC):
 
     Attributes:
         rows: the rows whose attention it reads. 'text' are the text rows after the media, or the rows of a probe
-            prompt where no text has been seen yet (`when: context`).
+            prompt where no text has been seen yet (`when: context`). 'repetition' are rows of no prompt but of the
+            context fed in again (see :mod:`acckv.repetition`).
+        rotated: whether it needs the rotary embedding of its rows.
     """
 
     rows: Rows = "none"
+    rotated: ClassVar[bool] = False
     name: ClassVar[str]
 
     def __init__(self, config: CompressionConfig) -> None:
