@@ -506,14 +506,19 @@ def test_budgets_are_exact_and_text_stays(policy: str, share_heads: bool, seed: 
 @pytest.mark.parametrize("policy", [name for name in COMPRESSING if name != "random"])
 def test_a_padded_row_is_planned_as_the_row_alone(policy: str, seed: int, ratio: float) -> None:
     compressor = compressor_of(policy, ratio=ratio, window=6)
-    gates = []
+    gates, entries = [], []
     for padded in (True, False):
         observations, labels = layers_of(seed, padded)
+        first = PADDING if padded else 0
         seen = [watched(part, policy, 6) for part in observations]
         plans = compressor.plan(compressor.scores(seen, labels), seen, labels)
-        gates.append([plan.log_gates[-1, ..., PADDING if padded else 0 :] for plan in plans])
+        gates.append([plan.log_gates[-1, ..., first:] for plan in plans])
+        applied = [plan.apply(part.keys, part.values)[:2] for plan, part in zip(plans, seen, strict=True)]
+        entries.append([torch.cat(pair, dim=-1)[-1, :, first:] for pair in applied])
     for one, other in zip(*gates, strict=True):
         assert torch.equal(one, other)
+    for one, other in zip(*entries, strict=True):
+        assert torch.allclose(one, other, atol=1e-5), "padding was merged into what is kept"
 
 
 @pytest.mark.parametrize("ratio", [0.6, 0.2])
