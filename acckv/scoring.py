@@ -135,11 +135,12 @@ def key_diversity(keys: Tensor, real: Tensor) -> Tensor:
     return -(F.normalize(mean, dim=-1) * unit).sum(dim=-1)
 
 
-def standardise(score: Tensor, members: Tensor, eps: float = 1e-4) -> Tensor:
+def standardise(score: Tensor, members: Tensor, widest: float = torch.inf, eps: float = 1e-4) -> Tensor:
     """Zero mean and unit deviation of a score inside each modality; the ranking inside a modality stays.
 
     Args:
         score: ``[B, K, N]``; members: bool ``[B, 2, N]``, the entries of each modality.
+        widest: a score that deviates more than this is divided by no more than this, so it stays wider.
 
     Returns:
         ``[B, K, N]``, zero for entries of no modality.
@@ -150,6 +151,6 @@ def standardise(score: Tensor, members: Tensor, eps: float = 1e-4) -> Tensor:
         count = mask.sum(-1, keepdim=True).clamp_min(1)
         mean = (score * mask).sum(-1, keepdim=True) / count
         centred = (score - mean) * mask
-        deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
-        result = result + centred / (deviation + eps)
+        deviation = (centred.square().sum(-1, keepdim=True) / count + eps**2).sqrt()
+        result = result + centred / (deviation + eps).clamp(max=widest)
     return result

@@ -57,7 +57,7 @@ class CalibrationModule(LightningModule):
         ratio_min: float = 0.02,
         ratio_max: float = 0.5,
         temperature_start: float = 0.5,
-        temperature_end: float = 0.04,
+        temperature_end: float = 0.02,
         lora_rank: int = 8,
         lora_alpha: float | None = None,
         lora_targets: tuple[str, ...] = ("q_proj", "v_proj"),

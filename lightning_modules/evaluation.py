@@ -260,7 +260,7 @@ class EvaluationModule(LightningModule):
                     "ratio": cell.ratio,
                     "id": record.id,
                     "clip": clip,
-                    "video": str(record.video),
+                    "video": record.video.name,
                     "protocol": record.protocol,
                     "groups": list(names),
                     "question": record.question,

@@ -89,6 +89,19 @@ def test_shipped_checkpoint_answers_about_clips_it_has_not_seen(tmp_path: Path) 
     assert figures["description"]["accuracy"] >= 0.95
 
 
+def test_questions_on_one_prefill_get_the_answers_of_prompts_of_their_own(tmp_path: Path) -> None:
+    file = write_clips(tmp_path, "test", 1, seed=78, workers=1, progress=False)
+    records = load_music_avqa(file, video_folder(file))[::3]
+    questions, clip = [record.question for record in records], read_media(records[0].video)
+    model, processor = load_tiny()
+    together = evaluation.answer(model, processor, clip, questions, 5)
+    assert len({len(question_suffix(processor, question)) for question in questions}) > 1
+    for question, reply in zip(questions, together, strict=True):
+        inputs = encode(processor, [clip], [question])
+        tokens = model.generate(**inputs, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(tokens, skip_special_tokens=True) == reply
+
+
 def test_shipped_checkpoint_needs_the_media(tmp_path: Path) -> None:
     """Blank pictures and silence leave chance: the answers are not in the questions."""
     file = write_clips(tmp_path, "test", 4, seed=77, sound="silence", picture="blank", workers=1, progress=False)
