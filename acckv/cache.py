@@ -22,7 +22,8 @@ class CompressedLayer(DynamicLayer):
         region: entries at the front that were compressed; 0 before compression.
         bias: added to the attention logits of the region, ``[B, K, region]``: -inf marks the empty places of a row
             that kept fewer entries than the longest, other values are the log mass of merged entries. None is zero.
-        kept: int64 ``[B, 2]`` video and audio entries held, merged ones included. None before compression.
+        kept: float ``[B, 2]`` video and audio entries held, merged ones included; mean over KV heads, which hold as
+            many as each other but not always of the same modality. None before compression.
     """
 
     _layer_type = None  # keeps transformers from taking this class for its own full-attention layer
@@ -91,13 +92,14 @@ class CompressedLayer(DynamicLayer):
         """
         kv_heads = self.keys.shape[1]
         keep = torch.isfinite(plan.log_gates).expand(-1, kv_heads, -1)
-        keys = torch.cat([self.keys, plan.keys.to(self.keys.dtype)], dim=2)
-        values = torch.cat([self.values, plan.values.to(self.values.dtype)], dim=2)
+        keys, values = (self.keys, self.values) if plan.pivots is None else plan.pivots.place(self.keys, self.values)
+        keys = torch.cat([keys, plan.keys.to(keys.dtype)], dim=2)
+        values = torch.cat([values, plan.values.to(values.dtype)], dim=2)
         bias = torch.cat([torch.zeros_like(self.keys[..., 0], dtype=plan.bias.dtype), plan.bias], dim=-1)
         media = labels.by_modality[:, :, : keep.shape[-1]]
-        self.kept = torch.stack([(keep[:, 0, : media.shape[-1]] & media[:, m]).sum(-1) for m in range(2)], dim=-1)
-        if plan.bias.shape[-1]:
-            self.kept = self.kept + keep[:, 0, media.shape[-1] :].long()
+        prompt, merged = keep.split([media.shape[-1], plan.bias.shape[-1]], dim=-1)
+        held = torch.stack([(prompt & media[:, m, None]).sum(-1) for m in range(2)], dim=-1)
+        self.kept = (held + merged.long() if merged.shape[-1] else held).float().mean(dim=1)
         self._hold(keys, values, bias, keep)
 
     def compact(self, valid: Tensor) -> None:

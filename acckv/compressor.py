@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from acckv.config import CompressionConfig, LoraScope
-from acckv.focusing import allocate, round_exactly, total_budget, water_fill, whole_budgets
+from acckv.focusing import allocate, round_exactly, split_by_head, total_budget, water_fill, whole_budgets
 from acckv.lora import LoraWeights
 from acckv.modality import ModalityMap
 from acckv.pipeline import AlignmentRule, LayerPlan, LayerScore, LogGates, MergeRule, hard, plan_layer, soft
@@ -79,9 +79,9 @@ class KVCompressor(nn.Module):
         ratio = self.config.ratio if ratio is None else ratio
         return self.config.policy == "full" or (ratio >= 1 and self.config.budget is None)
 
-    def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
-        """Score one layer's entries (METHOD steps 1 and 2)."""
-        return self.policy.score(layer, observation, labels)
+    def scores(self, observations: list[Observation], labels: ModalityMap) -> list[LayerScore]:
+        """Score every layer's entries (METHOD steps 1 and 2)."""
+        return self.policy.scores(observations, labels)
 
     def budgets(
         self, scores: list[LayerScore], labels: ModalityMap, ratio: float | None = None, whole: bool = True
@@ -93,7 +93,8 @@ class KVCompressor(nn.Module):
             whole: exact whole numbers; otherwise the real numbers that training differentiates.
 
         Returns:
-            ``[B, L, 2]`` by modality, or ``[B, L, 1]`` where the policy takes one top-k over both.
+            ``[B, L, 2]`` by modality, ``[B, L, K, 2]`` where each head has its own split, or ``[B, L, 1]`` where the
+            policy takes one top-k over both.
         """
         counts = labels.counts()
         absolute = self.config.budget if ratio is None else None
@@ -103,12 +104,14 @@ class KVCompressor(nn.Module):
         if absolute is not None:
             ratio = min(absolute / max(float(counts.sum(-1).float().mean()), 1.0), 1.0)
         total = total_budget(ratio, absolute, len(scores), counts)
-        if scores[0].modality_shares is None:
+        layer_shares = self.policy.layer_shares(scores, labels, total)
+        split = [score.modality_shares for score in scores if score.modality_shares is not None]
+        measured = torch.stack(split, dim=1) if split else None
+        if measured is None or measured.ndim == 4:
             available = counts.sum(-1, keepdim=True).expand(-1, len(scores))
-            even = water_fill(total.float(), torch.ones_like(available, dtype=torch.float32), available.float())
-            return round_exactly(even, total, available)[..., None]
-        measured = torch.stack([score.modality_shares for score in scores if score.modality_shares is not None], dim=1)
-        layer_shares = torch.ones(len(scores), device=counts.device)
+            amounts = water_fill(total.float(), layer_shares.expand(available.shape), available.float())
+            by_layer = round_exactly(amounts, total, available)
+            return by_layer[..., None] if measured is None else split_by_head(by_layer, measured, counts)
         if self.weights is not None:
             layer_shares = self.weights.layer_shares(ratio, self.config.layer_floor)
             moved = [self.weights.modality_shares(layer, measured[:, layer], ratio) for layer in range(len(scores))]
@@ -133,19 +136,12 @@ class KVCompressor(nn.Module):
         """
         budgets = self.budgets(scores, labels, ratio, whole=temperature is None)
         to_gates: LogGates = hard if temperature is None else soft(temperature)
-        return [
-            plan_layer(
-                scores[layer],
-                observation.keys,
-                observation.values,
-                labels,
-                budgets[:, layer],
-                to_gates,
-                self._merge_rule(layer),
-                self._alignment_rule(layer, temperature or 0.0),
-            )
-            for layer, observation in enumerate(observations)
-        ]
+        plans = []
+        for layer, seen in enumerate(observations):
+            rules = self._merge_rule(layer), self._alignment_rule(layer, temperature or 0.0)
+            plan = plan_layer(scores[layer], seen.keys, seen.values, labels, budgets[:, layer], to_gates, *rules)
+            plans.append(self.policy.merge(plan, seen.keys, seen.values, labels))
+        return plans
 
     def _merge_rule(self, layer: int) -> MergeRule | None:
         if self.config.policy != "acckv" or not self.config.integration:

@@ -97,14 +97,14 @@ def allocate(total: Tensor, layer_shares: Tensor, modality_shares: Tensor, count
 
     Args:
         total: ``[B]`` entries over all layers.
-        layer_shares: ``[L]`` relative budget of each layer.
+        layer_shares: ``[L]`` or ``[B, L]`` relative budget of each layer.
         modality_shares: ``[B, L, 2]`` split inside each layer.
         counts: ``[B, 2]`` entries that exist.
 
     Returns:
         float ``[B, L, 2]`` that sums to `total` over its last two axes; differentiable in both shares.
     """
-    layers = layer_shares.shape[0]
+    layers = layer_shares.shape[-1]
     capacity = counts.to(modality_shares.dtype)
     layer_capacity = capacity.sum(-1, keepdim=True).expand(-1, layers)
     by_layer = water_fill(total.to(capacity.dtype), layer_shares.expand(total.shape[0], -1), layer_capacity)
@@ -116,3 +116,19 @@ def whole_budgets(amounts: Tensor, total: Tensor, counts: Tensor) -> Tensor:
     batch, layers, modalities = amounts.shape
     capacity = counts[:, None, :].expand(-1, layers, -1).reshape(batch, -1)
     return round_exactly(amounts.detach().reshape(batch, -1), total, capacity).view(batch, layers, modalities)
+
+
+def split_by_head(by_layer: Tensor, shares: Tensor, counts: Tensor) -> Tensor:
+    """Split each layer's budget over the modalities, in every KV head by that head's own shares.
+
+    Args:
+        by_layer: int64 ``[B, L]`` entries that every head of a layer keeps.
+        shares: ``[B, L, K, 2]``; counts: int64 ``[B, 2]`` entries that exist.
+
+    Returns:
+        int64 ``[B, L, K, 2]``; the last axis sums to `by_layer` in every head.
+    """
+    total = by_layer[..., None].expand(shares.shape[:-1]).reshape(-1)
+    capacity = counts[:, None, None].expand_as(shares).reshape(-1, shares.shape[-1])
+    amounts = water_fill(total.float(), shares.reshape(capacity.shape), capacity.float())
+    return round_exactly(amounts, total, capacity).view(shares.shape)

@@ -79,9 +79,13 @@ class DecoderInputs:
 
 def next_position(position_ids: Tensor) -> Tensor:
     """Where text goes on after tokens at `position_ids` ``[..., batch, tokens]``: int64 ``[batch, 1]``."""
-    last = position_ids[..., -1:]
-    # generate puts plain text positions before the three dimensions (time, height, width).
-    return (last[-3:].amax(dim=0) if last.ndim == 3 else last) + 1
+    last = rope_positions(position_ids[..., -1:])
+    return (last.amax(dim=0) if last.ndim == 3 else last) + 1
+
+
+def rope_positions(position_ids: Tensor) -> Tensor:
+    """Position ids without the plain text positions that generate puts before (time, height, width)."""
+    return position_ids[-3:] if position_ids.ndim == 3 else position_ids
 
 
 def window(starts: Tensor, stops: Tensor) -> Tensor:

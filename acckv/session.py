@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,18 @@ from acckv.errors import InputError
 from acckv.modality import Modality, ModalityMap
 from acckv.pipeline import LayerPlan
 from acckv.policies.base import Rows
-from acckv.ragged import DecoderInputs, decoder_inputs, next_position, scatter_back, take, watched_rows, window
+from acckv.ragged import (
+    DecoderInputs,
+    decoder_inputs,
+    next_position,
+    rope_positions,
+    scatter_back,
+    take,
+    watched_rows,
+    window,
+)
+from acckv.repetition import REPEAT_PROMPT, Record, watch_repetition
+from acckv.rotary import Rotation
 from acckv.scoring import Observation
 
 
@@ -37,6 +49,7 @@ class Prefill:
         adapted: whether LoRA acted on the prompt (scope 'all').
         embedded: what went into the decoder; another prefill can start from it.
         logits: of the last token, ``[B, vocabulary]``, before compression; None where it started from embeddings.
+        repetition: by layer, what a repetition of the context attends to; empty until a policy first asks for it.
     """
 
     cache: Cache
@@ -47,6 +60,7 @@ class Prefill:
     adapted: bool
     embedded: DecoderInputs
     logits: Tensor | None
+    repetition: list[Tensor] = field(default_factory=list)
 
 
 class Session:
@@ -77,7 +91,7 @@ class Session:
         self._stack = ExitStack()
         self._labels: ModalityMap | None = None
         self._context_length: Tensor | None = None
-        self._record: Callable[[int, Tensor, Tensor, Tensor, float], None] | None = None
+        self._record: Record | None = None
         self._plans: list[LayerPlan] | None = None
         self._passive = False
         self._cache: Cache | None = None
@@ -166,7 +180,7 @@ class Session:
     def plan(self, prefill: Prefill, ratio: float | None = None, temperature: float | None = None) -> list[LayerPlan]:
         """What :meth:`compress` would keep; with a temperature, the differentiable twin of it."""
         observations = self._watched(prefill)
-        scores = [self.compressor.score(i, seen, prefill.labels) for i, seen in enumerate(observations)]
+        scores = self.compressor.scores(observations, prefill.labels)
         return self.compressor.plan(scores, observations, prefill.labels, ratio, temperature)
 
     @torch.no_grad()
@@ -279,6 +293,7 @@ class Session:
         observations: list[Observation] = []
         with self._prompt_adapters():
             output = self._observed(observations, labels, self.compressor.policy.rows, original, kwargs)
+            observations = self._completed(observations, original, cache, DecoderInputs.of(kwargs, labels), [])
         self._commit(cache, labels, observations)
         return output
 
@@ -297,6 +312,7 @@ class Session:
             if rows == "text":
                 after = next_position(inputs["position_ids"])
                 observations = self._run_probe(original, cache, front_labels, observations, after)
+            observations = self._completed(observations, original, cache, DecoderInputs.of(inputs, front_labels), [])
         self._commit(cache, front_labels, observations)
         mask = torch.cat([front_labels.real, rest >= 0], dim=1)
         output = original(**decoder_inputs(kwargs, rest, mask)) if rest.shape[1] else first
@@ -357,12 +373,44 @@ class Session:
             return prefill.probes
         mask = watched_rows(labels, rows, self.compressor.config.window)
         # Recorded rows end where the prompt ends.
-        return [seen.rows(mask[:, mask.shape[1] - seen.row_valid.shape[1] :]) for seen in prefill.observations]
+        seen = [part.rows(mask[:, mask.shape[1] - part.row_valid.shape[1] :]) for part in prefill.observations]
+        with self._prompt_adapters():
+            return self._completed(seen, self.adapter.decoder, prefill.cache, prefill.embedded, prefill.repetition)
+
+    @torch.no_grad()
+    def _completed(
+        self,
+        observations: list[Observation],
+        decoder: Any,
+        cache: Cache,
+        embedded: DecoderInputs,
+        repetition: list[Tensor],
+    ) -> list[Observation]:
+        """The observations with what the policy reads besides rows of the prompt.
+
+        Args:
+            repetition: filled if it is empty and the policy asks for it.
+        """
+        policy, start = self.compressor.policy, next_position(embedded.position_ids)
+        if policy.rows == "repetition":
+            if not repetition:
+                prompt = self.model.get_input_embeddings()(self._token_ids(REPEAT_PROMPT, embedded.labels))
+                feed = partial(self._feed, decoder)
+                positions = self.adapter.text_positions
+                repetition += watch_repetition(embedded, cache.layers, prompt, positions, start, feed)
+            return [replace(seen, repetition=peak) for seen, peak in zip(observations, repetition, strict=True)]
+        if policy.rotated:
+            steps = torch.arange(self.compressor.config.horizon, device=start.device)
+            ahead = self.adapter.rotation(self.adapter.text_positions(start + steps))
+            here = self.adapter.rotation(rope_positions(embedded.position_ids))
+            rotation = Rotation(*here, *(part.mean(dim=1) for part in ahead))
+            return [replace(seen, rotation=rotation) for seen in observations]
+        return observations
 
     def _commit(self, cache: Cache, labels: ModalityMap, observations: list[Observation]) -> None:
         if self.compressor.keeps_all():
             return
-        scores = [self.compressor.score(i, seen, labels) for i, seen in enumerate(observations)]
+        scores = self.compressor.scores(observations, labels)
         plans = self.compressor.plan(scores, observations, labels)
         for layer, plan in zip(compressed_layers(cache), plans, strict=True):
             layer.commit(plan, labels)
@@ -392,7 +440,7 @@ class Session:
         Args:
             start: position of the first probe token ``[B, 1]``.
         """
-        ids = self._probe_ids(labels)
+        ids = self._token_ids(self.probe_prompt, labels)
         length = ids.shape[1]
         steps = torch.arange(length, device=ids.device)
         row_positions = (labels.labels.shape[1] + steps).expand_as(ids)
@@ -403,27 +451,39 @@ class Session:
             front = observations[layer]
             probes.append(Observation(query, front.keys, front.values, row_positions, valid, labels.real, scaling))
 
-        self._record = record
+        embeds = self.model.get_input_embeddings()(ids)
+        positions = self.adapter.text_positions(start + steps)
+        self._feed(decoder, cache, embeds, positions, torch.cat([labels.real, valid], dim=1), record)
+        cache.crop(-length)
+        return probes
+
+    def _feed(
+        self, decoder: Any, cache: Cache, embeds: Tensor, position_ids: Tensor, real: Tensor, record: Record
+    ) -> None:
+        """Run tokens behind what a cache holds, watched by `record` and compressed by nothing.
+
+        Args:
+            real: bool ``[B, tokens of the cache + new]``.
+        """
+        before, self._passive, self._record = self._passive, True, record
         try:
             decoder(
-                inputs_embeds=self.model.get_input_embeddings()(ids),
-                attention_mask=torch.cat([labels.real, valid], dim=1).long(),
-                position_ids=self.adapter.text_positions(start + steps),
+                inputs_embeds=embeds,
+                attention_mask=real.long(),
+                position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=True,
             )
         finally:
-            self._record = None
-        cache.crop(-length)
-        return probes
+            self._passive, self._record = before, None
 
-    def _probe_ids(self, labels: ModalityMap) -> Tensor:
+    def _token_ids(self, text: str, labels: ModalityMap) -> Tensor:
         if self.processor is None:
             raise InputError(_PROBE_REMEDY, field="processor")
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        ids = tokenizer(self.probe_prompt, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
-            raise InputError(f"{self.probe_prompt!r} has no token in this vocabulary", field="probe_prompt")
+            raise InputError(f"{text!r} has no token in this vocabulary", field="processor")
         return torch.tensor(ids, device=labels.labels.device).expand(labels.labels.shape[0], -1)
 
     def _attend(
@@ -452,6 +512,4 @@ class Session:
         return original(module, query, key, value, mask, **kwargs)
 
 
-_PROBE_REMEDY = (
-    "this policy watches a probe prompt before any question exists: pass the processor, `compressor(model, processor)`"
-)
+_PROBE_REMEDY = "this policy watches a prompt of its own: pass the processor, `compressor(model, processor)`"

@@ -48,8 +48,8 @@ class EvaluationOptions:
     Args:
         model: the AV-LLM: tiny (packaged), a folder or a hub id.
         compressor: export of a calibration, a folder or a hub id; the policy acckv-calibrated.
-        policies: names, separated by commas, of full, random, streaming_llm, h2o, snapkv, keydiff, acckv and
-            acckv-calibrated.
+        policies: names, separated by commas, of full, random, streaming_llm, h2o, snapkv, pyramidkv, look_m, fastv,
+            madakv, knorm, keydiff, expected_attention, kvzip, acckv and acckv-calibrated.
         ratios: kept shares of the audio and video entries, 0 to 1, separated by commas.
         when: compress after the media, before any question is seen (context), or after the whole prompt (prompt).
         limit: measure only this many clips, each with all its questions.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.cache import compressed_layers
+from acckv.config import PolicyName
 from tests import tiny_omni
 
-POLICIES = ["random", "streaming_llm", "h2o", "snapkv", "keydiff", "acckv"]
+POLICIES = [name for name in get_args(PolicyName) if name != "full"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -55,6 +56,14 @@ class ModelAdapter(ABC):
     @abstractmethod
     def text_positions(self, positions: Tensor) -> Tensor:
         """Position ids as the decoder takes them, for text at `positions` (int64 ``[batch, tokens]``)."""
+
+    def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, float32 ``[batch, tokens, head size]``, that the decoder rotates by at these positions.
+
+        Args:
+            position_ids: as the decoder takes them.
+        """
+        return self.decoder.rotary_emb(torch.zeros((), device=position_ids.device), position_ids)  # type: ignore[operator]
 
     @property
     def attention_implementation(self) -> str:
