@@ -26,6 +26,8 @@ class CompressedLayer(DynamicLayer):
             many as each other but not always of the same modality. None before compression.
     """
 
+    keys: Tensor  # type: ignore[assignment]  # None before the first update
+    values: Tensor  # type: ignore[assignment]
     _layer_type = None  # keeps transformers from taking this class for its own full-attention layer
 
     def __init__(self, group: list[CompressedLayer]) -> None:
@@ -66,7 +68,7 @@ class CompressedLayer(DynamicLayer):
         super().reset()
         self.seen, self.region, self.bias, self.kept = 0, 0, None, None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 

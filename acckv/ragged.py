@@ -38,6 +38,11 @@ class DecoderInputs:
             raise InputError("the model gave its decoder no positions; pass an attention_mask", field="attention_mask")
         return cls(kwargs["inputs_embeds"].detach(), positions, labels)
 
+    @property
+    def next_position(self) -> Tensor:
+        """int64 ``[batch, 1]``: where text after these tokens goes on."""
+        return next_position(self.position_ids)
+
     def arguments(self, cache: Any) -> dict[str, Any]:
         """Keyword arguments of the decoder's forward."""
         return {

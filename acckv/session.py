@@ -287,7 +287,7 @@ class Session:
                 field="input_ids",
             )
         adopt(cache, len(self.adapter.attention_modules))
-        self.last_cache = CompressedCache(cache.layers, labels, next_position(kwargs.get("position_ids")))
+        self.last_cache = CompressedCache(cache.layers, labels, DecoderInputs.of(kwargs, labels).next_position)
         if self.compressor.config.when == "context":
             return self._decode_context(original, cache, labels, kwargs)
         observations: list[Observation] = []
@@ -353,7 +353,8 @@ class Session:
                 else:
                     labels = adapter.label(inputs["input_ids"], inputs.get("attention_mask"))
                     inputs = {**inputs, "past_key_values": cache, "use_cache": True}
-                    self._captured = captured = {}
+                    captured: dict[str, Any] = {}
+                    self._captured = captured
                     logits = self._observed(observations, labels, rows, self.model, inputs).logits[:, -1]
                     embedded = DecoderInputs.of(captured, labels)
                 after = next_position(embedded.position_ids)

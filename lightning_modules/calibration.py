@@ -164,8 +164,7 @@ class CalibrationModule(LightningModule):
         kl, plans = self.distill(batch, ratio, temperature)
         kept = sum(plan.log_gates.detach().exp().sum() / plan.log_gates[..., 0].numel() for plan in plans) / len(plans)
         entries = float(plans[0].log_gates.shape[-1])
-        log = {"kl": kl, "ratio": ratio, "temperature": temperature, "kept": kept / entries}
-        self.log_dict({f"train/{name}": value for name, value in log.items() if name != "kl"})
+        self.log_dict({"train/ratio": ratio, "train/temperature": temperature, "train/kept": kept / entries})
         self.log("kl", kl, prog_bar=True)
         self.log("kept", kept / entries, prog_bar=True, logger=False)
         self.log("loss", kl, prog_bar=True)

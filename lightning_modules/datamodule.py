@@ -225,7 +225,8 @@ class AVDataModule(LightningDataModule):
         return load_music_avqa(file, video_folder(file))
 
     def train_dataloader(self) -> DataLoader[Any]:
-        options, trainer, dataset = self.options, self.trainer, self.datasets["train"]
+        options, dataset = self.options, self.datasets["train"]
+        trainer: Any = self.trainer
         accumulate = trainer.accumulate_grad_batches
         batches = trainer.max_steps * accumulate
         if trainer.max_steps < 0:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from acckv.errors import InputError
@@ -37,12 +37,12 @@ class ModelAdapter(ABC):
 
     @property
     @abstractmethod
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The text model: takes embeddings and the cache."""
 
     @property
     @abstractmethod
-    def attention_modules(self) -> list[nn.Module]:
+    def attention_modules(self) -> list[Any]:
         """The decoder's attention modules that own a KV cache, in order of layer."""
 
     @abstractmethod
@@ -72,7 +72,7 @@ class ModelAdapter(ABC):
     @property
     def dimensions(self) -> dict[str, int]:
         """What an export must agree with: layers, heads and head size of the decoder."""
-        first: Any = self.attention_modules[0]
+        first = self.attention_modules[0]
         config = self.decoder.config
         return {
             "layers": len(self.attention_modules),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from acckv.adapters.base import ModelAdapter
 from acckv.modality import ModalityMap, label_tokens
@@ -15,11 +17,11 @@ class Qwen25OmniAdapter(ModelAdapter):
     model_types = ("qwen2_5_omni_thinker",)
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         return self.model.model.language_model
 
     @property
-    def attention_modules(self) -> list[nn.Module]:
+    def attention_modules(self) -> list[Any]:
         return [layer.self_attn for layer in self.decoder.layers]
 
     def label(self, input_ids: Tensor, attention_mask: Tensor | None) -> ModalityMap:
