@@ -60,7 +60,7 @@ class CalibrationModule(LightningModule):
         ratio_max: float = 0.5,
         temperature_start: float = 0.5,
         temperature_end: float = 0.005,
-        anneal: float = 0.7,
+        anneal: float = 0.6,
         lora_rank: int = 8,
         lora_alpha: float | None = None,
         lora_targets: tuple[str, ...] = ("q_proj", "v_proj"),
