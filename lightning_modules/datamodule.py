@@ -117,12 +117,20 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     Args:
         clips: how many there are; every pass over them is shuffled anew by (seed, pass).
-        batches: of the whole training; start: first one still to come.
+        batches: of the whole training; start: gives the first one still to come. It is asked when iteration begins: a
+            trainer may build the loader before it restores a checkpoint.
         rank, world: this process takes every `world`-th clip of a batch of ``batch_size * world``.
     """
 
     def __init__(
-        self, clips: int, batch_size: int, batches: int, start: int, seed: int, rank: int = 0, world: int = 1
+        self,
+        clips: int,
+        batch_size: int,
+        batches: int,
+        start: Callable[[], int],
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.clips, self.batch_size, self.batches, self.start = clips, batch_size, batches, start
         self.seed, self.rank, self.world = seed, rank, world
@@ -132,7 +140,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         whole = self.batch_size * self.world
-        for number in range(self.start, self.batches):
+        for number in range(self.start(), self.batches):
             places = range(number * whole + self.rank, (number + 1) * whole, self.world)
             yield [(self._clip(place), number) for place in places]
 
@@ -235,7 +243,7 @@ class AVDataModule(LightningDataModule):
             len(dataset),
             options.batch_size,
             batches,
-            trainer.global_step * accumulate,
+            lambda: trainer.global_step * accumulate,
             options.seed,
             trainer.global_rank,
             trainer.world_size,
