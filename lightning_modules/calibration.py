@@ -34,15 +34,19 @@ class CalibrationModule(LightningModule):
         base_model: 'tiny' (packaged), a folder or a hub id.
         when: compress after the media ('context') or after the whole prompt ('prompt').
         preset: training-free method that the weights start from and are residuals of: 'context' or 'paper'.
-        ratio_min, ratio_max: bounds of the ratio drawn at each step.
-        temperature_start, temperature_end: of the gates, in standard deviations of the score.
+        ratio_min: least kept share drawn at a step.
+        ratio_max: largest kept share drawn at a step.
+        temperature_start: of the gates, in standard deviations of the score.
+        temperature_end: of the gates at the end; small, so that what is trained is what is shipped.
         anneal: share of the training in which the temperature falls; it then stays at its end.
         lora_rank: 0 trains no LoRA.
         lora_alpha: LoRA scale times rank; None is twice the rank.
         lora_targets: attention projections that LoRA adapts.
         lora_scope: 'after' adapts tokens after compression only, 'all' the prompt too.
-        lr_budget, lr_score, lr_lora, lr_other: peak learning rates of budgets, of saliency and signal mix, of LoRA,
-            and of the rest.
+        lr_budget: peak learning rate of the layer and modality budgets.
+        lr_score: peak learning rate of the saliency scorer and the signal mix.
+        lr_lora: peak learning rate of LoRA.
+        lr_other: peak learning rate of all other weights.
         warmup: steps of linear warm-up; a cosine to 5 % follows.
         layer_floor: least share of the uniform budget that a layer keeps.
         probe_queries: learned probe queries a head; 0 for none.

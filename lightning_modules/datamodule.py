@@ -166,9 +166,11 @@ class AVDataModule(LightningDataModule):
         base_model: whose processor encodes them; linked to the model's by train.py.
         when: linked to the model's.
         source: 'clips' generates clips with questions on first use; 'music_avqa' reads your own.
-        train_clips, validation_clips: generated clips of each split.
+        train_clips: generated clips to train on.
+        validation_clips: generated clips of the validation split.
         cache_dir: where generated clips are kept; None is the user's cache folder.
-        train_questions, validation_questions: question files in the MUSIC-AVQA format (source 'music_avqa').
+        train_questions: question file in the MUSIC-AVQA format (source 'music_avqa').
+        validation_questions: the same for validation.
         video_root: folder of their ``<video_id>.mp4``.
         batch_size: clips a step and process.
         turns: questions about each clip in a step; 0 takes all.
