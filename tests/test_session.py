@@ -68,6 +68,13 @@ def test_budget_is_exact_and_nothing_stays(sdpa: Any, policy: str, when: Any, ra
     assert fingerprint(sdpa) == before
 
 
+def test_absolute_budget(sdpa: Any) -> None:
+    """`budget` entries a layer on average, whatever `ratio` says; never more than there are."""
+    for budget, kept in ((5, 5), (100, tiny_omni.VIDEO_TOKENS + tiny_omni.AUDIO_TOKENS)):
+        with KVCompressor(CompressionConfig(policy="keydiff", ratio=1.0, budget=budget))(sdpa) as session:
+            assert session.compress(**tiny_omni.context()).kept_entries().sum(-1).tolist() == [kept] * 3
+
+
 def test_an_error_inside_leaves_nothing(sdpa: Any) -> None:
     before = fingerprint(sdpa)
     with pytest.raises(KeyError), KVCompressor()(sdpa):
