@@ -115,8 +115,11 @@ class CompressedLayer(DynamicLayer):
         old = self._region_bias(plan.bias.dtype)
         bias = torch.cat([old, old.new_zeros(batch, kv_heads, length - self.region), plan.bias], dim=-1)
         self.seen -= self.physical - length
-        keys = torch.cat([self.keys[:, :, :length], plan.keys.to(self.keys.dtype)], dim=2)
-        values = torch.cat([self.values[:, :, :length], plan.values.to(self.values.dtype)], dim=2)
+        keys, values = self.keys[:, :, :length], self.values[:, :, :length]
+        if plan.pivots is not None:
+            keys, values = plan.pivots.place(keys, values)
+        keys = torch.cat([keys, plan.keys.to(keys.dtype)], dim=2)
+        values = torch.cat([values, plan.values.to(values.dtype)], dim=2)
         if offered is not None:
             self.offered = offered if self.offered is None else self.offered + offered
         self._hold(keys, values, bias, labels, keep)

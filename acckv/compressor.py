@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,9 @@ class KVCompressor(nn.Module):
         ratio = self.config.ratio if ratio is None else ratio
         return self.config.policy == "full" or (ratio >= 1 and self.config.budget is None)
 
-    def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
-        """Score one layer's entries (METHOD steps 1 and 2)."""
-        return self.policy.score(layer, observation, labels)
+    def scores(self, observations: list[Observation], labels: ModalityMap) -> list[LayerScore]:
+        """Score every layer's entries (METHOD steps 1 and 2)."""
+        return self.policy.scores(observations, labels)
 
     def budgets(
         self, scores: list[LayerScore], labels: ModalityMap, ratio: float | None = None, whole: bool = True
@@ -93,20 +94,23 @@ class KVCompressor(nn.Module):
             whole: exact whole numbers; otherwise the real numbers that training differentiates.
 
         Returns:
-            ``[B, L, 2]`` by modality, or ``[B, L, 1]`` where the policy takes one top-k over both.
+            ``[B, L, 2]`` by modality, ``[B, L, K, 2]`` where each head has its own split, or ``[B, L, 1]`` where the
+            policy takes one top-k over both.
         """
-        counts = labels.counts()
+        counts, layers = labels.counts(), len(scores)
         absolute = self.config.budget if ratio is None else None
         ratio = self.config.ratio if ratio is None else ratio
         if self.config.policy == "full":
             ratio, absolute = 1.0, None
-        total = total_budget(ratio, absolute, len(scores), counts)
-        ratio = self.effective_ratio(total, counts, len(scores)) if absolute is not None else ratio
+        total = total_budget(ratio, absolute, layers, counts)
+        ratio = self.effective_ratio(total, counts, layers) if absolute is not None else ratio
+        layer_shares = self.layer_shares(scores, labels, total, ratio)
         if not whole:
             shares = [self.modality_shares(layer, score, ratio) for layer, score in enumerate(scores)]
-            measured = torch.stack([share for share in shares if share is not None], dim=1)
-            return allocate(total, self.layer_shares(len(scores), ratio), measured, counts)
-        by_layer = self.layer_totals(total, counts.sum(-1, keepdim=True).expand(-1, len(scores)), ratio)
+            measured = [share for share in shares if share is not None and share.ndim == 2]
+            if measured:
+                return allocate(total, layer_shares, torch.stack(measured, dim=1), counts)
+        by_layer = share_out(total, layer_shares, counts.sum(-1, keepdim=True).expand(-1, layers))
         return torch.stack(
             [self.split(layer, score, by_layer[:, layer], counts, ratio) for layer, score in enumerate(scores)], dim=1
         )
@@ -120,25 +124,24 @@ class KVCompressor(nn.Module):
         """
         return min(float(total.sum()) / max(float(counts.sum()) * layers, 1.0), 1.0)
 
-    def layer_shares(self, layers: int, ratio: float) -> Tensor:
-        """Relative budget of each layer ``[L]``."""
-        if self.weights is not None:
-            return self.weights.layer_shares(ratio, self.config.layer_floor)
-        return torch.ones(layers)
-
-    def layer_totals(self, total: Tensor, capacity: Tensor, ratio: float) -> Tensor:
-        """Whole entries that each layer keeps, before any layer was scored.
+    def layer_shares(
+        self, scores: Sequence[LayerScore | None], labels: ModalityMap, total: Tensor, ratio: float
+    ) -> Tensor:
+        """Relative budget of each layer ``[L]`` or ``[B, L]``, learned or the policy's.
 
         Args:
-            total: int64 ``[B]`` over all layers; capacity: int64 ``[B, L]`` entries that exist.
-
-        Returns:
-            int64 ``[B, L]``.
+            scores: one a layer; None where the policy needs none (it is not `cross_layer`).
+            total: int64 ``[B]`` entries that all layers together keep.
         """
-        return share_out(total, self.layer_shares(capacity.shape[1], ratio).to(total.device), capacity)
+        if self.weights is not None:
+            return self.weights.layer_shares(ratio, self.config.layer_floor)
+        return self.policy.layer_shares(scores, labels, total)
 
     def modality_shares(self, layer: int, score: LayerScore, ratio: float) -> Tensor | None:
-        """The split of a layer's budget ``[B, 2]``, as measured and as learned; None for one top-k over both."""
+        """The split of a layer's budget ``[B, 2]`` or ``[B, K, 2]``, as measured and as learned.
+
+        None stands for one top-k over both modalities.
+        """
         if score.modality_shares is None or self.weights is None:
             return score.modality_shares
         return self.weights.modality_shares(layer, score.modality_shares, ratio)
@@ -150,7 +153,7 @@ class KVCompressor(nn.Module):
             budget: int64 ``[B]``; counts: int64 ``[B, 2]`` entries that exist.
 
         Returns:
-            int64 ``[B, 2]``, or ``[B, 1]`` where the policy takes one top-k over both.
+            int64 ``[B, 2]`` or ``[B, K, 2]``, or ``[B, 1]`` where the policy takes one top-k over both.
         """
         shares = self.modality_shares(layer, score, ratio)
         return budget[:, None] if shares is None else split_layer(budget, shares, counts)
@@ -188,11 +191,12 @@ class KVCompressor(nn.Module):
         """Decide for one layer whose budget is settled.
 
         Args:
-            budget: ``[B, 2]`` by modality or ``[B, 1]``, as :meth:`split` gives it.
+            budget: by modality, as :meth:`split` gives it.
         """
         to_gates: LogGates = hard if temperature is None else soft(temperature)
         rules = self._merge_rule(layer), self._alignment_rule(layer, temperature or 0.0)
-        return plan_layer(score, observation.keys, observation.values, labels, budget, to_gates, *rules)
+        plan = plan_layer(score, observation.keys, observation.values, labels, budget, to_gates, *rules)
+        return self.policy.merge(plan, observation.keys, observation.values, labels)
 
     def _merge_rule(self, layer: int) -> MergeRule | None:
         if self.config.policy != "acckv" or not self.config.integration:

@@ -10,7 +10,22 @@ from typing import Any, Literal, get_args
 from acckv.errors import InputError
 
 When = Literal["context", "prompt"]
-PolicyName = Literal["full", "random", "streaming_llm", "h2o", "snapkv", "keydiff", "acckv"]
+PolicyName = Literal[
+    "full",
+    "random",
+    "streaming_llm",
+    "h2o",
+    "snapkv",
+    "pyramidkv",
+    "look_m",
+    "fastv",
+    "madakv",
+    "knorm",
+    "keydiff",
+    "expected_attention",
+    "kvzip",
+    "acckv",
+]
 Signal = Literal["attention", "key_diversity"]
 LoraScope = Literal["after", "all"]
 
@@ -56,12 +71,26 @@ class CompressionConfig:
         default=0.6, metadata={"help": "AccKV step 4: least mean cosine similarity (paper: 0.9 or 0.6)."}
     )
     share_heads: bool = field(default=False, metadata={"help": "Keep the same tokens in all KV heads of a layer."})
-    window: int = field(default=32, metadata={"help": "SnapKV: observed rows at the end of what was prefilled."})
+    window: int = field(
+        default=32, metadata={"help": "SnapKV, PyramidKV, MadaKV: observed rows at the end of what was prefilled."}
+    )
     kernel: int = field(
-        default=5, metadata={"help": "SnapKV: width of the max-pooling over neighbouring scores; odd, in entries."}
+        default=5, metadata={"help": "SnapKV, PyramidKV: width of the max-pooling over scores; odd, in entries."}
     )
     sinks: int = field(
         default=4, metadata={"help": "StreamingLLM: first audio and video entries that are always kept."}
+    )
+    steepness: float = field(
+        default=20.0, metadata={"help": "PyramidKV: the average layer's budget over the last layer's; 1 to 1000."}
+    )
+    dense_layers: int = field(
+        default=2, metadata={"help": "FastV: first layers that are not pruned; the last of them ranks the entries."}
+    )
+    coverage: float = field(
+        default=0.9, metadata={"help": "MadaKV: share of a modality's attention that a layer asks for; 0 to 1."}
+    )
+    horizon: int = field(
+        default=512, metadata={"help": "Expected attention: positions to come that the queries are averaged over."}
     )
     layer_floor: float = field(
         default=0.1, metadata={"help": "Least share of the uniform budget that a learned layer budget leaves; 0 to 1."}
@@ -79,13 +108,22 @@ class CompressionConfig:
         for name, low, high in (
             ("ratio", 0.0, 1.0),
             ("alignment_threshold", -1.0, 1.0),
+            ("steepness", 1.0, 1000.0),
+            ("coverage", 0.0, 1.0),
             ("layer_floor", 0.0, 1.0),
             ("probe_queries", 0, 16),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise InputError(f"{value!r} is not a number from {low:g} to {high:g}", field=name)
-        for name, least in (("window", 1), ("kernel", 1), ("sinks", 0), ("seed", 0)):
+        for name, least in (
+            ("window", 1),
+            ("kernel", 1),
+            ("sinks", 0),
+            ("dense_layers", 1),
+            ("horizon", 1),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{value!r} is not an integer of at least {least}", field=name)

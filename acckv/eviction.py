@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,12 +11,14 @@ from transformers.cache_utils import Cache
 
 from acckv.adapters.base import AttentionLayer
 from acckv.cache import compressed_layers
-from acckv.cache_layer import CompressedLayer
 from acckv.errors import InputError
-from acckv.focusing import total_budget
+from acckv.focusing import share_out, total_budget
+from acckv.heads import heads_as_rows, rows_as_heads
 from acckv.modality import Modality, ModalityMap
 from acckv.pipeline import LayerPlan
+from acckv.ragged import DecoderInputs
 from acckv.scoring import Observation
+from acckv.second_look import SecondLook, behind
 from acckv.watch import Watch
 
 if TYPE_CHECKING:
@@ -30,48 +33,76 @@ class Eviction:
     held competes anew: that is what bounds a stream.
 
     A layer's budget needs no score, so each layer is evicted before the next one runs and the peak is one full layer
-    plus the compressed rest. Policies that weigh layers against each other (`Policy.cross_layer`) wait for the last.
+    plus the compressed rest. Policies that weigh layers against each other (`Policy.cross_layer`) wait for the last,
+    and look at the new tokens alone.
 
     Args:
+        embedded: the tokens as they enter the decoder; look: completes what was observed.
         ratio: kept share, replaces the config's ratio and budget.
         by_probe: whether the policy reads the probe prompt's rows.
+
+    Raises:
+        InputError: the policy cannot go on from what the cache holds.
     """
 
     def __init__(
-        self, compressor: KVCompressor, cache: Cache, watch: Watch, ratio: float | None, by_probe: bool
+        self,
+        compressor: KVCompressor,
+        cache: Cache,
+        watch: Watch,
+        embedded: DecoderInputs,
+        look: SecondLook,
+        ratio: float | None,
+        by_probe: bool,
     ) -> None:
-        self.compressor, self.cache, self.watch, self.by_probe = compressor, cache, watch, by_probe
-        self.ratio = ratio
+        self.compressor, self.cache, self.watch = compressor, cache, watch
+        self.embedded, self.look, self.by_probe = embedded, look, by_probe
+        self.config = compressor.config
         self.layers = compressed_layers(cache)
-        self.competing = compressor.config.budget is not None and ratio is None and compressor.config.policy != "full"
+        self.before = [layer.physical for layer in self.layers]
+        self.competing = self.config.budget is not None and ratio is None
+        self.ratio = self.config.ratio if ratio is None else ratio
+        self._check()
+        self.rotation = look.rotation(embedded.position_ids)
         self.labels = [watch.held_labels(layer, layer.physical) for layer in self.layers]
         self.new = watch.labels.counts()
         self.planning = [self._planning_labels(labels) for labels in self.labels]
-        available = torch.stack([_media_count(labels) for labels in self.planning], dim=1)
-        total = self._total(available)
-        rate = compressor.effective_ratio(total, self._offered(), len(self.layers))
-        self.rate = rate if self.competing else (compressor.config.ratio if ratio is None else ratio)
-        self.totals = compressor.layer_totals(total, available, self.rate)
+        self.available = torch.stack([_media_count(labels) for labels in self.planning], dim=1)
+        self.total = self._total()
+        if self.competing:
+            self.ratio = compressor.effective_ratio(self.total, self._offered(), len(self.layers))
+        if not compressor.policy.cross_layer:
+            shares = compressor.layer_shares([None] * len(self.layers), watch.labels, self.total, self.ratio)
+            self.budgets = share_out(self.total, shares, self.available)
         self.waiting: list[Observation] = []
+
+    def _check(self) -> None:
+        policy = self.compressor.policy
+        if not any(self.before):
+            return
+        if policy.rows == "repetition":
+            raise InputError(f"{self.config.policy} repeats a whole context and cannot go on from a compressed one")
+        if policy.cross_layer and self.competing:
+            raise InputError(
+                f"{self.config.policy} weighs layers against each other and cannot go on within an absolute budget; "
+                "set a ratio instead",
+                field="budget",
+            )
 
     def _offered(self) -> Tensor:
         """int64 ``[B, 2]`` entries that there have been to choose from in a layer, the new ones included."""
         before = self.layers[0].offered
         return self.new if before is None else before + self.new
 
-    def _total(self, available: Tensor) -> Tensor:
+    def _total(self) -> Tensor:
         """int64 ``[B]``: entries that all layers together may keep of those that compete now."""
-        count = len(self.layers)
+        count, most = len(self.layers), self.available.sum(-1)
         if self.competing:
-            budget = self.compressor.config.budget or 0
-            return torch.minimum(torch.full_like(available[:, 0], budget * count), available.sum(-1))
-        ratio = self.compressor.config.ratio if self.ratio is None else self.ratio
-        if self.compressor.config.policy == "full":
-            ratio = 1.0
+            return torch.minimum(torch.full_like(most, (self.config.budget or 0) * count), most)
         kept = [_media_count(layer.labels) for layer in self.layers if layer.labels is not None]
-        total = total_budget(ratio, None, count, self._offered())
+        total = total_budget(self.ratio, None, count, self._offered())
         total = total - torch.stack(kept).sum(0) if kept else total
-        return torch.minimum(total.clamp_min(0), available.sum(-1))
+        return torch.minimum(total.clamp_min(0), most)
 
     def _planning_labels(self, labels: Tensor) -> Tensor:
         """The labels that the policy sees: entries that do not compete are text."""
@@ -87,83 +118,72 @@ class Eviction:
             real = self.labels[layer.slot][:, 0] != Modality.PADDING
             look = self.watch.observe_probe if self.by_probe else self.watch.observe
             seen = look(real, query, key, value, scaling)
+            seen = replace(seen, rotation=behind(self.rotation, self.before[layer.slot]))
             if self.compressor.policy.cross_layer:
-                self.waiting.append(seen)
+                self.waiting.append(self._new_alone(layer.slot, seen))
             else:
                 self._commit(layer.slot, self._plan(layer.slot, seen))
                 return
         self.watch.forget_probe(self.cache, layer)
 
-    def finish(self) -> None:
-        """Evict what had to wait for the last layer."""
-        if not self.waiting:
-            return
-        if self.competing and self.layers[0].offered is not None:
-            raise InputError(
-                f"{self.compressor.config.policy} weighs layers against each other and cannot go on within an absolute "
-                "budget; set a ratio instead",
-                field="budget",
-            )
-        labels = [ModalityMap(labels[:, 0]) for labels in self.planning]
-        scores = [self.compressor.score(slot, seen, labels[slot]) for slot, seen in enumerate(self.waiting)]
-        budgets = self.compressor.budgets(scores, self.watch.labels, self.rate)
-        for slot, seen in enumerate(self.waiting):
-            plan = self.compressor.plan_one(slot, scores[slot], seen, labels[slot], budgets[:, slot])
-            self._commit(slot, plan)
-
     def _plan(self, slot: int, seen: Observation) -> LayerPlan:
-        labels, budget = self.planning[slot], self.totals[:, slot]
+        """What becomes of a layer whose budget is settled."""
+        labels, budget = self.planning[slot], self.budgets[:, slot]
         heads = labels.shape[1]
-        if heads > 1:
-            # Heads hold different entries: each is a row of its own.
+        if heads > 1:  # heads hold different entries: each is a row of its own
             if self.compressor.weights is not None:
                 raise InputError(
                     "a calibrated compressor whose heads keep different entries cannot go on within an absolute "
                     "budget; set a ratio, or share_heads",
                     field="budget",
                 )
-            seen, labels, budget = _heads_as_rows(seen), labels.flatten(0, 1), budget.repeat_interleave(heads)
-        else:
-            labels = labels[:, 0]
-        modalities = ModalityMap(labels)
-        score = self.compressor.score(slot, seen, modalities)
-        split = self.compressor.split(slot, score, budget, modalities.counts(), self.rate)
+            seen, budget = heads_as_rows(seen), budget.repeat_interleave(heads)
+        modalities = ModalityMap(labels.flatten(0, 1))
+        score = self.compressor.policy.score(slot, seen, modalities)
+        split = self.compressor.split(slot, score, budget, modalities.counts(), self.ratio)
         plan = self.compressor.plan_one(slot, score, seen, modalities, split)
-        return _rows_as_heads(plan, heads) if heads > 1 else plan
+        return rows_as_heads(plan, heads) if heads > 1 else plan
+
+    def finish(self) -> None:
+        """Evict what had to wait for the last layer."""
+        if not self.waiting:
+            return
+        compressor, labels = self.compressor, self.watch.labels
+        waiting = self.look.complete(self.waiting, self.cache.layers, self.embedded, [])
+        scores = compressor.scores(waiting, labels)
+        shares = compressor.layer_shares(scores, labels, self.total, self.ratio)
+        budgets = share_out(self.total, shares, self.available)
+        for slot, seen in enumerate(waiting):
+            split = compressor.split(slot, scores[slot], budgets[:, slot], self.new, self.ratio)
+            plan = compressor.plan_one(slot, scores[slot], seen, labels, split)
+            self._commit(slot, self._behind(slot, plan))
+
+    def _new_alone(self, slot: int, seen: Observation) -> Observation:
+        """An observation of the new entries only, so that all layers have equally many."""
+        first = self.before[slot]
+        return replace(
+            seen,
+            keys=seen.keys[:, :, first:],
+            values=seen.values[:, :, first:],
+            row_positions=seen.row_positions - first,
+            real=seen.real[:, first:],
+            rotation=self.rotation,
+        )
+
+    def _behind(self, slot: int, plan: LayerPlan) -> LayerPlan:
+        """A plan of the new entries, behind those that stay."""
+        first = self.before[slot]
+        if not first:
+            return plan
+        stays = (self.planning[slot][..., :first] != Modality.PADDING).to(plan.log_gates.dtype).log()
+        gates = torch.cat([stays.expand(-1, plan.log_gates.shape[1], -1), plan.log_gates], dim=-1)
+        pivots = None if plan.pivots is None else replace(plan.pivots, index=plan.pivots.index + first)
+        return replace(plan, log_gates=gates, pivots=pivots)
 
     def _commit(self, slot: int, plan: LayerPlan) -> None:
-        held: CompressedLayer = self.layers[slot]
-        held.commit(plan, self.labels[slot], self.new)
+        self.layers[slot].commit(plan, self.labels[slot], self.new)
 
 
 def _media_count(labels: Tensor) -> Tensor:
     """int64 ``[B]``: audio and video entries of the first head; all heads hold equally many."""
     return ModalityMap(labels[:, 0]).counts().sum(-1)
-
-
-def _heads_as_rows(seen: Observation) -> Observation:
-    """An observation of B rows and K heads as one of B * K rows with a single KV head."""
-    batch, heads = seen.keys.shape[:2]
-
-    def by_row(tensor: Tensor) -> Tensor:
-        return tensor.repeat_interleave(heads, dim=0)
-
-    def by_head(tensor: Tensor) -> Tensor:
-        return tensor.reshape(batch * heads, tensor.shape[1] // heads, *tensor.shape[2:])
-
-    return Observation(
-        by_head(seen.queries),
-        by_head(seen.keys),
-        by_head(seen.values),
-        by_row(seen.row_positions),
-        by_row(seen.row_valid),
-        by_row(seen.real),
-        seen.scaling,
-    )
-
-
-def _rows_as_heads(plan: LayerPlan, heads: int) -> LayerPlan:
-    def back(tensor: Tensor) -> Tensor:
-        return tensor.reshape(tensor.shape[0] // heads, heads, *tensor.shape[2:])
-
-    return LayerPlan(back(plan.log_gates), back(plan.keys), back(plan.values), back(plan.bias))

@@ -93,10 +93,10 @@ def total_budget(ratio: float, budget: int | None, layers: int, counts: Tensor) 
 
 
 def share_out(total: Tensor, layer_shares: Tensor, capacity: Tensor) -> Tensor:
-    """Whole budget of every layer. It reads no score: it is known before the first layer has run.
+    """Whole budget of every layer. Where the shares read no score, it is known before the first layer has run.
 
     Args:
-        total: int64 ``[B]`` entries over all layers; layer_shares: ``[L]`` relative budgets;
+        total: int64 ``[B]`` entries over all layers; layer_shares: ``[L]`` or ``[B, L]`` relative budgets;
         capacity: int64 ``[B, L]`` entries that exist.
 
     Returns:
@@ -107,16 +107,20 @@ def share_out(total: Tensor, layer_shares: Tensor, capacity: Tensor) -> Tensor:
 
 
 def split_layer(budget: Tensor, modality_shares: Tensor, counts: Tensor) -> Tensor:
-    """Whole budget of each modality inside one layer.
+    """Whole budget of each modality inside one layer, in every KV head by that head's own shares where it has some.
 
     Args:
-        budget: int64 ``[B]``; modality_shares: ``[B, 2]``; counts: int64 ``[B, 2]`` entries that exist.
+        budget: int64 ``[B]`` entries that every head keeps; modality_shares: ``[B, 2]`` or ``[B, K, 2]``;
+        counts: int64 ``[B, 2]`` entries that exist.
 
     Returns:
-        int64 ``[B, 2]`` that sums to ``min(budget, counts.sum())``.
+        int64 of the shape of `modality_shares`; the last axis sums to ``min(budget, counts.sum())``.
     """
-    amounts = water_fill(budget.float(), modality_shares.detach().float(), counts.float())
-    return round_exactly(amounts, budget, counts)
+    shares = modality_shares.detach().float().reshape(counts.shape[0], -1, 2)
+    heads = shares.shape[1]
+    total, capacity = budget.repeat_interleave(heads), counts.repeat_interleave(heads, dim=0)
+    amounts = water_fill(total.float(), shares.flatten(0, 1), capacity.float())
+    return round_exactly(amounts, total, capacity).view(modality_shares.shape)
 
 
 def allocate(total: Tensor, layer_shares: Tensor, modality_shares: Tensor, counts: Tensor) -> Tensor:
@@ -124,14 +128,14 @@ def allocate(total: Tensor, layer_shares: Tensor, modality_shares: Tensor, count
 
     Args:
         total: ``[B]`` entries over all layers.
-        layer_shares: ``[L]`` relative budget of each layer.
+        layer_shares: ``[L]`` or ``[B, L]`` relative budget of each layer.
         modality_shares: ``[B, L, 2]`` split inside each layer.
         counts: ``[B, 2]`` entries that exist.
 
     Returns:
         float ``[B, L, 2]`` that sums to `total` over its last two axes; differentiable in both shares.
     """
-    layers = layer_shares.shape[0]
+    layers = layer_shares.shape[-1]
     capacity = counts.to(modality_shares.dtype)
     layer_capacity = capacity.sum(-1, keepdim=True).expand(-1, layers)
     by_layer = water_fill(total.to(capacity.dtype), layer_shares.expand(total.shape[0], -1), layer_capacity)

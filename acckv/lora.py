@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -46,7 +47,9 @@ class LoraWeights:
 def lora_config(adapter: ModelAdapter, rank: int, alpha: float, targets: tuple[str, ...], base: str) -> LoraConfig:
     """A LoRA of the decoder's projections, by full module names: leaf names would hit the audio tower too."""
     names = adapter.projection_names(targets)
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, base_model_name_or_path=base)
+    return LoraConfig(
+        r=rank, lora_alpha=int(alpha), target_modules=names, lora_dropout=0.0, base_model_name_or_path=base
+    )
 
 
 class AttachedLora:
@@ -91,7 +94,8 @@ class AttachedLora:
 
     def remove(self) -> None:
         """Take every LoRA layer off again; the model is as it was before."""
-        model = self.wrapped.base_model.unload()
+        tuner: Any = self.wrapped.base_model
+        model = tuner.unload()
         for name in ("peft_config", "_hf_peft_config_loaded"):
             if name in vars(model):
                 delattr(model, name)
@@ -108,9 +112,11 @@ def set_enabled(adapter: ModelAdapter, enabled: bool) -> None:
 
 @contextmanager
 def disabled(adapter: ModelAdapter) -> Iterator[None]:
-    """The base model's own projections while the context is open."""
+    """The base model's own projections while the context is open; then as before, so that it can be nested."""
+    layers = [module for module in adapter.model.modules() if isinstance(module, BaseTunerLayer)]
+    enabled = any(not layer.disable_adapters for layer in layers)
     set_enabled(adapter, False)
     try:
         yield
     finally:
-        set_enabled(adapter, True)
+        set_enabled(adapter, enabled)

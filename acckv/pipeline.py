@@ -39,7 +39,8 @@ class LayerScore:
 
     Args:
         score: ``[B, K or 1, N]``, comparable inside a modality (inside the layer, where `modality_shares` is None).
-        modality_shares: ``[B, 2]`` split of the layer's budget, or None for one top-k over both modalities.
+        modality_shares: split of the layer's budget, ``[B, 2]`` or by KV head ``[B, K or 1, 2]``; None for one top-k
+            over both modalities.
     """
 
     score: Tensor
@@ -71,6 +72,28 @@ class MergeRule:
 
 
 @dataclass(frozen=True)
+class Pivots:
+    """Kept entries into which others were merged, with what they are afterwards.
+
+    Args:
+        index: int64 ``[B, K, P]``, places in the prompt, each at most once in a row and head.
+        keys, values: ``[B, K, P, D]``.
+    """
+
+    index: Tensor
+    keys: Tensor
+    values: Tensor
+
+    def place(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, K, N or more, D]`` with the pivots in their places."""
+        index = self.index[..., None]
+        return (
+            keys.scatter(2, index.expand(self.keys.shape), self.keys.to(keys.dtype)),
+            values.scatter(2, index.expand(self.values.shape), self.values.to(values.dtype)),
+        )
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """What becomes of one layer's prompt entries, merged entries appended: ``M = N + merged``.
 
@@ -78,12 +101,14 @@ class LayerPlan:
         log_gates: ``[B, K or 1, M]``; added to the attention logits of later queries. 0 kept, -inf evicted.
         keys, values: the merged entries ``[B, K, M - N, D]``.
         bias: ``[B, K, M - N]`` log mass of the merged entries.
+        pivots: kept prompt entries that changed, or None.
     """
 
     log_gates: Tensor
     keys: Tensor
     values: Tensor
     bias: Tensor
+    pivots: Pivots | None = None
 
     def apply(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values with the merged entries after the prompt, and the bias of both on attention logits.
@@ -94,6 +119,8 @@ class LayerPlan:
         Returns:
             keys and values ``[B, K, M + later, D]``, bias ``[B, K or 1, M]``.
         """
+        if self.pivots is not None:
+            keys, values = self.pivots.place(keys, values)
         merged = self.keys.shape[2]
         if not merged:
             return keys, values, self.log_gates
@@ -118,7 +145,8 @@ def plan_layer(
 
     Args:
         keys, values: ``[B, K, N, D]`` of the prompt.
-        budgets: ``[B, 2]`` entries to keep of each modality, merged ones included (``[B, 1]`` for a joint top-k).
+        budgets: ``[B, 2]`` or by head ``[B, K, 2]`` entries to keep of each modality, merged ones included (``[B, 1]``
+            for a joint top-k).
         merge, align: None where the step is off.
     """
     score = layer.score
@@ -129,7 +157,8 @@ def plan_layer(
         log_gates = torch.maximum(always, to_gates(score, labels.media[:, None], budgets))
         return _without_merging(log_gates, keys, values)
 
-    split = budgets[:, None, :].to(score.dtype).expand(-1, score.shape[1], -1)
+    by_head = budgets if budgets.ndim == 3 else budgets[:, None, :]
+    split = by_head.to(score.dtype).expand(-1, score.shape[1], -1)
     counts = members.sum(-1)[:, None, :]
     if align is not None:
         score, split = _align(score, keys, members, split, layer.modality_shares, to_gates, align)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -12,7 +12,7 @@ from acckv.errors import InputError
 from acckv.modality import ModalityMap
 from acckv.policies.base import Rows
 from acckv.prompt import PROBE_REMEDY
-from acckv.ragged import watched_rows
+from acckv.ragged import DecoderInputs, watched_rows
 from acckv.scoring import Observation
 
 
@@ -26,7 +26,11 @@ class Prefill:
         observations: by compressed layer, rows of the prompt.
         probes: by compressed layer, rows of the probe prompt, or None where none was run.
         next_position: ``[B, 1]``, where text after the prompt goes on.
-        logits: of the last token, ``[B, vocabulary]``, before compression.
+        adapted: whether LoRA acted on the prompt (scope 'all').
+        embedded: what went into the decoder; another prefill can start from it.
+        logits: of the last token, ``[B, vocabulary]``, before compression; None where it started from embeddings.
+        repetition: by compressed layer, what a repetition of the context attends to; empty until a policy first asks
+            for it.
     """
 
     cache: Cache
@@ -34,7 +38,10 @@ class Prefill:
     observations: list[Observation]
     probes: list[Observation] | None
     next_position: Tensor
-    logits: Tensor
+    adapted: bool
+    embedded: DecoderInputs
+    logits: Tensor | None
+    repetition: list[Tensor] = field(default_factory=list)
 
     def watched(self, rows: Rows, config: CompressionConfig) -> list[Observation]:
         """The rows that a policy reads, out of all that were recorded."""

@@ -17,11 +17,13 @@ from acckv.cache import compressed_layers, sliding_layers
 from acckv.cache_layer import settle_window
 from acckv.errors import InputError
 from acckv.modality import Modality, ModalityMap
-from acckv.ragged import packed, scatter_back, take, window
+from acckv.ragged import DecoderInputs, next_position, packed, scatter_back, take, window
 from acckv.turn import Turn
 from acckv.watch import Watch, WatchListener, record_past, restore_past
 
 Decoder = Callable[..., Any]
+#: Under this name a family's token types travel with its embeddings.
+TOKEN_TYPES = "mm_token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class ProbePrompt:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         ids = tokenizer(self.text, add_special_tokens=False)["input_ids"]
         if not ids:
-            raise InputError(f"{self.text!r} has no token in this vocabulary", field="probe_prompt")
+            raise InputError(f"{self.text!r} has no token in this vocabulary", field="processor")
         return torch.tensor(ids, device=device).expand(batch, -1)
 
 
@@ -88,9 +90,21 @@ class PromptRun:
             )
 
     @property
-    def next_position(self) -> Tensor:
-        """int64 ``[batch, 1]``: where text goes on after the turn."""
-        return next_position(self.arguments["position_ids"])
+    def embedded(self) -> DecoderInputs:
+        """The turn as it enters the decoder."""
+        return self._embedded(self.arguments, self.turn.labels, self.turn.token_types)
+
+    @property
+    def embedded_front(self) -> DecoderInputs:
+        """The front as it enters the decoder."""
+        return self._embedded(self.adapter.cut(self.arguments, self.front), self.front_labels, self._types(None))
+
+    def _embedded(self, arguments: dict[str, Any], labels: ModalityMap, types: Tensor | None) -> DecoderInputs:
+        others = self.adapter.by_token(arguments)
+        if types is not None:
+            others[TOKEN_TYPES] = types[:, self.turn.seen :]
+        others = {name: tensor.detach() for name, tensor in others.items()}
+        return DecoderInputs(arguments["inputs_embeds"].detach(), arguments["position_ids"], labels, others)
 
     def watch(self, rows: Tensor, probe: int) -> Watch:
         return Watch(self.front_labels, rows, self.past, probe)
@@ -193,13 +207,4 @@ class PromptRun:
         return torch.cat(parts, dim=1)
 
 
-def next_position(position_ids: Tensor) -> Tensor:
-    """Where text goes on after tokens at `position_ids` ``[..., B, tokens]``: int64 ``[B, 1]``."""
-    last = position_ids[..., -1:]
-    # generate puts plain text positions before the three dimensions (time, height, width).
-    return (last[-3:].amax(dim=0) if last.ndim == 3 else last) + 1
-
-
-PROBE_REMEDY = (
-    "this policy watches a probe prompt before any question exists: pass the processor, `compressor(model, processor)`"
-)
+PROBE_REMEDY = "this policy watches a prompt of its own: pass the processor, `compressor(model, processor)`"

@@ -5,13 +5,83 @@ A window is an int64 tensor ``[batch, width]`` of column indices, -1 where a row
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from acckv.modality import ModalityMap
+from acckv.modality import Modality, ModalityMap
 from acckv.policies.base import Rows
+
+
+@dataclass(frozen=True)
+class DecoderInputs:
+    """A batch as it enters the decoder: media encoded, positions computed, padded on the left.
+
+    Attributes:
+        embeds: ``[batch, tokens, hidden]``; position_ids: ``[..., batch, tokens]``.
+        labels: of the tokens.
+        others: what else the family's decoder gets, each ``[batch, tokens, ...]``.
+    """
+
+    embeds: Tensor
+    position_ids: Tensor
+    labels: ModalityMap
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def next_position(self) -> Tensor:
+        """int64 ``[batch, 1]``: where text after these tokens goes on."""
+        return next_position(self.position_ids)
+
+    def rows(self) -> list[DecoderInputs]:
+        """Each row by itself, without its padding, in memory of its own."""
+        parts = []
+        for row, real in enumerate(self.labels.real):
+            start = int(real.long().argmax())
+            labels = ModalityMap(self.labels.labels[row : row + 1, start:].clone())
+            position_ids = self.position_ids[..., row : row + 1, start:].clone()
+            others = {name: tensor[row : row + 1, start:].clone() for name, tensor in self.others.items()}
+            parts.append(DecoderInputs(self.embeds[row : row + 1, start:].clone(), position_ids, labels, others))
+        return parts
+
+    @classmethod
+    def stack(cls, rows: list[DecoderInputs]) -> DecoderInputs:
+        """One left-padded batch of rows."""
+        length = max(row.embeds.shape[1] for row in rows)
+        missing = [length - row.embeds.shape[1] for row in rows]
+
+        def padded(tensors: list[Tensor], value: int = 0) -> Tensor:
+            """Rows ``[1, tokens, ...]``."""
+            tail = (0, 0) * (tensors[0].ndim - 2)
+            return torch.cat([F.pad(t, (*tail, pad, 0), value=value) for t, pad in zip(tensors, missing, strict=True)])
+
+        positions = [F.pad(row.position_ids, (pad, 0)) for row, pad in zip(rows, missing, strict=True)]
+        return cls(
+            padded([row.embeds for row in rows]),
+            torch.cat(positions, dim=-2),
+            ModalityMap(padded([row.labels.labels for row in rows], int(Modality.PADDING))),
+            {name: padded([row.others[name] for row in rows]) for name in rows[0].others},
+        )
+
+    def window(self, columns: Tensor, position_ids: Tensor) -> DecoderInputs:
+        """A window of the tokens, at other positions."""
+        labels = ModalityMap(take(self.labels.labels, columns, 1, fill=Modality.PADDING))
+        others = {name: take(tensor, columns, 1) for name, tensor in self.others.items()}
+        return DecoderInputs(take(self.embeds, columns, 1), position_ids, labels, others)
+
+
+def next_position(position_ids: Tensor) -> Tensor:
+    """Where text goes on after tokens at `position_ids` ``[..., batch, tokens]``: int64 ``[batch, 1]``."""
+    last = rope_positions(position_ids[..., -1:])
+    return (last.amax(dim=0) if last.ndim == 3 else last) + 1
+
+
+def rope_positions(position_ids: Tensor) -> Tensor:
+    """Position ids without the plain text positions that generate puts before (time, height, width)."""
+    return position_ids[-3:] if position_ids.ndim == 3 else position_ids
 
 
 def window(starts: Tensor, stops: Tensor, align: Literal["left", "right"] = "right") -> Tensor:
@@ -69,7 +139,7 @@ def watched_rows(labels: ModalityMap, rows: Rows, width: int) -> Tensor:
         width: of the observation window, in rows.
     """
     index = torch.arange(labels.labels.shape[1], device=labels.labels.device)
-    if rows == "none":
+    if rows in ("none", "repetition"):
         return torch.zeros_like(labels.text)
     if rows == "window":
         return labels.real & (index >= index.shape[0] - width)

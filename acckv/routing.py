@@ -20,7 +20,8 @@ from acckv.eviction import Eviction
 from acckv.modality import Modality, ModalityMap
 from acckv.policies.base import Rows
 from acckv.prompt import Decoder, ProbePrompt, PromptRun
-from acckv.ragged import watched_rows
+from acckv.ragged import DecoderInputs, next_position, watched_rows
+from acckv.second_look import SecondLook
 from acckv.simulation import Simulation
 from acckv.turn import Turn
 from acckv.watch import Recorder, WatchListener
@@ -33,12 +34,13 @@ class Task:
 
     Attributes:
         rows: to record for a Prefill; None evicts while it runs, at `ratio` (None: the config's).
-        recorder: what was recorded.
+        recorder: what was recorded; embedded: the turn as it entered the decoder.
     """
 
     rows: Rows | None = None
     ratio: float | None = None
     recorder: Recorder | None = None
+    embedded: DecoderInputs | None = None
 
 
 class Router:
@@ -49,12 +51,13 @@ class Router:
 
     Attributes:
         last_cache: of the last prompt that was compressed under the user's own call.
-        prompt_scope: what is open while tokens run that the calibrated LoRA must not touch.
+        attached: the compressor's LoRA while it is on the model.
     """
 
     def __init__(self, compressor: KVCompressor, adapter: ModelAdapter, probe: ProbePrompt) -> None:
         self.compressor, self.adapter, self.probe = compressor, adapter, probe
         self.tap = Tap(adapter.attention_layers)
+        self.look = SecondLook(compressor, adapter, self.tap, probe.processor)
         self.wiring = Wiring(adapter, self._decode, compressor.config.when)
         self.last_cache: CompressedCache | None = None
         self.attached: lora.AttachedLora | None = None
@@ -106,17 +109,17 @@ class Router:
         else:
             listener, probe = self._recorder(run, cache, turn, task)
         is_prompt = turn.has_media or task.rows is not None
-        return run.run(listener, probe, self._prompt_adapters() if is_prompt else nullcontext())
+        return run.run(listener, probe, self.prompt_adapters() if is_prompt else nullcontext())
 
     def _compress_prompt(self, original: Decoder, cache: Cache, turn: Turn, arguments: dict[str, Any]) -> Any:
         """A prompt under the user's own call."""
         adopt(cache, self.adapter)
         run = PromptRun(self.adapter, self.tap, original, cache, turn, arguments)
         listener, probe = self._eviction(run, cache, turn, None)
-        output = run.run(listener, probe, self._prompt_adapters())
+        output = run.run(listener, probe, self.prompt_adapters())
         past = torch.zeros_like(turn.past, dtype=torch.long).masked_fill(~turn.past, Modality.PADDING)
         labels = ModalityMap(torch.cat([past, turn.labels.labels], dim=1))
-        self.last_cache = CompressedCache(cache.layers, labels, run.next_position)
+        self.last_cache = CompressedCache(cache.layers, labels, next_position(run.arguments["position_ids"]))
         return output
 
     def _eviction(
@@ -130,7 +133,7 @@ class Router:
         probe = self._probe_ids(turn) if by_probe else None
         mask = watched_rows(run.front_labels, "none" if by_probe else rows, self.compressor.config.window)
         watch = run.watch(mask, 0 if probe is None else probe.shape[1])
-        return Eviction(self.compressor, cache, watch, ratio, by_probe), probe
+        return Eviction(self.compressor, cache, watch, run.embedded_front, self.look, ratio, by_probe), probe
 
     def _recorder(
         self, run: PromptRun, cache: Cache, turn: Turn, task: Task
@@ -139,6 +142,7 @@ class Router:
         wanted = rows == "text" or (rows == "all" and self.probe.processor is not None)
         probe = self._probe_ids(turn) if wanted and self.compressor.config.when == "context" else None
         mask = watched_rows(turn.labels, rows, self.compressor.config.window)
+        task.embedded = run.embedded
         task.recorder = Recorder(run.watch(mask, 0 if probe is None else probe.shape[1]), cache)
         return task.recorder, probe
 
@@ -146,8 +150,13 @@ class Router:
         labels = turn.labels.labels
         return self.probe.ids(labels.shape[0], labels.device)
 
-    def _prompt_adapters(self) -> AbstractContextManager[Any]:
+    @property
+    def adapts_prompt(self) -> bool:
+        """Whether LoRA acts on the prompt too, so that a prefill of the base model is of no use here."""
+        return self.attached is not None and self.compressor.lora_scope == "all"
+
+    def prompt_adapters(self) -> AbstractContextManager[Any]:
         """LoRA of scope 'after' is off while the prompt runs."""
-        if self.attached is not None and self.compressor.lora_scope == "after":
+        if self.attached is not None and not self.adapts_prompt:
             return lora.disabled(self.adapter)
         return nullcontext()

@@ -7,11 +7,13 @@ Pure functions of tensors. ``B`` batch, ``H`` query heads, ``K`` KV heads, ``R``
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from acckv.rotary import Rotation
 
 #: Rows whose attention is held at once.
 ROW_CHUNK = 256
@@ -29,6 +31,8 @@ class Observation:
         row_valid: bool ``[B, R]``: which rows count.
         real: bool ``[B, N]``: entries that are no padding.
         scaling: factor of the dot product (Gemma 4's is 1, so it is never derived from D).
+        rotation: the prompt's rotary embedding, for policies that take it off (`rotated`).
+        repetition: ``[B, K, N]``, the most attention to each entry while the context was repeated (rows 'repetition').
     """
 
     queries: Tensor
@@ -38,20 +42,19 @@ class Observation:
     row_valid: Tensor
     real: Tensor
     scaling: float
+    rotation: Rotation | None = None
+    repetition: Tensor | None = None
 
     def rows(self, mask: Tensor) -> Observation:
         """The same observation with only the rows of `mask` (bool ``[B, R]``) counting, others cut where possible."""
         valid = self.row_valid & mask
         used = valid.any(dim=0).nonzero().flatten()
         first, last = (int(used[0]), int(used[-1]) + 1) if used.numel() else (0, 0)
-        return Observation(
-            self.queries[:, :, first:last],
-            self.keys,
-            self.values,
-            self.row_positions[:, first:last],
-            valid[:, first:last],
-            self.real,
-            self.scaling,
+        return replace(
+            self,
+            queries=self.queries[:, :, first:last],
+            row_positions=self.row_positions[:, first:last],
+            row_valid=valid[:, first:last],
         )
 
 
@@ -110,6 +113,14 @@ def heavy_hitter_score(observation: Observation, gamma: Tensor | float = 0.0) ->
     return total * column[:, None, :]
 
 
+def peak_attention(observation: Observation) -> Tensor:
+    """The most attention that each entry receives from any observed row and query head: float32 ``[B, K, N]``."""
+    peak = observation.keys.new_zeros(*observation.keys.shape[:3], dtype=torch.float32)
+    for _, weights in attention_rows(observation):
+        peak = torch.maximum(peak, weights.amax(dim=(2, 3)))
+    return peak
+
+
 def key_diversity(keys: Tensor, real: Tensor) -> Tensor:
     """Minus the cosine similarity of each key to the mean key of its head (KeyDiff, arXiv 2504.15364).
 
@@ -124,11 +135,12 @@ def key_diversity(keys: Tensor, real: Tensor) -> Tensor:
     return -(F.normalize(mean, dim=-1) * unit).sum(dim=-1)
 
 
-def standardise(score: Tensor, members: Tensor, eps: float = 1e-4) -> Tensor:
+def standardise(score: Tensor, members: Tensor, widest: float = torch.inf, eps: float = 1e-4) -> Tensor:
     """Zero mean and unit deviation of a score inside each modality; the ranking inside a modality stays.
 
     Args:
         score: ``[B, K, N]``; members: bool ``[B, 2, N]``, the entries of each modality.
+        widest: a score that deviates more than this is divided by no more than this, so it stays wider.
 
     Returns:
         ``[B, K, N]``, zero for entries of no modality.
@@ -139,6 +151,6 @@ def standardise(score: Tensor, members: Tensor, eps: float = 1e-4) -> Tensor:
         count = mask.sum(-1, keepdim=True).clamp_min(1)
         mean = (score * mask).sum(-1, keepdim=True) / count
         centred = (score - mean) * mask
-        deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
-        result = result + centred / (deviation + eps)
+        deviation = (centred.square().sum(-1, keepdim=True) / count + eps**2).sqrt()
+        result = result + centred / (deviation + eps).clamp(max=widest)
     return result

@@ -26,7 +26,7 @@ def hard_gates(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
     return kept * members
 
 
-def soft_log_gates(score: Tensor, members: Tensor, budget: Tensor, temperature: float, iterations: int = 30) -> Tensor:
+def soft_log_gates(score: Tensor, members: Tensor, budget: Tensor, temperature: float, iterations: int = 18) -> Tensor:
     """Log of ``sigmoid((score - theta) / temperature)`` with theta solved so that the gates sum to the budget.
 
     Theta is found by bisection without gradients and refined by one Newton step with them, which gives the exact

@@ -19,10 +19,11 @@ from acckv.modality import ModalityMap
 from acckv.pipeline import LayerPlan
 from acckv.policies.base import Rows
 from acckv.prefill import Prefill
-from acckv.prompt import ProbePrompt, next_position
+from acckv.prompt import TOKEN_TYPES, ProbePrompt
+from acckv.ragged import DecoderInputs, next_position
 from acckv.routing import Router, Task
 from acckv.simulation import LengthCache, Simulation, without_checkpointing
-from acckv.turn import Turn, read_turn
+from acckv.turn import Turn, embedded_turn, read_turn
 
 __all__ = ["Prefill", "Session"]
 
@@ -93,35 +94,55 @@ class Session:
         """The compressor's LoRA while it is on the model."""
         return self.router.attached
 
+    @property
+    def adapts_prompt(self) -> bool:
+        """Whether LoRA acts on the prompt too, so that a prefill of the base model is of no use here."""
+        return self.router.adapts_prompt
+
     def _require_open(self) -> None:
         if not self.router.wiring.is_open:
             raise InputError("is closed; use it inside `with compressor(model) as session`", field="session")
 
     # ----------------------------------------------- compressing, and answering
 
-    def prefill(self, rows: Rows = "all", gradients: bool = False, **inputs: Any) -> Prefill:
+    def prefill(
+        self, embedded: DecoderInputs | None = None, rows: Rows = "all", gradients: bool = False, **inputs: Any
+    ) -> Prefill:
         """Run the model over `inputs` with the full cache, observing; nothing is compressed.
 
         Args:
+            embedded: of an earlier prefill, instead of `inputs`: the encoders need not run again.
             rows: rows to record; 'all' serves every policy (the probe prompt's too, where a processor was given).
             gradients: keep the graph, to train LoRA of scope 'all'.
             inputs: as for the model, media included; with `when: context` up to the end of the media.
         """
         self._require_open()
         cache, task = fresh_cache(self.adapter), Task(rows)
-        turn = self._read(inputs)
-        inputs.pop("modality_ids", None)
-        if inputs.get("position_ids") is None:
-            start = turn.stop.new_zeros(turn.stop.shape[0], 1)
-            inputs["position_ids"] = self.adapter.prompt_positions(inputs, turn.labels.real, start)
+        call: Any = self.model
+        if embedded is None:
+            turn = self._read(inputs)
+            inputs.pop("modality_ids", None)
+            if inputs.get("position_ids") is None:
+                start = turn.stop.new_zeros(turn.stop.shape[0], 1)
+                inputs["position_ids"] = self.adapter.prompt_positions(inputs, turn.labels.real, start)
+        else:
+            call, turn, inputs = self.adapter.decoder, embedded_turn(embedded), self._decoder_arguments(embedded)
         with torch.set_grad_enabled(gradients), without_checkpointing(self.adapter.decoder):
-            output = self.router.run(self.model, task, turn, {**inputs, "past_key_values": cache, "use_cache": True})
-        recorder = task.recorder
-        if recorder is None:
+            output = self.router.run(call, task, turn, {**inputs, "past_key_values": cache, "use_cache": True})
+        recorder, embedded = task.recorder, task.embedded
+        if recorder is None or embedded is None:
             raise InputError("brings no token", field="input_ids")
-        probes = recorder.probes or None
-        after = next_position(inputs["position_ids"])
-        return Prefill(cache, turn.labels, recorder.observations, probes, after, output.logits[:, -1])
+        logits = output.logits[:, -1] if call is self.model else None
+        return Prefill(
+            cache,
+            turn.labels,
+            recorder.observations,
+            recorder.probes or None,
+            embedded.next_position,
+            self.adapts_prompt,
+            embedded,
+            logits,
+        )
 
     @torch.no_grad()
     def compress(self, prefill: Prefill | None = None, ratio: float | None = None, **inputs: Any) -> CompressedCache:
@@ -133,6 +154,8 @@ class Session:
         self._require_open()
         if prefill is None:
             return self.extend(inputs, ratio=ratio)
+        if prefill.adapted != self.adapts_prompt:
+            raise InputError("was made with other LoRA weights; run this session's own prefill", field="prefill")
         cache = CompressedCache(branch_layers(prefill.cache.layers), prefill.labels, prefill.next_position)
         if not self.compressor.keeps_all(ratio):
             labels, offered = prefill.labels.labels[:, None], prefill.labels.counts()
@@ -186,8 +209,10 @@ class Session:
 
     def plan(self, prefill: Prefill, ratio: float | None = None, temperature: float | None = None) -> list[LayerPlan]:
         """What :meth:`compress` would keep; with a temperature, the differentiable twin of it."""
-        observations = prefill.watched(self.compressor.policy.rows, self.compressor.config)
-        scores = [self.compressor.score(i, seen, prefill.labels) for i, seen in enumerate(observations)]
+        seen = prefill.watched(self.compressor.policy.rows, self.compressor.config)
+        with self.router.prompt_adapters():
+            observations = self.router.look.complete(seen, prefill.cache.layers, prefill.embedded, prefill.repetition)
+        scores = self.compressor.scores(observations, prefill.labels)
         return self.compressor.plan(scores, observations, prefill.labels, ratio, temperature)
 
     @torch.no_grad()
@@ -258,6 +283,16 @@ class Session:
         """The 2-D mask of the new tokens alone."""
         mask = inputs.get("attention_mask")
         return mask if mask is None or seen == 0 else mask[:, -_length(inputs) :]
+
+    def _decoder_arguments(self, embedded: DecoderInputs) -> dict[str, Any]:
+        """What the decoder takes for tokens that were embedded before."""
+        others = {name: tensor for name, tensor in embedded.others.items() if name != TOKEN_TYPES}
+        return {
+            "inputs_embeds": embedded.embeds,
+            "position_ids": embedded.position_ids,
+            "attention_mask": embedded.labels.real.long(),
+            **self.adapter.from_tokens(others),
+        }
 
     def _read(self, inputs: dict[str, Any], seen: int = 0) -> Turn:
         turn = read_turn(self.adapter, inputs, "prompt", inputs.get("modality_ids"), seen)

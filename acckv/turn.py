@@ -12,6 +12,7 @@ from acckv.adapters.base import ModelAdapter
 from acckv.config import When
 from acckv.errors import InputError
 from acckv.modality import Modality, ModalityMap
+from acckv.ragged import DecoderInputs
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,14 @@ def read_turn(
     if types is not None and types.shape[1] != seen + length:
         types = torch.cat([types.new_zeros(batch, seen), types[:, -length:]], dim=1)
     return Turn(labels, past, stop, types)
+
+
+def embedded_turn(embedded: DecoderInputs) -> Turn:
+    """The turn of tokens that were embedded before, all of it compressed."""
+    labels = embedded.labels.labels
+    stop = torch.full((labels.shape[0],), labels.shape[1], device=labels.device)
+    past = torch.zeros(labels.shape[0], 0, dtype=torch.bool, device=labels.device)
+    return Turn(embedded.labels, past, stop, embedded.others.get("mm_token_type_ids"))
 
 
 def _text(tokens: Tensor, mask: Tensor | None, length: int) -> ModalityMap:

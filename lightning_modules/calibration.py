@@ -27,20 +27,26 @@ class CalibrationModule(LightningModule):
 
     Each step draws a ratio log-uniformly, prefills the media once without gradients, lets the model answer with the
     full cache (teacher, LoRA off) and with gated entries (student), and minimises KL(teacher || student) over the
-    answer tokens. The gates' temperature falls geometrically until they are nearly hard.
+    answer tokens. The gates' temperature falls geometrically until they are nearly hard, so that what is trained is
+    what is shipped.
 
     Args:
         base_model: 'tiny' (packaged), a folder or a hub id.
         when: compress after the media ('context') or after the whole prompt ('prompt').
         preset: training-free method that the weights start from and are residuals of: 'context' or 'paper'.
-        ratio_min, ratio_max: bounds of the ratio drawn at each step.
-        temperature_start, temperature_end: of the gates, in standard deviations of the score.
+        ratio_min: least kept share drawn at a step.
+        ratio_max: largest kept share drawn at a step.
+        temperature_start: of the gates, in standard deviations of the score.
+        temperature_end: of the gates at the end; small, so that what is trained is what is shipped.
+        anneal: share of the training in which the temperature falls; it then stays at its end.
         lora_rank: 0 trains no LoRA.
         lora_alpha: LoRA scale times rank; None is twice the rank.
         lora_targets: attention projections that LoRA adapts.
         lora_scope: 'after' adapts tokens after compression only, 'all' the prompt too.
-        lr_budget, lr_score, lr_lora, lr_other: peak learning rates of budgets, of saliency and signal mix, of LoRA,
-            and of the rest.
+        lr_budget: peak learning rate of the layer and modality budgets.
+        lr_score: peak learning rate of the saliency scorer and the signal mix.
+        lr_lora: peak learning rate of LoRA.
+        lr_other: peak learning rate of all other weights.
         warmup: steps of linear warm-up; a cosine to 5 % follows.
         layer_floor: least share of the uniform budget that a layer keeps.
         probe_queries: learned probe queries a head; 0 for none.
@@ -57,7 +63,8 @@ class CalibrationModule(LightningModule):
         ratio_min: float = 0.02,
         ratio_max: float = 0.5,
         temperature_start: float = 0.5,
-        temperature_end: float = 0.04,
+        temperature_end: float = 0.005,
+        anneal: float = 0.6,
         lora_rank: int = 8,
         lora_alpha: float | None = None,
         lora_targets: tuple[str, ...] = ("q_proj", "v_proj"),
@@ -74,12 +81,15 @@ class CalibrationModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < ratio_min <= ratio_max <= 1:
-            raise InputError(
-                f"needs 0 < ratio_min <= ratio_max <= 1, not {ratio_min} and {ratio_max}", field="model.ratio_min"
-            )
+        for name, value in (("ratio_min", ratio_min), ("ratio_max", ratio_max)):
+            if not 0 < value <= 1:
+                raise InputError(f"{value} is not above 0 and at most 1", field=f"model.{name}")
+        if ratio_min > ratio_max:
+            raise InputError(f"{ratio_min} is more than ratio_max, {ratio_max}", field="model.ratio_min")
         if not 0 < temperature_end <= temperature_start:
             raise InputError("needs 0 < temperature_end <= temperature_start", field="model.temperature_end")
+        if not 0 < anneal <= 1:
+            raise InputError(f"{anneal} is not above 0 and at most 1", field="model.anneal")
         self.save_hyperparameters()
         self.strict_loading = False  # a checkpoint holds what was trained, not the frozen model
         self.compression = CompressionConfig.preset(
@@ -145,7 +155,7 @@ class CalibrationModule(LightningModule):
 
     def temperature(self) -> float:
         start, end = self.options.temperature_start, self.options.temperature_end
-        return start * (end / start) ** self.progress()
+        return start * (end / start) ** min(self.progress() / self.options.anneal, 1.0)
 
     def draw_ratio(self, number: int) -> float:
         """The ratio of a batch: log-uniform between the bounds, a pure function of the batch's number."""
@@ -158,8 +168,7 @@ class CalibrationModule(LightningModule):
         kl, plans = self.distill(batch, ratio, temperature)
         kept = sum(plan.log_gates.detach().exp().sum() / plan.log_gates[..., 0].numel() for plan in plans) / len(plans)
         entries = float(plans[0].log_gates.shape[-1])
-        log = {"kl": kl, "ratio": ratio, "temperature": temperature, "kept": kept / entries}
-        self.log_dict({f"train/{name}": value for name, value in log.items() if name != "kl"})
+        self.log_dict({"train/ratio": ratio, "train/temperature": temperature, "train/kept": kept / entries})
         self.log("kl", kl, prog_bar=True)
         self.log("kept", kept / entries, prog_bar=True, logger=False)
         self.log("loss", kl, prog_bar=True)
@@ -183,11 +192,13 @@ class CalibrationModule(LightningModule):
         scope_all = self.options.lora_scope == "all" and session.attached is not None
         training = torch.is_grad_enabled()
         with lora.disabled(session.adapter):
-            prefill = session.prefill(self.compressor.policy.rows, **batch.inputs)
+            prefill = session.prefill(batch.embedded, self.compressor.policy.rows, **batch.inputs)
+            if batch.keep is not None:
+                batch.keep(prefill.embedded.rows())
             with torch.no_grad():
                 teacher = self._logits(prefill, None, turns)
         if scope_all:
-            prefill = session.prefill(self.compressor.policy.rows, gradients=training, **batch.inputs)
+            prefill = session.prefill(prefill.embedded, self.compressor.policy.rows, gradients=training)
         plans = session.plan(prefill, ratio, temperature)
         student = self._logits(prefill, plans, turns)
         counted = turns.weight > 0

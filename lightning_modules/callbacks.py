@@ -15,6 +15,11 @@ from lightning_modules.evaluation_data import EvaluationData
 from lightning_modules.evaluation_run import EvaluationOptions, run_evaluation
 
 
+def _dry(trainer: Any) -> bool:
+    """A `fast_dev_run` leaves no files."""
+    return bool(trainer.fast_dev_run)
+
+
 class ExportCompressor(Callback):
     """At the end of training: freeze, export, load the export again and check that it answers as the live module.
 
@@ -32,7 +37,7 @@ class ExportCompressor(Callback):
         return Path(self.folder or Path(trainer.default_root_dir) / "export")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, CalibrationModule) or not trainer.is_global_zero or trainer.fast_dev_run:
+        if not isinstance(pl_module, CalibrationModule) or not trainer.is_global_zero or _dry(trainer):
             return
         folder = self.path(trainer)
         pl_module.exported().save_pretrained(folder)
@@ -54,7 +59,8 @@ class ExportCompressor(Callback):
         turns = batch.turns
         inputs: dict[str, Any] = {"max_new_tokens": self.new_tokens, "do_sample": False}
         if module.compression.when == "prompt":
-            return module.model.generate(**batch.inputs, **inputs)
+            model: Any = module.model
+            return model.generate(**batch.inputs, **inputs)
         question = (turns.turn == 0) & ((turns.weight == 0) | (turns.weight.cumsum(-1) == turns.weight))
         lengths = question.sum(-1)
         width = int(lengths.max())
@@ -63,7 +69,8 @@ class ExportCompressor(Callback):
         for row, length in enumerate(lengths.tolist()):
             ids[row, width - length :] = turns.ids[row, :length]
             mask[row, width - length :] = 1
-        return session.answer(session.compress(**batch.inputs), ids, mask, **inputs)
+        prefill = session.prefill(batch.embedded, session.compressor.policy.rows, **batch.inputs)
+        return session.answer(session.compress(prefill), ids, mask, **inputs)
 
 
 class EvaluateExport(Callback):
@@ -81,7 +88,7 @@ class EvaluateExport(Callback):
         self.output = output
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, CalibrationModule) or not trainer.is_global_zero or trainer.fast_dev_run:
+        if not isinstance(pl_module, CalibrationModule) or not trainer.is_global_zero or _dry(trainer):
             return
         exports = [callback for callback in trainer.callbacks if isinstance(callback, ExportCompressor)]  # type: ignore[attr-defined]
         if not self.clips or not exports:

@@ -99,8 +99,8 @@ class CellScores:
             accuracy=result["accuracy"].item(),
             relative=None if relative != relative else relative,
             ci95=(interval.low, interval.high),
-            kept_entries=float(self.kept_entries().sum(-1).mean()),
-            full_entries=float(self.full_entries().sum()),
+            kept_entries=round(float(self.kept_entries().sum(-1).mean()), 4),
+            full_entries=round(float(self.full_entries().sum()), 4),
             kv_bytes=round(self._bytes / self._rows),
             groups=groups,
         )

@@ -34,6 +34,7 @@ class CalibrationCLI(LightningCLI):
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.every_n_train_steps": 100,
                 "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
             }
         )
         parser.link_arguments("model.base_model", "data.base_model")

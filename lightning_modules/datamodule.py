@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,21 +15,24 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AutoProcessor
 
 from acckv.config import When
-from acckv.data.batching import PackedTurns, Turn, collate_contexts, pack_turns
+from acckv.data.batching import PackedTurns, Turn, pack_turns
 from acckv.data.clips import video_folder, write_clips
-from acckv.data.encoding import encode, encode_context, question_suffix
+from acckv.data.encoding import encode, question_suffix
 from acckv.data.media import read_media
 from acckv.data.music_avqa import load_music_avqa
 from acckv.data.records import Record
 from acckv.errors import InputError
+from acckv.ragged import DecoderInputs
 
 
 @dataclass(frozen=True)
 class CalibrationBatch:
-    """Contexts (model inputs) and the turns that follow them.
+    """Contexts and the turns that follow them.
 
     Attributes:
-        inputs: for the model, up to where the cache is compressed.
+        inputs: for the model, up to where the cache is compressed; empty where `embedded` is given.
+        embedded: the same as it enters the decoder, from an earlier visit of the clips.
+        keep: takes each row's decoder inputs for later visits; None where nothing is kept.
         turns: what is answered afterwards.
         number: of the batch in the whole training; every random draw of a step comes from it.
     """
@@ -37,49 +40,53 @@ class CalibrationBatch:
     inputs: dict[str, Any]
     turns: PackedTurns
     number: int
+    embedded: DecoderInputs | None = None
+    keep: Callable[[list[DecoderInputs]], None] | None = None
 
 
-class ClipDataset(Dataset[tuple[dict[str, Any], list[Turn], int]]):
-    """One item a clip: its model inputs and a draw of its questions.
+@dataclass(frozen=True)
+class CalibrationItem:
+    """One clip of a batch: how to encode it, where its decoder inputs are kept, its turns, the batch's number."""
+
+    path: Path
+    question: str | None
+    turns: list[Turn]
+    number: int
+
+
+class ClipDataset(Dataset[CalibrationItem]):
+    """One item a clip: a draw of its questions.
 
     Args:
         records: questions; those with the same video make one item.
         turns: questions drawn for each visit of a clip (one with `when: prompt`); 0 takes all.
-        keep_features: hold a clip's encoded pixels and sound in memory after its first visit.
+        keep_contexts: hold what the encoders made of a clip in memory after its first visit.
     """
 
     def __init__(
-        self, records: list[Record], processor: Any, when: When, turns: int, seed: int, keep_features: bool
+        self, records: list[Record], processor: Any, when: When, turns: int, seed: int, keep_contexts: bool
     ) -> None:
         self.clips: dict[Path, list[Record]] = {}
         for record in records:
             self.clips.setdefault(record.video, []).append(record)
         self.paths = list(self.clips)
         self.processor, self.when, self.turns, self.seed = processor, when, turns, seed
-        self.kept: dict[Path, dict[str, Any]] | None = {} if keep_features and when == "context" else None
+        self.keeps = keep_contexts and when == "context"
+        self.kept: dict[Path, DecoderInputs] = {}
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[dict[str, Any], list[Turn], int]:
+    def __getitem__(self, key: tuple[int, int]) -> CalibrationItem:
         index, number = key
         path = self.paths[index]
         questions = self.clips[path]
         order = np.random.default_rng((self.seed, number, index)).permutation(len(questions))
         if self.when == "prompt":
             record = questions[order[0]]
-            inputs = encode(self.processor, [read_media(path)], [record.question])
-            return inputs, [Turn(self._answer(record), 0)], number
+            return CalibrationItem(path, record.question, [Turn(self._answer(record), 0)], number)
         picked = order[: self.turns or None]
-        return self._context(path), [self._turn(questions[place]) for place in sorted(picked)], number
-
-    def _context(self, path: Path) -> dict[str, Any]:
-        if self.kept is not None and path in self.kept:
-            return self.kept[path]
-        context = encode_context(self.processor, read_media(path))
-        if self.kept is not None:
-            self.kept[path] = context
-        return context
+        return CalibrationItem(path, None, [self._turn(questions[place]) for place in sorted(picked)], number)
 
     def _turn(self, record: Record) -> Turn:
         suffix = question_suffix(self.processor, record.question)
@@ -90,9 +97,19 @@ class ClipDataset(Dataset[tuple[dict[str, Any], list[Turn], int]]):
         ids = tokenizer(record.answer, add_special_tokens=False)["input_ids"]
         return torch.tensor([*ids, tokenizer.eos_token_id])
 
-    def collate(self, items: list[tuple[dict[str, Any], list[Turn], int]]) -> CalibrationBatch:
-        inputs = collate_contexts([item[0] for item in items], self.processor.tokenizer.pad_token_id)
-        return CalibrationBatch(inputs, pack_turns([item[1] for item in items]), items[0][2])
+    def collate(self, items: list[CalibrationItem]) -> CalibrationBatch:
+        turns, number = pack_turns([item.turns for item in items]), items[0].number
+        paths = [item.path for item in items]
+        if all(path in self.kept for path in paths):
+            embedded = DecoderInputs.stack([self.kept[path] for path in paths])
+            return CalibrationBatch({}, turns, number, embedded)
+        questions = [item.question for item in items if item.question is not None]
+        inputs = encode(self.processor, [read_media(path) for path in paths], questions or None)
+
+        def keep(rows: list[DecoderInputs]) -> None:
+            self.kept.update(zip(paths, rows, strict=True))
+
+        return CalibrationBatch(inputs, turns, number, None, keep if self.keeps else None)
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -100,12 +117,20 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     Args:
         clips: how many there are; every pass over them is shuffled anew by (seed, pass).
-        batches: of the whole training; start: first one still to come.
+        batches: of the whole training; start: gives the first one still to come. It is asked when iteration begins: a
+            trainer may build the loader before it restores a checkpoint.
         rank, world: this process takes every `world`-th clip of a batch of ``batch_size * world``.
     """
 
     def __init__(
-        self, clips: int, batch_size: int, batches: int, start: int, seed: int, rank: int = 0, world: int = 1
+        self,
+        clips: int,
+        batch_size: int,
+        batches: int,
+        start: Callable[[], int],
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.clips, self.batch_size, self.batches, self.start = clips, batch_size, batches, start
         self.seed, self.rank, self.world = seed, rank, world
@@ -115,7 +140,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         whole = self.batch_size * self.world
-        for number in range(self.start, self.batches):
+        for number in range(self.start(), self.batches):
             places = range(number * whole + self.rank, (number + 1) * whole, self.world)
             yield [(self._clip(place), number) for place in places]
 
@@ -141,13 +166,16 @@ class AVDataModule(LightningDataModule):
         base_model: whose processor encodes them; linked to the model's by train.py.
         when: linked to the model's.
         source: 'clips' generates clips with questions on first use; 'music_avqa' reads your own.
-        train_clips, validation_clips: generated clips of each split.
+        train_clips: generated clips to train on.
+        validation_clips: generated clips of the validation split.
         cache_dir: where generated clips are kept; None is the user's cache folder.
-        train_questions, validation_questions: question files in the MUSIC-AVQA format (source 'music_avqa').
+        train_questions: question file in the MUSIC-AVQA format (source 'music_avqa').
+        validation_questions: the same for validation.
         video_root: folder of their ``<video_id>.mp4``.
         batch_size: clips a step and process.
         turns: questions about each clip in a step; 0 takes all.
-        keep_features: hold encoded clips in memory; saves decoding them again, costs about 3 MB for 16 s of 84 x 84.
+        keep_contexts: hold each clip's encoded media in memory after its first visit: it is not decoded and encoded
+            again, at hidden size x tokens x 4 bytes a clip.
         seed: of the clips and of the order.
     """
 
@@ -164,7 +192,7 @@ class AVDataModule(LightningDataModule):
         video_root: str | None = None,
         batch_size: int = 8,
         turns: int = 0,
-        keep_features: bool = True,
+        keep_contexts: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -195,7 +223,7 @@ class AVDataModule(LightningDataModule):
         processor = AutoProcessor.from_pretrained(name)
         for split in ("train", "validation"):
             self.datasets[split] = ClipDataset(
-                self._records(split), processor, options.when, options.turns, options.seed, options.keep_features
+                self._records(split), processor, options.when, options.turns, options.seed, options.keep_contexts
             )
 
     def _records(self, split: str) -> list[Record]:
@@ -207,7 +235,8 @@ class AVDataModule(LightningDataModule):
         return load_music_avqa(file, video_folder(file))
 
     def train_dataloader(self) -> DataLoader[Any]:
-        options, trainer, dataset = self.options, self.trainer, self.datasets["train"]
+        options, dataset = self.options, self.datasets["train"]
+        trainer: Any = self.trainer
         accumulate = trainer.accumulate_grad_batches
         batches = trainer.max_steps * accumulate
         if trainer.max_steps < 0:
@@ -216,7 +245,7 @@ class AVDataModule(LightningDataModule):
             len(dataset),
             options.batch_size,
             batches,
-            trainer.global_step * accumulate,
+            lambda: trainer.global_step * accumulate,
             options.seed,
             trainer.global_rank,
             trainer.world_size,
@@ -238,4 +267,4 @@ class AVDataModule(LightningDataModule):
         inputs = {
             name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.inputs.items()
         }
-        return CalibrationBatch(inputs, batch.turns.to(device), batch.number)
+        return replace(batch, inputs=inputs, turns=batch.turns.to(device))

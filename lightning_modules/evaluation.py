@@ -127,21 +127,35 @@ class EvaluationModule(LightningModule):
     def _answer_after_context(self, clips: list[Clip]) -> None:
         records = [(clip.index, record) for clip in clips for record in clip.records]
         asked = list(self._pack(clips))
-        prefill = self._prefill(encode(self.processor, [clip.media for clip in clips]))
-        for number, session in self._open_cells(prefill):
-            texts = [""] * len(records)
-            cache = session.compress(prefill, ratio=self.cells[number].ratio)
-            for questions in asked:
-                new = session.answer(
-                    cache,
-                    questions.input_ids,
-                    questions.attention_mask,
-                    **self._generation(questions.max_new_tokens),
-                )
-                for item, text in zip(questions.items, self._decode(new), strict=True):
-                    if item is not None:
-                        texts[item] = text
+        inputs = self._moved(encode(self.processor, [clip.media for clip in clips]))
+        prefill = self._prefill(inputs)
+        full: tuple[list[str], CompressedCache] | None = None
+        for number, session in self._open_cells():
+            if full is not None and self._is_full(number):
+                self._record(number, records, *full)
+                continue
+            own = self._prefill(inputs, session) if session.adapts_prompt else prefill
+            cache = session.compress(own, ratio=self.cells[number].ratio)
+            texts = self._answers(session, cache, asked, len(records))
+            full = full or (texts, cache)
             self._record(number, records, texts, cache)
+
+    def _answers(self, session: Session, cache: CompressedCache, asked: list[_Asked], count: int) -> list[str]:
+        """The answers to all `count` questions of a batch."""
+        texts = [""] * count
+        for questions in asked:
+            new = session.answer(
+                cache, questions.input_ids, questions.attention_mask, **self._generation(questions.max_new_tokens)
+            )
+            for item, text in zip(questions.items, self._decode(new), strict=True):
+                if item is not None:
+                    texts[item] = text
+        return texts
+
+    def _is_full(self, number: int) -> bool:
+        """Whether a cell evicts nothing and adapts nothing: it is the full cache, which was answered from already."""
+        cell = self.cells[number]
+        return cell.compressor.lora is None and cell.compressor.keeps_all(cell.ratio)
 
     def _answer_after_prompt(self, clips: list[Clip]) -> None:
         for protocol, limit in self.max_new_tokens.items():
@@ -149,27 +163,30 @@ class EvaluationModule(LightningModule):
             for start in range(0, len(pairs), len(clips)):
                 chunk = pairs[start : start + len(clips)]
                 records = [(clip.index, record) for clip, record in chunk]
-                inputs = encode(
-                    self.processor, [clip.media for clip, _ in chunk], [record.question for _, record in chunk]
+                inputs = self._moved(
+                    encode(self.processor, [clip.media for clip, _ in chunk], [record.question for _, record in chunk])
                 )
                 prefill = self._prefill(inputs)
-                first = prefill.logits.argmax(-1, keepdim=True)
-                for number, session in self._open_cells(prefill):
-                    cache = session.compress(prefill, ratio=self.cells[number].ratio)
-                    new = first
+                for number, session in self._open_cells():
+                    own = self._prefill(inputs, session) if session.adapts_prompt else prefill
+                    first = new = _first_token(own)
+                    cache = session.compress(own, ratio=self.cells[number].ratio)
                     if limit > 1:
                         rest = session.answer(cache, first, **self._generation(limit - 1))
                         new = torch.cat([first, rest], dim=1)
                     self._record(number, records, self._decode(new), cache)
 
-    def _prefill(self, inputs: dict[str, Any]) -> Prefill:
-        moved: dict[str, Any] = {
-            name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()
-        }
-        with self.observer(self.model, self.processor) as session:
-            return session.prefill(**moved)
+    def _moved(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
-    def _open_cells(self, prefill: Prefill) -> Iterator[tuple[int, Session]]:
+    def _prefill(self, inputs: dict[str, Any], session: Session | None = None) -> Prefill:
+        """The base model's prefill, which serves every cell; or that of a session whose LoRA acts on the prompt."""
+        if session is not None:
+            return session.prefill(**inputs)
+        with self.observer(self.model, self.processor) as observing:
+            return observing.prefill(**inputs)
+
+    def _open_cells(self) -> Iterator[tuple[int, Session]]:
         """Number and open session of each cell; a session serves all ratios of its policy."""
         numbered = list(enumerate(self.cells))
         for _, same in groupby(numbered, key=lambda cell: id(cell[1].compressor)):
@@ -243,7 +260,7 @@ class EvaluationModule(LightningModule):
                     "ratio": cell.ratio,
                     "id": record.id,
                     "clip": clip,
-                    "video": str(record.video),
+                    "video": record.video.name,
                     "protocol": record.protocol,
                     "groups": list(names),
                     "question": record.question,
@@ -255,6 +272,13 @@ class EvaluationModule(LightningModule):
                 }
             )
         self.on_progress(len(records))
+
+
+def _first_token(prefill: Prefill) -> Tensor:
+    """The answer's first token by greedy search, [rows, 1]; the prefill has computed it before any compression."""
+    if prefill.logits is None:
+        raise ValueError("a prefill that started from embeddings has no logits")
+    return prefill.logits.argmax(-1, keepdim=True)
 
 
 def _left_padded(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class EvaluationData:
     question_file: str | None = None
     video_root: str | None = None
     split: Literal["train", "validation", "test"] = "test"
-    clips: int = 48
+    clips: int = 64
     cache_dir: str | None = None
     seed: int = 0
 

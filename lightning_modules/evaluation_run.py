@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -47,8 +48,8 @@ class EvaluationOptions:
     Args:
         model: the AV-LLM: tiny (packaged), a folder or a hub id.
         compressor: export of a calibration, a folder or a hub id; the policy acckv-calibrated.
-        policies: names, separated by commas, of full, random, streaming_llm, h2o, snapkv, keydiff, acckv and
-            acckv-calibrated.
+        policies: names, separated by commas, of full, random, streaming_llm, h2o, snapkv, pyramidkv, look_m, fastv,
+            madakv, knorm, keydiff, expected_attention, kvzip, acckv and acckv-calibrated.
         ratios: kept shares of the audio and video entries, 0 to 1, separated by commas.
         when: compress after the media, before any question is seen (context), or after the whole prompt (prompt).
         limit: measure only this many clips, each with all its questions.
@@ -141,8 +142,7 @@ def run_evaluation(options: EvaluationOptions, command: str | None = None, conso
     clips = group_by_clip(records, options.limit)
     asked = [record for _, questions in clips for record in questions]
     model, processor = load_model(options.model, dtype=options.dtype)
-    with _progress(console) as progress:
-        task = progress.add_task("answering", total=len(asked) * len(cells))
+    with _progress(console, len(asked) * len(cells)) as advance:
         module = EvaluationModule(
             model,
             processor,
@@ -152,7 +152,7 @@ def run_evaluation(options: EvaluationOptions, command: str | None = None, conso
             when=options.when,
             max_new_tokens={"word": options.word_tokens, "description": options.description_tokens},
             seed=options.seed,
-            on_progress=lambda count: progress.advance(task, count),
+            on_progress=advance,
         )
         _trainer(options).test(module, clip_loader(clips, options.batch_size), verbose=False)
     results = module.results(options.model, options.data.benchmark, options.seed)
@@ -212,16 +212,22 @@ def _trainer(options: EvaluationOptions) -> Trainer:
     )
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("answers"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar, or a line every tenth where the output is no terminal; gives the function that advances it."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("answers"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("answering", total=total)
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            before, done = done, done + count
+            bar.advance(task, count)
+            if not console.is_terminal and 10 * before // total < 10 * done // total:
+                console.print(f"answered {done} of {total}", highlight=False)
+
+        yield advance
 
 
 def _print(console: Console, results: Results, module: EvaluationModule) -> None:

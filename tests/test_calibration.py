@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from acckv import InputError, KVCompressor
 from acckv.data.batching import Turn, pack_turns
 from acckv.modality import ModalityMap
+from acckv.ragged import DecoderInputs
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.callbacks import ExportCompressor
 from lightning_modules.datamodule import AVDataModule, StepSampler
@@ -52,6 +53,7 @@ def fit(cache: Path, folder: Path, steps: int = 4, stop: int | None = None, resu
         callbacks.append(StopAfter(stop))
     trainer = Trainer(
         max_steps=steps,
+        max_epochs=1,  # as in configs/calib.yaml; the loader is then built before a checkpoint is restored
         callbacks=callbacks,
         logger=False,
         accelerator="cpu",
@@ -123,6 +125,54 @@ def test_the_teacher_is_the_student_at_ratio_one(cache: Path) -> None:
     assert abs(float(same)) < 1e-5 < 1e-2 < float(less)
 
 
+def test_the_teacher_is_the_base_model(cache: Path) -> None:
+    """LoRA that is not zero moves the student, never the teacher."""
+    module = CalibrationModule()
+    module.configure_model()
+    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
+    data.setup()
+    batch = next(iter(data.val_dataloader()))
+    seen = []
+    logits = module._logits
+    module._logits = lambda *arguments: seen.append(logits(*arguments)) or seen[-1]  # type: ignore[assignment]
+    with torch.no_grad():
+        module.distill(batch, 1.0, None)
+        for parameter in module.live.attached.parameters():
+            parameter.normal_(std=0.3)
+        kl, _ = module.distill(batch, 1.0, None)
+    module.teardown("fit")
+    teacher, student, teacher_after, student_after = seen
+    assert torch.equal(teacher, teacher_after) and torch.allclose(teacher, student, atol=1e-5)
+    assert (student_after - student).abs().max() > 1e-2 and float(kl) > 1e-3
+
+
+def test_a_second_visit_starts_from_kept_embeddings(cache: Path) -> None:
+    """Rows kept apart and stacked again, with padding between them, give the prefill of the first visit."""
+    module = CalibrationModule(lora_rank=0)
+    module.configure_model()
+    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
+    data.setup()
+    dataset = data.datasets["validation"]
+    items = [dataset[(index, 0)] for index in range(2)]
+    first = dataset.collate(items)
+    assert first.embedded is None and first.inputs
+    with torch.no_grad():
+        kl, _ = module.distill(first, 0.1, None)
+        second = dataset.collate(items)
+        assert second.embedded is not None and not second.inputs
+        again, _ = module.distill(second, 0.1, None)
+        rows = second.embedded.rows()
+        shorter = DecoderInputs(
+            rows[1].embeds[:, 5:], rows[1].position_ids[..., 5:], ModalityMap(rows[1].labels.labels[:, 5:])
+        )
+        ragged = DecoderInputs.stack([rows[0], shorter])
+        prefill = module.live.prefill(ragged)
+        alone = module.live.prefill(shorter)
+    module.teardown("fit")
+    assert float(kl) == pytest.approx(float(again), abs=1e-6)
+    assert torch.allclose(prefill.cache.layers[-1].keys[1:, :, 5:], alone.cache.layers[-1].keys, atol=1e-4)
+
+
 def test_packed_turns_equal_single_turns(cache: Path) -> None:
     """A turn among others answers as it does alone, and as the model's plain forward does."""
     module = CalibrationModule(lora_rank=0)
@@ -130,7 +180,8 @@ def test_packed_turns_equal_single_turns(cache: Path) -> None:
     data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
     data.setup()
     dataset = data.datasets["validation"]
-    context, turns, _ = dataset[(0, 0)]
+    item = dataset[(0, 0)]
+    turns, context = item.turns, dataset.collate([item]).inputs
     with torch.no_grad():
         prefill = module.live.prefill(**context)
         packed = pack_turns([turns])
@@ -159,11 +210,11 @@ def test_pack_turns() -> None:
 
 
 def test_batches_depend_on_their_number_only() -> None:
-    whole = list(StepSampler(5, 2, 6, 0, seed=1))
-    assert list(StepSampler(5, 2, 6, 4, seed=1)) == whole[4:]
+    whole = list(StepSampler(5, 2, 6, lambda: 0, seed=1))
+    assert list(StepSampler(5, 2, 6, lambda: 4, seed=1)) == whole[4:]
     assert {index for batch in whole[:5] for index, _ in batch} == set(range(5))
-    ranks = [list(StepSampler(5, 2, 6, 0, seed=1, rank=rank, world=2)) for rank in range(2)]
-    double = list(StepSampler(5, 4, 6, 0, seed=1))
+    ranks = [list(StepSampler(5, 2, 6, lambda: 0, seed=1, rank=rank, world=2)) for rank in range(2)]
+    double = list(StepSampler(5, 4, 6, lambda: 0, seed=1))
     for one, other, both in zip(*ranks, double, strict=True):
         assert sorted(one + other) == sorted(both)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from acckv import CompressionConfig, KVCompressor
 from acckv.attention import shadow_attention
 from acckv.cache import CompressedCache, branch_layers, compressed_layers
-from acckv.pipeline import LayerPlan
+from acckv.pipeline import LayerPlan, Pivots
 from tests import tiny_omni
 
 LAYERS, KV_HEADS, MEDIA = 3, 2, tiny_omni.VIDEO_TOKENS + tiny_omni.AUDIO_TOKENS
@@ -25,24 +25,33 @@ def model(request: pytest.FixtureRequest) -> Any:
     return tiny_omni.build(LAYERS, request.param)
 
 
-def masked_full_attention(model: Any, inputs: dict[str, Any], keep: list[Tensor]) -> Tensor:
+def masked_full_attention(
+    model: Any, inputs: dict[str, Any], keep: list[Tensor], changed: list[Pivots | None] | None = None
+) -> Tensor:
     """The independent reference: every entry stays, evicted ones are masked for the tokens after the context.
 
     Args:
         keep: by layer bool ``[B, K, N]``.
+        changed: by layer the entries that the tokens after the context read with other keys and values.
     """
     length = inputs["input_ids"].shape[1]
     ids = torch.cat([inputs["input_ids"], QUESTION], dim=1)
 
     def attend(original: Any, layer: int, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kw: Any):
         groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        logits = query @ key.transpose(-1, -2) * kw["scaling"]
-        rows, columns = logits.shape[-2:]
-        visible = torch.ones(rows, columns, dtype=torch.bool).tril().expand_as(logits).clone()
-        visible[:, :, length:, :length] &= keep[layer].repeat_interleave(groups, 1)[:, :, None]
-        weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
-        return (weights @ value).transpose(1, 2).contiguous(), None
+        pivots = changed[layer] if changed is not None else None
+        later_key, later_value = (key, value) if pivots is None else pivots.place(key, value)
+        outputs = []
+        for part, keys, values in ((query[:, :, :length], key, value), (query[:, :, length:], later_key, later_value)):
+            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+            logits = part @ keys.transpose(-1, -2) * kw["scaling"]
+            first = length if outputs else 0
+            rows = torch.arange(first, first + part.shape[2])[:, None]
+            visible = (torch.arange(keys.shape[2]) <= rows).expand_as(logits).clone()
+            if outputs:
+                visible[..., :length] &= keep[layer].repeat_interleave(groups, 1)[:, :, None]
+            outputs.append(logits.masked_fill(~visible, -torch.inf).softmax(-1) @ values)
+        return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
     decoder = model.model.language_model
     modules = [layer.self_attn for layer in decoder.layers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,9 +11,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.cache import compressed_layers
+from acckv.config import PolicyName
 from tests import tiny_omni
 
-POLICIES = ["random", "streaming_llm", "h2o", "snapkv", "keydiff", "acckv"]
+POLICIES = [name for name in get_args(PolicyName) if name != "full"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
 
@@ -64,6 +65,13 @@ def test_budget_is_exact_and_nothing_stays(sdpa: Any, policy: str, when: Any, ra
     length = tiny_omni.context()["input_ids"].shape[1] + (3 if when == "prompt" else 0)
     assert text == [length - media + int(layer) for layer in kept.sum(-1).tolist()]
     assert fingerprint(sdpa) == before
+
+
+def test_absolute_budget(sdpa: Any) -> None:
+    """`budget` entries a layer on average, whatever `ratio` says; never more than there are."""
+    for budget, kept in ((5, 5), (100, tiny_omni.VIDEO_TOKENS + tiny_omni.AUDIO_TOKENS)):
+        with KVCompressor(CompressionConfig(policy="keydiff", ratio=1.0, budget=budget))(sdpa) as session:
+            assert session.compress(**tiny_omni.context()).kept_entries().sum(-1).tolist() == [kept] * 3
 
 
 def test_an_error_inside_leaves_nothing(sdpa: Any) -> None:

@@ -30,7 +30,7 @@ from acckv.tiny.fast_training import fast_training
 from acckv.tiny.packing import KINDS, PackedLayout, Stage
 from acckv.tiny.pretrain import Pretraining, PretrainSettings
 
-SMALL = Stage(slots=3, both=2, video_only=0, audio_only=1, steps=4, batch=4)
+SMALL = Stage(slots=3, both=2, video_only=0, audio_only=1, steps=2, batch=2)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,19 @@ def test_shipped_checkpoint_answers_about_clips_it_has_not_seen(tmp_path: Path) 
     assert figures["description"]["accuracy"] >= 0.95
 
 
+def test_questions_on_one_prefill_get_the_answers_of_prompts_of_their_own(tmp_path: Path) -> None:
+    file = write_clips(tmp_path, "test", 1, seed=78, workers=1, progress=False)
+    records = load_music_avqa(file, video_folder(file))[::3]
+    questions, clip = [record.question for record in records], read_media(records[0].video)
+    model, processor = load_tiny()
+    together = evaluation.answer(model, processor, clip, questions, 5)
+    assert len({len(question_suffix(processor, question)) for question in questions}) > 1
+    for question, reply in zip(questions, together, strict=True):
+        inputs = encode(processor, [clip], [question])
+        tokens = model.generate(**inputs, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(tokens, skip_special_tokens=True) == reply
+
+
 def test_shipped_checkpoint_needs_the_media(tmp_path: Path) -> None:
     """Blank pictures and silence leave chance: the answers are not in the questions."""
     file = write_clips(tmp_path, "test", 4, seed=77, sound="silence", picture="blank", workers=1, progress=False)
@@ -114,7 +127,7 @@ def test_evaluation_counts_words_and_questions(monkeypatch: pytest.MonkeyPatch, 
 def test_a_packed_turn_equals_its_own_prompt(bank: SlotBank) -> None:
     torch.manual_seed(0)
     model, processor = build_model().eval(), build_processor()
-    layout = PackedLayout(model, processor, SMALL)
+    layout = PackedLayout(model, processor, SMALL, turns_a_type=1)
     batch = layout.batch(bank, np.random.default_rng(3), "train", 2)
     with torch.no_grad():
         with fast_training() as attention:
@@ -148,7 +161,14 @@ def test_a_packed_row_asks_what_the_chat_template_asks(bank: SlotBank) -> None:
         place = start + 10 * asked.index(suffix) + len(suffix) - 1
         assert batch.targets[0, place] == vocabulary()[script.colour(slot)]
         assert batch.targets[0, place + 1] == vocabulary()["<|im_end|>"]
-    assert batch.slot_labels[0, slot].tolist() == list(script.shapes[slot])
+    first, second = sorted(script.shapes)
+    labels = batch.slot_labels[0]
+    assert labels[first].tolist()[:3] == [*script.shapes[first], 6]
+    assert labels[second].tolist()[:3] == [*script.shapes[second], script.shapes[first][0]]
+    empty = next(s for s in range(3) if s not in script.shapes)
+    assert labels[empty].tolist()[:3] == [6, 6, -100]
+    sounds = sorted(script.sounds)
+    assert labels[sounds, 3].tolist() == [6, *[script.sounds[s][0] for s in sounds[:-1]]]
 
 
 def test_fast_training_puts_everything_back(bank: SlotBank) -> None:
@@ -188,8 +208,8 @@ def test_encoder_warm_up_learns(bank: SlotBank) -> None:
     """On a bank that it may learn by heart, the encoders name what a slot holds."""
     torch.manual_seed(0)
     model = build_model()
-    few = SlotBank(bank.pixels[:12], bank.mel[:12], bank.labels[:12])
-    accuracy = warm_up(model, few, few, 60, 0, lambda _: None, slots_a_step=12)
+    few = SlotBank(bank.pixels[:6], bank.mel[:6], bank.labels[:6])
+    accuracy = warm_up(model, few, few, 70, 0, lambda _: None, slots_a_step=6)
     assert accuracy["timbre"] > 0.9 and accuracy["pitch"] > 0.9
 
 
@@ -198,26 +218,31 @@ def test_a_stopped_run_resumes_to_the_same_weights(
 ) -> None:
     monkeypatch.setattr(pretraining, "load_bank", lambda *_: bank)
     settings = PretrainSettings(
-        output=tmp_path / "whole", encoder_steps=2, evaluate_every=2, warm_up_steps=2, stages=(SMALL, SMALL)
+        output=tmp_path / "whole",
+        encoder_steps=1,
+        evaluate_every=1,
+        evaluation_clips=1,
+        warm_up_steps=2,
+        stages=(SMALL, SMALL),
     )
     settings.output.mkdir()
     whole = Pretraining(settings)
     whole.run(resume=False)
-    assert whole.progress.step == 8 and (settings.output / "model" / "model.safetensors").is_file()
+    assert whole.progress.step == 4 and (settings.output / "model" / "model.safetensors").is_file()
 
     parted = replace(settings, output=tmp_path / "parted")
     parted.output.mkdir()
     first = Pretraining(parted)
-    monkeypatch.setattr(first, "_in_time", lambda: first.progress.step < 6)
+    monkeypatch.setattr(first, "_in_time", lambda: first.progress.step < 3)
     first.run(resume=False)
-    assert first.progress.step == 6
+    assert first.progress.step == 3
     second = Pretraining(parted)
     second.run(resume=True)
-    assert second.progress.step == 8
+    assert second.progress.step == 4
     for (name, a), (_, b) in zip(whole.model.named_parameters(), second.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     state = torch.load(parted.output / "checkpoint.pt", weights_only=True)
-    assert state["progress"]["step"] == 8
+    assert state["progress"]["step"] == 4
 
 
 def test_command_lines_explain_themselves(capsys: pytest.CaptureFixture) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -98,4 +98,4 @@ def load_model(
         if isinstance(error, InputError):
             raise
         raise InputError(f"cannot be loaded: {str(error).splitlines()[0]}", source=name) from error
-    return model.to(device).eval(), processor
+    return cast(Any, model).to(device).eval(), processor

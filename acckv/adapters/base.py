@@ -44,7 +44,13 @@ class ModelAdapter:
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
-    feature_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos", "input_features")
+    # generate may run the encoders by itself and hand on what they made.
+    feature_inputs: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+        "pixel_values_videos",
+        "input_features",
+        "mm_encoder_outputs",
+    )
     projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
     attention_implementations: ClassVar[tuple[str, ...]] = ("sdpa", "eager")
 
@@ -181,6 +187,14 @@ class ModelAdapter:
         """
         return self.text_positions(start + (real.long().cumsum(-1) - 1).clamp_min(0))
 
+    def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, float32 ``[batch, tokens, head size]``, that compressed layers rotate by at positions.
+
+        Args:
+            position_ids: as the decoder takes them.
+        """
+        return self.decoder.rotary_emb(torch.zeros((), device=position_ids.device), position_ids)
+
     # ------------------------------------------------- the decoder's arguments
 
     def embed(self, input_ids: Tensor) -> dict[str, Tensor]:
@@ -195,6 +209,17 @@ class ModelAdapter:
         """
         inside = {"inputs_embeds": take(arguments["inputs_embeds"], columns, 1)}
         return {**arguments, **inside, "position_ids": take(arguments["position_ids"], columns, -1)}
+
+    def by_token(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        """What the decoder gets besides embeddings and positions, with one row a token: each ``[batch, tokens, ...]``.
+
+        Such tensors can be cut, padded and batched without knowing the family.
+        """
+        return {}
+
+    def from_tokens(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The decoder's arguments out of what :meth:`by_token` gave."""
+        return dict(tensors)
 
     def append_text(self, arguments: dict[str, Any], input_ids: Tensor, positions: Tensor) -> dict[str, Any]:
         """The decoder's arguments with text after them.

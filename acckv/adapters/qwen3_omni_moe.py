@@ -30,6 +30,22 @@ class Qwen3OmniMoeAdapter(Qwen25OmniAdapter):
         features = [layer[rows.to(layer.device)] for layer in arguments["deepstack_visual_embeds"]]
         return {**inside, "visual_pos_masks": kept, "deepstack_visual_embeds": features}
 
+    def by_token(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        """The features of deepstack, ``[batch, tokens, layers, hidden]``, zero where there is no picture."""
+        visual = arguments.get("visual_pos_masks")
+        if visual is None:
+            return {}
+        features = torch.stack(list(arguments["deepstack_visual_embeds"]), dim=1)
+        spread = features.new_zeros(*visual.shape, *features.shape[1:])
+        spread[visual] = features
+        return {"visual_pos_masks": visual, "deepstack": spread}
+
+    def from_tokens(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        visual = tensors.get("visual_pos_masks")
+        if visual is None or not bool(visual.any()):
+            return {}
+        return {"visual_pos_masks": visual, "deepstack_visual_embeds": list(tensors["deepstack"][visual].unbind(1))}
+
     def append_text(self, arguments: dict[str, Any], input_ids: Tensor, positions: Tensor) -> dict[str, Any]:
         longer = super().append_text(arguments, input_ids, positions)
         visual = longer.get("visual_pos_masks")

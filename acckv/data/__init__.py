@@ -1,0 +1,1 @@
+"""Media files, generated clips, benchmark loaders, and their way into model inputs."""

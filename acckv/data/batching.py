@@ -8,7 +8,6 @@ equal to a conversation of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,34 +82,3 @@ def pack_turns(rows: list[list[Turn]]) -> PackedTurns:
             packed.weight[row, start + turn.first : stop - 1] = max(answer, 1) ** -0.5
             start = stop
     return packed
-
-
-def collate_contexts(contexts: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """Model inputs of several single prompts as one left-padded batch.
-
-    Args:
-        contexts: as :func:`acckv.data.encoding.encode` gives them for one clip each, all with sound or all without.
-        pad_id: token that fills on the left.
-    """
-    batch: dict[str, Any] = {}
-    for name, value in contexts[0].items():
-        values = [context[name] for context in contexts]
-        if not isinstance(value, Tensor):
-            batch[name] = value
-        elif name in ("input_ids", "attention_mask"):
-            batch[name] = _pad(values, left=True, fill=pad_id if name == "input_ids" else 0)
-        elif name in ("input_features", "feature_attention_mask"):
-            batch[name] = _pad(values, left=False, fill=0)
-        else:
-            batch[name] = torch.cat(values)
-    return batch
-
-
-def _pad(values: list[Tensor], left: bool, fill: int) -> Tensor:
-    """Stack ``[1, ..., length]`` tensors, padded to the longest."""
-    length = max(value.shape[-1] for value in values)
-    padded = []
-    for value in values:
-        missing = length - value.shape[-1]
-        padded.append(torch.nn.functional.pad(value, (missing, 0) if left else (0, missing), value=fill))
-    return torch.cat(padded)

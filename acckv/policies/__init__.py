@@ -5,16 +5,39 @@ from __future__ import annotations
 from acckv.config import CompressionConfig
 from acckv.policies.acckv import AccKV
 from acckv.policies.base import Policy
+from acckv.policies.expected_attention import ExpectedAttention
+from acckv.policies.fastv import FastV
 from acckv.policies.full import Full
 from acckv.policies.h2o import H2O
 from acckv.policies.keydiff import KeyDiff
+from acckv.policies.knorm import KNorm
+from acckv.policies.kvzip import KVzip
+from acckv.policies.look_m import LookM
+from acckv.policies.madakv import MadaKV
+from acckv.policies.pyramidkv import PyramidKV
 from acckv.policies.random import Random
 from acckv.policies.snapkv import SnapKV
 from acckv.policies.streaming_llm import StreamingLLM
 from acckv.weights import CalibratedWeights
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Full, Random, StreamingLLM, H2O, SnapKV, KeyDiff, AccKV)
+    policy.name: policy
+    for policy in (
+        Full,
+        Random,
+        StreamingLLM,
+        H2O,
+        SnapKV,
+        PyramidKV,
+        LookM,
+        FastV,
+        MadaKV,
+        KNorm,
+        KeyDiff,
+        ExpectedAttention,
+        KVzip,
+        AccKV,
+    )
 }
 
 __all__ = ["POLICIES", "AccKV", "Policy", "build_policy"]

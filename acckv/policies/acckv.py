@@ -51,7 +51,8 @@ class AccKV(Policy):
         saliency = weights.saliency_score(layer, observation.keys, observation.values, members)
         # One selection for all heads sees all heads: a sum, so that the scorer is linear in the whole (key, value).
         saliency = saliency.sum(dim=1, keepdim=True) if self.config.share_heads else saliency
-        return LayerScore(score + (1 + mix[3]) * saliency, shares)
+        # Never less than unit deviation: training would else meet the gates' temperature by scores that grow flat.
+        return LayerScore(standardise(score + (1 + mix[3]) * saliency, members, widest=1.0), shares)
 
     def _signals(self, layer: int, observation: Observation, labels: ModalityMap) -> dict[str, Tensor]:
         """Every score that the config or the learned mix reads, by name, each ``[B, K, N]``."""

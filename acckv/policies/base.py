@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from acckv.config import CompressionConfig
 from acckv.modality import ModalityMap
-from acckv.pipeline import LayerScore
+from acckv.pipeline import LayerPlan, LayerScore
 from acckv.scoring import Observation
 
-Rows = Literal["none", "window", "text", "all"]
+Rows = Literal["none", "window", "text", "all", "repetition"]
 
 
 class Policy(ABC):
@@ -20,14 +22,17 @@ class Policy(ABC):
 
     Attributes:
         rows: the rows whose attention it reads. 'text' are the text rows after the media, or the rows of a probe
-            prompt where no text has been seen yet (`when: context`).
+            prompt where no text has been seen yet (`when: context`). 'repetition' are rows of no prompt but of the
+            context fed in again (see :mod:`acckv.repetition`).
+        rotated: whether it needs the rotary embedding of its rows.
         cross_layer: whether a layer's score or budget depends on other layers' scores. Then nothing can be evicted
             before the last layer has run, and a prefill's peak is the full cache.
     """
 
     rows: Rows = "none"
-    name: ClassVar[str]
+    rotated: ClassVar[bool] = False
     cross_layer: ClassVar[bool] = False
+    name: ClassVar[str]
 
     def __init__(self, config: CompressionConfig) -> None:
         self.config = config
@@ -35,6 +40,30 @@ class Policy(ABC):
     @abstractmethod
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
         """Score every entry of one layer; higher is kept first."""
+
+    def scores(self, observations: list[Observation], labels: ModalityMap) -> list[LayerScore]:
+        """Score every layer; overridden where one layer's score comes from another."""
+        return [self.score(layer, seen, labels) for layer, seen in enumerate(observations)]
+
+    def layer_shares(self, scores: Sequence[LayerScore | None], labels: ModalityMap, total: Tensor) -> Tensor:
+        """Relative budget of each layer; it is scaled to the exact total, and no layer gets more than exists.
+
+        Args:
+            scores: one a layer; None where the policy is not `cross_layer` and nothing has been scored yet.
+            total: int64 ``[B]`` entries that all layers together keep.
+
+        Returns:
+            float ``[1 or B, L]``; equal unless overridden.
+        """
+        return torch.ones(1, len(scores), device=total.device)
+
+    def merge(self, plan: LayerPlan, keys: Tensor, values: Tensor, labels: ModalityMap) -> LayerPlan:
+        """The plan with evicted entries merged into kept ones; nothing is merged unless overridden.
+
+        Args:
+            keys, values: ``[B, K, N, D]`` of the prompt.
+        """
+        return plan
 
     def shared(self, score: Tensor) -> Tensor:
         """Mean over KV heads where the config wants one selection a layer."""

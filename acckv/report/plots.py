@@ -19,6 +19,7 @@ _DPI = 150
 _COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b4c9a", "#8c564b", "#7f7f00")
 _CALIBRATED_COLOUR = "#D55E00"
 _MARKERS = "sD^vPX*<"
+_LINES = ("-", "--", ":")  # the next for each round of the colours
 _CALIBRATED = "acckv-calibrated"
 _ANNOTATED_CELLS = 12  # more layers than this: colours only, numbers would not be legible
 
@@ -48,6 +49,7 @@ def plot_pareto(path: str | Path, results: Results) -> None:
             label=name,
             color=_CALIBRATED_COLOUR if ours else _COLOURS[i % len(_COLOURS)],
             marker="o" if ours else _MARKERS[i % len(_MARKERS)],
+            linestyle="-" if ours else _LINES[i // len(_COLOURS) % len(_LINES)],
             markersize=6 if ours else 4.5,
             linewidth=2.4 if ours else 1.3,
             elinewidth=0.9,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich import box
 from rich.table import Table
 
+from acckv.metrics.answers import UNPARSED
 from acckv.report.results import CONTROL, FULL, Results, Row
 
 Paired = Mapping[tuple[str, float], tuple[float, float]]
@@ -82,7 +83,7 @@ def _group_table(ratio: float, rows: Sequence[Row]) -> Table:
     table.add_column("n", justify="right")
     for row in rows:
         table.add_column(_name(row).replace("_", "_\n").replace("-", "-\n"), justify="right", no_wrap=True)
-    for name in dict.fromkeys(name for row in rows for name in row.groups):
+    for name in dict.fromkeys(name for row in rows for name in row.groups if name != UNPARSED):
         scores = [row.groups.get(name) for row in rows]
         count = max(score.n for score in scores if score is not None)
         cells = ["-" if s is None or s.accuracy is None else f"{100 * s.accuracy:.1f}" for s in scores]

@@ -7,6 +7,7 @@ full cache.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -23,7 +24,7 @@ from rich.table import Table
 
 from acckv.data.clip_events import DESCRIPTION_TYPES
 from acckv.data.clips import video_folder, write_clips
-from acckv.data.encoding import encode
+from acckv.data.encoding import encode_context, question_suffix
 from acckv.data.media import Media, read_media
 from acckv.data.music_avqa import load_music_avqa
 from acckv.data.records import Record
@@ -37,10 +38,30 @@ DESCRIPTION_TOKENS = 64
 
 @torch.inference_mode()
 def answer(model: Any, processor: Any, clip: Media, questions: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Greedy answers to several questions about one clip, without special tokens."""
-    inputs = encode(processor, [clip] * len(questions), questions)
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens)
-    return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    """Greedy answers to several questions about one clip, without special tokens.
+
+    The clip is prefilled once; every question continues a copy of that full cache, which equals a prompt of its own.
+    Questions of equal length share a batch, so nothing is padded.
+    """
+    context = encode_context(processor, clip)
+    prefilled = model(**context, use_cache=True).past_key_values
+    suffixes = [question_suffix(processor, question) for question in questions]
+    replies = [""] * len(questions)
+    for length in sorted({len(suffix) for suffix in suffixes}):
+        rows = [row for row, suffix in enumerate(suffixes) if len(suffix) == length]
+        prompts = torch.stack([torch.cat([context["input_ids"][0], suffixes[row]]) for row in rows])
+        cache = copy.deepcopy(prefilled)
+        cache.batch_repeat_interleave(len(rows))
+        tokens = model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+        )
+        texts = processor.batch_decode(tokens[:, prompts.shape[1] :], skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            replies[row] = text
+    return replies
 
 
 def evaluate(model: Any, processor: Any, records: Iterable[Record]) -> dict[str, dict[str, float]]:

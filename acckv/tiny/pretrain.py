@@ -41,7 +41,7 @@ CURRICULUM = (
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """What one pretraining run is made of; the defaults made the shipped checkpoint."""
+    """What one pretraining run is made of."""
 
     output: Path
     seed: int = 0
@@ -57,6 +57,7 @@ class PretrainSettings:
     auxiliary_layer: int = 2
     auxiliary_weight: float = 0.2
     evaluate_every: int = 100
+    evaluation_clips: int = 48
     advance_at: float = 0.95
     stages: tuple[Stage, ...] = CURRICULUM
 
@@ -209,13 +210,13 @@ class Pretraining:
         return torch.tensor([*weights, *[1.0] * len(DESCRIPTION_TYPES), 1.0])
 
     @torch.no_grad()
-    def evaluate(self, layout: PackedLayout, bank: SlotBank, clips: int = 48) -> dict[str, float]:
+    def evaluate(self, layout: PackedLayout, bank: SlotBank) -> dict[str, float]:
         """Teacher-forced share of right words per question type, on scripts and renderings not trained on."""
         self.model.eval()
         rng = np.random.default_rng([self.settings.seed, 3])
         right, seen = torch.zeros(len(KINDS)), torch.zeros(len(KINDS))
-        for _ in range(clips // 16):
-            batch = layout.batch(bank, rng, "validation", 16)
+        for _ in range(max(1, self.settings.evaluation_clips // 16)):
+            batch = layout.batch(bank, rng, "validation", min(16, self.settings.evaluation_clips))
             hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
             asked = batch.kinds >= 0
             hits = self.model.lm_head(hidden[asked]).argmax(-1) == batch.targets[asked]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -186,3 +187,25 @@ def test_errors_name_the_file(tmp_path: Path, steady: tuple) -> None:
         with pytest.raises(InputError, match=message) as caught:
             read_media(path)
         assert str(path) in str(caught.value)
+
+
+def test_rotated_video_is_turned_upright(tmp_path: Path) -> None:
+    """A phone's portrait video: stored landscape, with a display matrix that turns it clockwise."""
+    picture = np.zeros((32, 48, 3), np.uint8)
+    picture[:, 24:] = 200
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=2, options={"crf": "10", "threads": "1"})
+        video.width, video.height, video.pix_fmt = 48, 32, "yuv420p"
+        for _ in range(2):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode(None))
+    upright = struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+    clockwise = struct.pack(">9i", 0, 0x10000, 0, -0x10000, 0, 0, 48 << 16, 0, 0x40000000)
+    content = path.read_bytes()
+    track = content.index(b"tkhd")
+    place = content.index(upright, track)
+    path.write_bytes(content[:place] + clockwise + content[place + 36 :])
+    frames = read_media(path).frames.float()
+    assert frames.shape == (2, 3, 48, 32)
+    assert float(frames[:, :, :20].mean()) < 10 < 190 < float(frames[:, :, 28:].mean())

@@ -1,0 +1,65 @@
+"""Expected attention (arXiv 2510.00636): what queries to come will attend to, if they are like those that came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from acckv.errors import InputError
+from acckv.modality import ModalityMap
+from acckv.pipeline import LayerScore
+from acckv.policies.base import Policy
+from acckv.rotary import Rotation, rotate, unrotate
+from acckv.scoring import Observation
+
+#: First entries of a prompt, attention sinks: they stay, and count neither in the statistics nor in the softmax.
+SINKS = 4
+
+
+class ExpectedAttention(Policy):
+    """Queries before position embedding are taken for a Gaussian, which is turned to the next `horizon` positions.
+
+    A key k then gets exp(s k.mean + s^2 k.cov.k / 2) of the attention, s being the scaling; the score is the softmax of
+    that, averaged over the query heads of a KV head, times the norm of the entry's value.
+
+    As in kvpress, with no term added before the value norm. The positions to come are those of text. Where a model
+    normalises queries, it is the normalised ones that are Gaussian.
+    """
+
+    name = "expected_attention"
+    rows = "all"
+    rotated = True
+
+    def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
+        keys, scaling = observation.keys.float(), observation.scaling
+        place = observation.real.cumsum(-1)
+        mean, covariance = _future_queries(observation, place)
+        logits = scaling * torch.einsum("bkgd,bknd->bkgn", mean, keys)
+        for head in range(mean.shape[2]):  # one query head at a time: memory is entries x head size
+            spread = ((keys @ covariance[:, :, head]) * keys).sum(-1)
+            logits[:, :, head] += scaling**2 / 2 * spread
+        counted = (observation.real & (place > SINKS))[:, None, None]
+        expected = logits.masked_fill(~counted, torch.finfo(logits.dtype).min).softmax(dim=-1).mean(dim=2)
+        score = expected * observation.values.float().norm(dim=-1)
+        sinks = (observation.real & (place <= SINKS))[:, None]
+        return LayerScore(self.shared(torch.where(sinks, score.amax(-1, keepdim=True) + 1, score)), None)
+
+
+def _future_queries(observation: Observation, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean ``[B, K, G, D]`` and covariance ``[B, K, G, D, D]`` of the queries at positions to come."""
+    if observation.rotation is None:
+        raise InputError("needs the rotary embedding of its rows", field="observation")
+    rotation: Rotation = observation.rotation
+    batch, _, rows, size = observation.queries.shape
+    kv_heads = observation.keys.shape[1]
+    at = observation.row_positions[..., None].expand(-1, -1, size)
+    cos, sin = (part.gather(1, at)[:, None] for part in (rotation.cos, rotation.sin))
+    queries = unrotate(observation.queries.float(), cos, sin).view(batch, kv_heads, -1, rows, size)
+    counted = observation.row_valid & (place.gather(1, observation.row_positions) > SINKS)
+    weight = (counted / counted.sum(-1, keepdim=True).clamp_min(1))[:, None, None, :, None]
+    mean = (queries * weight).sum(dim=3)
+    centred = (queries - mean[:, :, :, None]) * weight.sqrt()
+    covariance = centred.transpose(-1, -2) @ centred
+    ahead = [part[:, None, None] for part in (rotation.ahead_cos, rotation.ahead_sin)]
+    turned = rotate(covariance, ahead[0][..., None, :], ahead[1][..., None, :]).transpose(-1, -2)
+    return rotate(mean, *ahead), rotate(turned, ahead[0][..., None, :], ahead[1][..., None, :])

@@ -1,0 +1,44 @@
+"""FastV (arXiv 2403.06764): after layer K, only the entries that layer K's last token attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from acckv.modality import ModalityMap
+from acckv.pipeline import LayerScore
+from acckv.policies.base import Policy
+from acckv.scoring import Observation, heavy_hitter_score
+
+
+class FastV(Policy):
+    """One ranking for all layers and heads: attention of the last token in the last of the `dense_layers` (K).
+
+    The paper speaks of the attention from all tokens, its code takes the last token's; this follows the code.
+
+    Deviations. FastV prunes the hidden states while the prompt runs, here the cache is evicted afterwards. In FastV the
+    first K layers keep everything, whatever that costs; here all methods hold the same number of entries, so the first
+    K layers keep everything as long as that is at most half of the total, and share that half evenly where it is not.
+    The other layers share the rest evenly.
+    """
+
+    name = "fastv"
+    rows = "window"
+    cross_layer = True
+
+    def scores(self, observations: list[Observation], labels: ModalityMap) -> list[LayerScore]:
+        layer = min(self.config.dense_layers, len(observations)) - 1
+        return [self.score(layer, observations[layer], labels)] * len(observations)
+
+    def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
+        last = torch.zeros_like(observation.row_valid)
+        last[:, -1:] = True
+        return LayerScore(heavy_hitter_score(observation.rows(last)).mean(dim=1, keepdim=True), None)
+
+    def layer_shares(self, scores: Sequence[LayerScore | None], labels: ModalityMap, total: Tensor) -> Tensor:
+        layers, dense = len(scores), min(self.config.dense_layers, len(scores))
+        below = torch.minimum(labels.counts().sum(-1).float(), total.float() / (2 * dense))[:, None]
+        above = (total.float()[:, None] - dense * below) / max(layers - dense, 1)
+        return torch.where(torch.arange(layers, device=total.device) < dense, below, above)

@@ -1,0 +1,42 @@
+"""KVzip (arXiv 2505.23416): keep what the model needs to repeat its context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from acckv.errors import InputError
+from acckv.modality import ModalityMap
+from acckv.pipeline import LayerScore
+from acckv.policies.base import Policy
+from acckv.scoring import Observation
+
+
+class KVzip(Policy):
+    """The score is the most attention that an entry receives while the context is fed in again behind a repeat prompt.
+
+    It asks for no question, with `when: prompt` too. How the context is repeated: :mod:`acckv.repetition`.
+
+    Deviation. The paper ranks the pairs of all layers and heads together; here that ranking sets the budget of each
+    layer, and the KV heads of a layer keep equally many, so that its storage stays rectangular.
+    """
+
+    name = "kvzip"
+    rows = "repetition"
+    cross_layer = True
+
+    def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
+        if observation.repetition is None:
+            raise InputError("needs the attention of a repeated context", field="observation")
+        return LayerScore(self.shared(observation.repetition), None)
+
+    def layer_shares(self, scores: Sequence[LayerScore | None], labels: ModalityMap, total: Tensor) -> Tensor:
+        ranked = torch.stack([score.score for score in scores if score is not None], dim=1)
+        heads = ranked.shape[2]
+        ranked = ranked.masked_fill(~labels.media[:, None, None], -torch.inf).flatten(1)
+        order = ranked.argsort(dim=-1, descending=True, stable=True)
+        kept = torch.arange(order.shape[1], device=order.device) < heads * total[:, None]
+        among = torch.zeros_like(ranked).scatter_(1, order, kept.to(ranked.dtype))
+        return among.view(len(total), len(scores), -1).sum(-1)

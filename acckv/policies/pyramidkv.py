@@ -1,0 +1,31 @@
+"""PyramidKV (arXiv 2406.02069): SnapKV's score, more entries in low layers than in high ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from acckv.modality import ModalityMap
+from acckv.pipeline import LayerScore
+from acckv.policies.snapkv import SnapKV
+
+
+class PyramidKV(SnapKV):
+    """Layer budgets fall on a straight line from the first layer to the last, which gets 1/beta of the average.
+
+    Where the first layer's share of the line exceeds what exists, it keeps everything and the last layer is raised, so
+    that the line stays straight and its sum the same (as in the official code). The window that the paper always keeps
+    is text here, which is kept anyway and counts in no budget.
+    """
+
+    name = "pyramidkv"
+
+    def layer_shares(self, scores: Sequence[LayerScore | None], labels: ModalityMap, total: Tensor) -> Tensor:
+        available = labels.counts().sum(-1).float()
+        average = total.float() / len(scores)
+        first = torch.minimum(2 * average - average / self.config.steepness, available)
+        last = 2 * average - first
+        depth = torch.linspace(0, 1, len(scores), device=total.device)
+        return torch.lerp(first[:, None], last[:, None], depth)

@@ -1,0 +1,110 @@
+"""What some policies read besides rows of the prompt: its rotary embedding, or the context fed in again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from acckv.adapters.base import AttentionLayer, ModelAdapter
+from acckv.attention import Tap
+from acckv.cache import CompressedCache
+from acckv.compressor import KVCompressor
+from acckv.modality import ModalityMap
+from acckv.prompt import TOKEN_TYPES, ProbePrompt
+from acckv.ragged import DecoderInputs, next_position, rope_positions
+from acckv.repetition import REPEAT_PROMPT, Record, watch_repetition
+from acckv.rotary import Rotation
+from acckv.scoring import Observation
+
+
+class SecondLook:
+    """Completes observations for the policy of a compressor, with the session's model.
+
+    Args:
+        tap: through which the decoder's attention is watched; processor: tokenises the repeat prompt.
+    """
+
+    def __init__(self, compressor: KVCompressor, adapter: ModelAdapter, tap: Tap, processor: object) -> None:
+        self.policy, self.config = compressor.policy, compressor.config
+        self.adapter, self.tap = adapter, tap
+        self.prompt = ProbePrompt(processor, REPEAT_PROMPT)
+
+    def rotation(self, position_ids: Tensor) -> Rotation | None:
+        """The rotary embedding of a prompt and of what comes after it, where the policy takes it off.
+
+        Args:
+            position_ids: of the prompt, as the decoder got them.
+        """
+        if not self.policy.rotated:
+            return None
+        start = next_position(position_ids)
+        ahead = torch.arange(self.config.horizon, device=start.device)
+        later = self.adapter.rotation(self.adapter.text_positions(start + ahead))
+        here = self.adapter.rotation(rope_positions(position_ids))
+        return Rotation(*here, *(part.mean(dim=1) for part in later))
+
+    @torch.no_grad()
+    def repetition(self, layers: list[object], embedded: DecoderInputs) -> list[Tensor]:
+        """By compressed layer ``[B, K, N]``, the most attention that each entry gets while the context is repeated.
+
+        Args:
+            layers: of the context's full cache, which stay as they are.
+        """
+        batch, device = embedded.embeds.shape[0], embedded.embeds.device
+        ids = self.prompt.ids(batch, device)
+        text = self.adapter.embed(ids)
+        positions = self.adapter.text_positions(embedded.next_position + torch.arange(ids.shape[1], device=device))
+        labels = ModalityMap(torch.zeros_like(ids))
+        prompt = DecoderInputs(text.pop("inputs_embeds"), positions, labels, text)
+        return watch_repetition(embedded, layers, prompt, self.feed)
+
+    def feed(self, cache: CompressedCache, tokens: DecoderInputs, real: Tensor, record: Record) -> None:
+        """Run tokens behind what a cache holds, watched by `record` and compressed by nothing.
+
+        Args:
+            real: bool ``[B, tokens of the cache + new]``.
+        """
+        others = {name: tensor for name, tensor in tokens.others.items() if name != TOKEN_TYPES}
+
+        def listen(layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+            if layer.owner and layer.slot is not None:
+                record(layer.slot, query, key, value, scaling)
+
+        before, self.tap.listener = self.tap.listener, listen
+        try:
+            self.adapter.decoder(
+                inputs_embeds=tokens.embeds,
+                position_ids=tokens.position_ids,
+                attention_mask=real.long(),
+                past_key_values=cache,
+                use_cache=True,
+                **self.adapter.from_tokens(others),
+            )
+        finally:
+            self.tap.listener = before
+
+    def complete(
+        self, observations: list[Observation], layers: list[object], embedded: DecoderInputs, repetition: list[Tensor]
+    ) -> list[Observation]:
+        """The observations of a prefill with what the policy reads besides.
+
+        Args:
+            repetition: filled if it is empty and the policy asks for it.
+        """
+        if self.policy.rows == "repetition":
+            if not repetition:
+                repetition += self.repetition(layers, embedded)
+            return [replace(seen, repetition=peak) for seen, peak in zip(observations, repetition, strict=True)]
+        rotation = self.rotation(embedded.position_ids)
+        return [replace(seen, rotation=rotation) for seen in observations]
+
+
+def behind(rotation: Rotation | None, entries: int) -> Rotation | None:
+    """A prompt's rotation as seen from a layer that held `entries` before it; those have none that is known."""
+    if rotation is None or entries == 0:
+        return rotation
+    cos, sin = (F.pad(part, (0, 0, entries, 0)) for part in (rotation.cos, rotation.sin))
+    return replace(rotation, cos=cos, sin=sin)
