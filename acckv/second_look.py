@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class SecondLook:
         tap: through which the decoder's attention is watched; processor: tokenises the repeat prompt.
     """
 
-    def __init__(self, compressor: KVCompressor, adapter: ModelAdapter, tap: Tap, processor: object) -> None:
+    def __init__(self, compressor: KVCompressor, adapter: ModelAdapter, tap: Tap, processor: Any) -> None:
         self.policy, self.config = compressor.policy, compressor.config
         self.adapter, self.tap = adapter, tap
         self.prompt = ProbePrompt(processor, REPEAT_PROMPT)
@@ -47,7 +48,7 @@ class SecondLook:
         return Rotation(*here, *(part.mean(dim=1) for part in later))
 
     @torch.no_grad()
-    def repetition(self, layers: list[object], embedded: DecoderInputs) -> list[Tensor]:
+    def repetition(self, layers: list[Any], embedded: DecoderInputs) -> list[Tensor]:
         """By compressed layer ``[B, K, N]``, the most attention that each entry gets while the context is repeated.
 
         Args:
@@ -87,7 +88,7 @@ class SecondLook:
             self.tap.listener = before
 
     def complete(
-        self, observations: list[Observation], layers: list[object], embedded: DecoderInputs, repetition: list[Tensor]
+        self, observations: list[Observation], layers: list[Any], embedded: DecoderInputs, repetition: list[Tensor]
     ) -> list[Observation]:
         """The observations of a prefill with what the policy reads besides.
 
