@@ -1,4 +1,4 @@
-"""Scoped shadowing of transformers' attention function.
+"""Scoped shadowing of transformers' attention function, and what is done in its place.
 
 The attention function is the one place that sees queries, keys, values, mask and scaling after position embedding.
 The entry in use is replaced inside a context manager and restored on exit. No new name is registered: a name that
@@ -14,10 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from acckv.adapters.base import AttentionLayer
+from acckv.cache_layer import CompressedLayer
 
 #: (original, layer index, module, query, key, value, attention_mask, **kwargs) -> (output, weights)
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
+#: (layer, query, keys held, values held, scaling) after the attention of one layer
+Listener = Callable[[AttentionLayer, Tensor, Tensor, Tensor, float], None]
+#: the decoder's keyword argument that carries a simulation to its attention
+SIMULATION = "acckv_simulation"
 
 
 @contextmanager
@@ -49,6 +57,62 @@ def shadow_attention(modules: list[nn.Module], implementation: str, attend: Atte
             del ALL_ATTENTION_FUNCTIONS[implementation]
         else:
             ALL_ATTENTION_FUNCTIONS[implementation] = before
+
+
+class Tap:
+    """What the session does at every attention call of the decoder.
+
+    Attributes:
+        cache: of the forward that is running, or None.
+        listener: told about every layer after its attention, or None.
+    """
+
+    def __init__(self, layers: list[AttentionLayer]) -> None:
+        self.layers = layers
+        self.cache: Cache | None = None
+        self.listener: Listener | None = None
+        self._regions: dict[int, tuple[int, Tensor | None]] = {}
+
+    def attend(
+        self,
+        original: Attend,
+        index: int,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The shadowed attention function of one decoder layer."""
+        layer = self.layers[index]
+        simulation = kwargs.pop(SIMULATION, None)
+        if simulation is not None:
+            return simulation.attend(original, layer, module, query, key, value, attention_mask, **kwargs)
+        region, bias = self._region(layer)
+        wider = attention_mask is not None and attention_mask.shape[-1] > key.shape[2]
+        mask = attention_mask
+        if layer.slot is not None and (region or wider):
+            mask = region_mask(attention_mask, query, key.shape[2], region, bias)
+        output = original(module, query, key, value, mask, **kwargs)
+        if self.listener is not None:
+            scaling = kwargs.get("scaling")
+            self.listener(layer, query, key, value, module.scaling if scaling is None else scaling)  # type: ignore[arg-type]
+        return output
+
+    def _region(self, layer: AttentionLayer) -> tuple[int, Tensor | None]:
+        """Width and bias of the compressed region that this layer's keys begin with.
+
+        A layer that shares entries got them from their owner in the same forward, so the owner's region of that moment
+        counts: it may have been compressed anew since.
+        """
+        if layer.slot is None or self.cache is None:
+            return 0, None
+        if layer.owner:
+            held = self.cache.layers[layer.cache_index]
+            now = (held.region, held.bias) if isinstance(held, CompressedLayer) else (0, None)
+            self._regions[layer.slot] = now
+        return self._regions[layer.slot]
 
 
 def region_mask(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from acckv.config import CompressionConfig, LoraScope
-from acckv.focusing import allocate, round_exactly, total_budget, water_fill, whole_budgets
+from acckv.focusing import allocate, share_out, split_layer, total_budget
 from acckv.lora import LoraWeights
 from acckv.modality import ModalityMap
 from acckv.pipeline import AlignmentRule, LayerPlan, LayerScore, LogGates, MergeRule, hard, plan_layer, soft
@@ -100,21 +100,60 @@ class KVCompressor(nn.Module):
         ratio = self.config.ratio if ratio is None else ratio
         if self.config.policy == "full":
             ratio, absolute = 1.0, None
-        if absolute is not None:
-            ratio = min(absolute / max(float(counts.sum(-1).float().mean()), 1.0), 1.0)
         total = total_budget(ratio, absolute, len(scores), counts)
-        if scores[0].modality_shares is None:
-            available = counts.sum(-1, keepdim=True).expand(-1, len(scores))
-            even = water_fill(total.float(), torch.ones_like(available, dtype=torch.float32), available.float())
-            return round_exactly(even, total, available)[..., None]
-        measured = torch.stack([score.modality_shares for score in scores if score.modality_shares is not None], dim=1)
-        layer_shares = torch.ones(len(scores), device=counts.device)
+        ratio = self.effective_ratio(total, counts, len(scores)) if absolute is not None else ratio
+        if not whole:
+            shares = [self.modality_shares(layer, score, ratio) for layer, score in enumerate(scores)]
+            measured = torch.stack([share for share in shares if share is not None], dim=1)
+            return allocate(total, self.layer_shares(len(scores), ratio), measured, counts)
+        by_layer = self.layer_totals(total, counts.sum(-1, keepdim=True).expand(-1, len(scores)), ratio)
+        return torch.stack(
+            [self.split(layer, score, by_layer[:, layer], counts, ratio) for layer, score in enumerate(scores)], dim=1
+        )
+
+    @staticmethod
+    def effective_ratio(total: Tensor, counts: Tensor, layers: int) -> float:
+        """The ratio that an absolute budget comes to; learned budgets depend on it.
+
+        Args:
+            total: int64 ``[B]`` entries over all layers; counts: int64 ``[B, 2]`` entries that exist in one.
+        """
+        return min(float(total.sum()) / max(float(counts.sum()) * layers, 1.0), 1.0)
+
+    def layer_shares(self, layers: int, ratio: float) -> Tensor:
+        """Relative budget of each layer ``[L]``."""
         if self.weights is not None:
-            layer_shares = self.weights.layer_shares(ratio, self.config.layer_floor)
-            moved = [self.weights.modality_shares(layer, measured[:, layer], ratio) for layer in range(len(scores))]
-            measured = torch.stack(moved, dim=1)
-        amounts = allocate(total, layer_shares, measured, counts)
-        return whole_budgets(amounts, total, counts) if whole else amounts
+            return self.weights.layer_shares(ratio, self.config.layer_floor)
+        return torch.ones(layers)
+
+    def layer_totals(self, total: Tensor, capacity: Tensor, ratio: float) -> Tensor:
+        """Whole entries that each layer keeps, before any layer was scored.
+
+        Args:
+            total: int64 ``[B]`` over all layers; capacity: int64 ``[B, L]`` entries that exist.
+
+        Returns:
+            int64 ``[B, L]``.
+        """
+        return share_out(total, self.layer_shares(capacity.shape[1], ratio).to(total.device), capacity)
+
+    def modality_shares(self, layer: int, score: LayerScore, ratio: float) -> Tensor | None:
+        """The split of a layer's budget ``[B, 2]``, as measured and as learned; None for one top-k over both."""
+        if score.modality_shares is None or self.weights is None:
+            return score.modality_shares
+        return self.weights.modality_shares(layer, score.modality_shares, ratio)
+
+    def split(self, layer: int, score: LayerScore, budget: Tensor, counts: Tensor, ratio: float) -> Tensor:
+        """A layer's whole budget by modality.
+
+        Args:
+            budget: int64 ``[B]``; counts: int64 ``[B, 2]`` entries that exist.
+
+        Returns:
+            int64 ``[B, 2]``, or ``[B, 1]`` where the policy takes one top-k over both.
+        """
+        shares = self.modality_shares(layer, score, ratio)
+        return budget[:, None] if shares is None else split_layer(budget, shares, counts)
 
     def plan(
         self,
@@ -132,20 +171,28 @@ class KVCompressor(nn.Module):
             temperature: None for the hard selection that is shipped, above 0 for its differentiable twin.
         """
         budgets = self.budgets(scores, labels, ratio, whole=temperature is None)
-        to_gates: LogGates = hard if temperature is None else soft(temperature)
         return [
-            plan_layer(
-                scores[layer],
-                observation.keys,
-                observation.values,
-                labels,
-                budgets[:, layer],
-                to_gates,
-                self._merge_rule(layer),
-                self._alignment_rule(layer, temperature or 0.0),
-            )
-            for layer, observation in enumerate(observations)
+            self.plan_one(layer, scores[layer], seen, labels, budgets[:, layer], temperature)
+            for layer, seen in enumerate(observations)
         ]
+
+    def plan_one(
+        self,
+        layer: int,
+        score: LayerScore,
+        observation: Observation,
+        labels: ModalityMap,
+        budget: Tensor,
+        temperature: float | None = None,
+    ) -> LayerPlan:
+        """Decide for one layer whose budget is settled.
+
+        Args:
+            budget: ``[B, 2]`` by modality or ``[B, 1]``, as :meth:`split` gives it.
+        """
+        to_gates: LogGates = hard if temperature is None else soft(temperature)
+        rules = self._merge_rule(layer), self._alignment_rule(layer, temperature or 0.0)
+        return plan_layer(score, observation.keys, observation.values, labels, budget, to_gates, *rules)
 
     def _merge_rule(self, layer: int) -> MergeRule | None:
         if self.config.policy != "acckv" or not self.config.integration:

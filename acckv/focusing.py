@@ -92,6 +92,33 @@ def total_budget(ratio: float, budget: int | None, layers: int, counts: Tensor) 
     return (available.double() * ratio + 1e-9).floor().long()
 
 
+def share_out(total: Tensor, layer_shares: Tensor, capacity: Tensor) -> Tensor:
+    """Whole budget of every layer. It reads no score: it is known before the first layer has run.
+
+    Args:
+        total: int64 ``[B]`` entries over all layers; layer_shares: ``[L]`` relative budgets;
+        capacity: int64 ``[B, L]`` entries that exist.
+
+    Returns:
+        int64 ``[B, L]`` that sums to ``min(total, capacity.sum())``.
+    """
+    amounts = water_fill(total.float(), layer_shares.detach().float().expand(capacity.shape), capacity.float())
+    return round_exactly(amounts, total, capacity)
+
+
+def split_layer(budget: Tensor, modality_shares: Tensor, counts: Tensor) -> Tensor:
+    """Whole budget of each modality inside one layer.
+
+    Args:
+        budget: int64 ``[B]``; modality_shares: ``[B, 2]``; counts: int64 ``[B, 2]`` entries that exist.
+
+    Returns:
+        int64 ``[B, 2]`` that sums to ``min(budget, counts.sum())``.
+    """
+    amounts = water_fill(budget.float(), modality_shares.detach().float(), counts.float())
+    return round_exactly(amounts, budget, counts)
+
+
 def allocate(total: Tensor, layer_shares: Tensor, modality_shares: Tensor, counts: Tensor) -> Tensor:
     """Budget of every layer and modality, not yet whole numbers.
 
@@ -109,10 +136,3 @@ def allocate(total: Tensor, layer_shares: Tensor, modality_shares: Tensor, count
     layer_capacity = capacity.sum(-1, keepdim=True).expand(-1, layers)
     by_layer = water_fill(total.to(capacity.dtype), layer_shares.expand(total.shape[0], -1), layer_capacity)
     return water_fill(by_layer, modality_shares, capacity[:, None, :].expand(-1, layers, -1))
-
-
-def whole_budgets(amounts: Tensor, total: Tensor, counts: Tensor) -> Tensor:
-    """`allocate`'s result as exact whole numbers: int64 ``[B, L, 2]`` that sums to ``total`` for every row."""
-    batch, layers, modalities = amounts.shape
-    capacity = counts[:, None, :].expand(-1, layers, -1).reshape(batch, -1)
-    return round_exactly(amounts.detach().reshape(batch, -1), total, capacity).view(batch, layers, modalities)

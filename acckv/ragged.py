@@ -1,11 +1,11 @@
 """Cutting a left-padded batch at a different place in every row.
 
-A window is an int64 tensor ``[batch, width]`` of column indices, aligned to the right, -1 where a row is shorter.
+A window is an int64 tensor ``[batch, width]`` of column indices, -1 where a row is shorter than the longest.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,12 +14,20 @@ from acckv.modality import ModalityMap
 from acckv.policies.base import Rows
 
 
-def window(starts: Tensor, stops: Tensor) -> Tensor:
+def window(starts: Tensor, stops: Tensor, align: Literal["left", "right"] = "right") -> Tensor:
     """The window of columns ``starts .. stops - 1`` of each row (both int64 ``[batch]``)."""
     lengths = (stops - starts).clamp_min(0)
     width = int(lengths.max())
-    columns = stops[:, None] - width + torch.arange(width, device=starts.device)
+    steps = torch.arange(width, device=starts.device)
+    if align == "left":
+        return (starts[:, None] + steps).masked_fill(steps >= lengths[:, None], -1)
+    columns = stops[:, None] - width + steps
     return columns.masked_fill(columns < (stops - lengths)[:, None], -1)
+
+
+def packed(real: Tensor) -> Tensor:
+    """A mask bool ``[batch, tokens]`` with each row's gaps moved to its left."""
+    return real.to(torch.uint8).sort(dim=1).values.bool()
 
 
 def take(tensor: Tensor, columns: Tensor, dim: int, fill: int | float = 0) -> Tensor:
@@ -37,26 +45,11 @@ def take(tensor: Tensor, columns: Tensor, dim: int, fill: int | float = 0) -> Te
     return tensor.gather(dim, index.expand(shape)).masked_fill(missing, fill)
 
 
-def decoder_inputs(kwargs: dict[str, Any], columns: Tensor, mask: Tensor) -> dict[str, Any]:
-    """A decoder's keyword arguments cut to a window of its tokens.
-
-    Args:
-        kwargs: with inputs_embeds ``[batch, tokens, hidden]`` and position_ids ``[..., batch, tokens]`` or None.
-        mask: bool ``[batch, seen + width]`` of all tokens up to the window's end.
-    """
-    embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
-    if positions is None:
-        positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
-    return {
-        **kwargs,
-        "inputs_embeds": take(embeds, columns, 1),
-        "position_ids": take(positions, columns, -1),
-        "attention_mask": mask.long(),
-    }
-
-
 def scatter_back(parts: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
     """Put hidden states ``[batch, width, hidden]`` of several windows back in their columns.
+
+    Args:
+        parts: at least one (window, states).
 
     Returns:
         ``[batch, length, hidden]``, zero where no window reaches.

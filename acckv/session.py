@@ -2,54 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
 
 from acckv import lora
 from acckv.adapters import find_adapter
-from acckv.attention import region_mask, shadow_attention
-from acckv.cache import CompressedCache, CompressedLayer, adopt, branch_layers, compressed_layers
+from acckv.attention import shadow_attention
+from acckv.cache import CompressedCache, branch_layers, compressed_layers, fresh_cache
 from acckv.compressor import KVCompressor
 from acckv.errors import InputError
-from acckv.modality import Modality, ModalityMap
+from acckv.modality import ModalityMap
 from acckv.pipeline import LayerPlan
 from acckv.policies.base import Rows
-from acckv.ragged import decoder_inputs, scatter_back, take, watched_rows, window
-from acckv.scoring import Observation
+from acckv.prefill import Prefill
+from acckv.prompt import ProbePrompt, next_position
+from acckv.routing import Router, Task
+from acckv.simulation import LengthCache, Simulation, without_checkpointing
+from acckv.turn import Turn, read_turn
 
-
-@dataclass(frozen=True)
-class Prefill:
-    """A full-cache prefill and what was observed in it: compressed as often and as strongly as one likes.
-
-    Attributes:
-        cache: the full cache, one CompressedLayer a layer, not compressed yet.
-        labels: modality of every entry.
-        observations: by layer, rows of the prompt.
-        probes: by layer, rows of the probe prompt, or None where none was run.
-        next_position: ``[B, 1]``, where text after the prompt goes on.
-        logits: of the last token, ``[B, vocabulary]``, before compression.
-    """
-
-    cache: Cache
-    labels: ModalityMap
-    observations: list[Observation]
-    probes: list[Observation] | None
-    next_position: Tensor
-    logits: Tensor
+__all__ = ["Prefill", "Session"]
 
 
 class Session:
     """Open with ``with compressor(model) as session``; the model is as before on exit.
 
-    Inside, ``model.generate`` and plain forwards with a cache compress on their own. :meth:`compress` and
-    :meth:`answer` are for several questions about one clip.
+    Inside, ``model.generate`` and plain forwards with a cache compress on their own. :meth:`compress`, :meth:`extend`
+    and :meth:`answer` are for several questions about one clip, several turns, and streams.
 
     Args:
         compressor: what to do; model: of a supported family; processor: tokenises the probe prompt, if one is needed.
@@ -66,18 +48,8 @@ class Session:
         self.compressor = compressor
         self.adapter = find_adapter(model)
         self.model = model
-        self.processor = processor
-        self.probe_prompt = probe_prompt
-        self.last_cache: CompressedCache | None = None
-        self.attached: lora.AttachedLora | None = None
+        self.router = Router(compressor, self.adapter, ProbePrompt(processor, probe_prompt))
         self._stack = ExitStack()
-        self._labels: ModalityMap | None = None
-        self._context_length: Tensor | None = None
-        self._record: Callable[[int, Tensor, Tensor, Tensor, float], None] | None = None
-        self._plans: list[LayerPlan] | None = None
-        self._passive = False
-        self._cache: Cache | None = None
-        self._positions: Tensor | None = None
         if compressor.base is not None:
             self._check_base(compressor.base)
 
@@ -98,32 +70,34 @@ class Session:
         with ExitStack() as stack:
             if self.compressor.lora is not None:
                 fresh = self.compressor.lora.tensors or None
-                self.attached = lora.AttachedLora(adapter, self.compressor.lora.config, fresh)
-                stack.callback(self.attached.remove)
-            stack.enter_context(
-                shadow_attention(adapter.attention_modules, adapter.attention_implementation, self._attend)
-            )
-            handle = self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
-            stack.callback(handle.remove)
-            stack.enter_context(self._shadow_decoder())
+                attached = lora.AttachedLora(adapter, self.compressor.lora.config, fresh)
+                self.router.attached = attached
+                stack.callback(attached.remove)
+            modules = [layer.module for layer in adapter.attention_layers]
+            stack.enter_context(shadow_attention(modules, adapter.attention_implementation, self.router.tap.attend))
+            stack.enter_context(self.router.wiring)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-        self._labels = self._context_length = self.attached = None
+        self.router.attached = None
 
-    def _shadow_decoder(self) -> ExitStack:
-        """Run the decoder through `_decode` by an instance attribute that hides the class's forward."""
-        decoder = self.adapter.decoder
-        own = vars(decoder).get("forward")
-        original = decoder.forward
-        decoder.forward = lambda *args, **kwargs: self._decode(original, *args, **kwargs)
-        stack = ExitStack()
-        stack.callback(lambda: setattr(decoder, "forward", own) if own is not None else delattr(decoder, "forward"))
-        return stack
+    @property
+    def last_cache(self) -> CompressedCache | None:
+        """What was compressed last, by generate or by this session's own methods."""
+        return self.router.last_cache
 
-    # ------------------------------------------------------- several questions
+    @property
+    def attached(self) -> lora.AttachedLora | None:
+        """The compressor's LoRA while it is on the model."""
+        return self.router.attached
+
+    def _require_open(self) -> None:
+        if not self.router.wiring.is_open:
+            raise InputError("is closed; use it inside `with compressor(model) as session`", field="session")
+
+    # ----------------------------------------------- compressing, and answering
 
     def prefill(self, rows: Rows = "all", gradients: bool = False, **inputs: Any) -> Prefill:
         """Run the model over `inputs` with the full cache, observing; nothing is compressed.
@@ -134,29 +108,85 @@ class Session:
             inputs: as for the model, media included; with `when: context` up to the end of the media.
         """
         self._require_open()
-        with torch.set_grad_enabled(gradients):
-            return self._prefill(inputs, rows)
+        cache, task = fresh_cache(self.adapter), Task(rows)
+        turn = self._read(inputs)
+        inputs.pop("modality_ids", None)
+        if inputs.get("position_ids") is None:
+            start = turn.stop.new_zeros(turn.stop.shape[0], 1)
+            inputs["position_ids"] = self.adapter.prompt_positions(inputs, turn.labels.real, start)
+        with torch.set_grad_enabled(gradients), without_checkpointing(self.adapter.decoder):
+            output = self.router.run(self.model, task, turn, {**inputs, "past_key_values": cache, "use_cache": True})
+        recorder = task.recorder
+        if recorder is None:
+            raise InputError("brings no token", field="input_ids")
+        probes = recorder.probes or None
+        after = next_position(inputs["position_ids"])
+        return Prefill(cache, turn.labels, recorder.observations, probes, after, output.logits[:, -1])
 
     @torch.no_grad()
     def compress(self, prefill: Prefill | None = None, ratio: float | None = None, **inputs: Any) -> CompressedCache:
-        """The compressed cache of a prefill, or of model `inputs` that are prefilled first.
+        """The compressed cache of a prefill, or of model `inputs`, whose layers are evicted as the prefill goes on.
 
         Args:
             ratio: kept share, replaces the config's.
         """
         self._require_open()
         if prefill is None:
-            prefill = self._prefill(inputs, rows=self.compressor.policy.rows)
+            return self.extend(inputs, ratio=ratio)
         cache = CompressedCache(branch_layers(prefill.cache.layers), prefill.labels, prefill.next_position)
         if not self.compressor.keeps_all(ratio):
+            labels, offered = prefill.labels.labels[:, None], prefill.labels.counts()
             for layer, plan in zip(compressed_layers(cache), self.plan(prefill, ratio), strict=True):
-                layer.commit(plan, prefill.labels)
-        self.last_cache = cache
+                layer.commit(plan, labels, offered)
+        self.router.last_cache = cache
         return cache
+
+    @torch.no_grad()
+    def extend(
+        self,
+        chunk: Mapping[str, Any],
+        cache: CompressedCache | None = None,
+        ratio: float | None = None,
+        keep_text: bool = True,
+    ) -> CompressedCache:
+        """Prefill a further chunk and compress it: the next seconds of a stream, a new clip, a turn of text.
+
+        With a ratio only what is new is compressed. With an absolute budget everything held competes, so that a stream
+        of any length never holds more than its budget, its text, and one chunk.
+
+        Args:
+            chunk: model inputs of the new tokens alone, media included.
+            cache: to go on from; it is not consumed. None starts anew.
+            ratio: kept share, replaces the config's ratio or budget.
+            keep_text: False lets the chunk's text (markers, time stamps) age with its media, which keeps an endless
+                stream flat.
+        """
+        self._require_open()
+        inputs = dict(chunk)
+        seen = 0 if cache is None else cache.get_seq_length()
+        turn = self._read({**inputs, "attention_mask": self._new_mask(inputs, seen)}, seen)
+        real, labels = turn.labels.real, turn.labels.labels
+        inputs.pop("modality_ids", None)
+        if cache is None:
+            branch, start = fresh_cache(self.adapter), labels.new_zeros(labels.shape[0], 1)
+        else:
+            branch = cache.branch()
+            start, turn = branch.next_position, turn.after(branch.labels)
+            labels = torch.cat([branch.labels.labels, labels], dim=1)
+        positions = self.adapter.prompt_positions(inputs, real, start)
+        inputs |= {"attention_mask": torch.cat([turn.past, real], dim=1).long(), "position_ids": positions}
+        if turn.token_types is not None:
+            inputs["mm_token_type_ids"] = turn.token_types
+        watched = turn if keep_text else turn.with_text_as_media()
+        with without_checkpointing(self.adapter.decoder):
+            arguments = {**inputs, "past_key_values": branch, "use_cache": True}
+            self.router.run(self.adapter.backbone, Task(ratio=ratio), watched, arguments)
+        self.router.last_cache = CompressedCache(branch.layers, ModalityMap(labels), next_position(positions))
+        return self.router.last_cache
 
     def plan(self, prefill: Prefill, ratio: float | None = None, temperature: float | None = None) -> list[LayerPlan]:
         """What :meth:`compress` would keep; with a temperature, the differentiable twin of it."""
-        observations = self._watched(prefill)
+        observations = prefill.watched(self.compressor.policy.rows, self.compressor.config)
         scores = [self.compressor.score(i, seen, prefill.labels) for i, seen in enumerate(observations)]
         return self.compressor.plan(scores, observations, prefill.labels, ratio, temperature)
 
@@ -194,13 +224,12 @@ class Session:
         out = out if isinstance(out, Tensor) else out.sequences
         return out[:, ids.shape[1] :]
 
-    # ------------------------------------------------------------- simulation
-
     def simulate(self, prefill: Prefill, plans: list[LayerPlan] | None, **inputs: Any) -> Tensor:
         """Logits of tokens that follow a prefill, reading it through gates instead of an evicted cache.
 
         It equals physical eviction where the gates are hard, and passes gradients where they are soft. The prefill is
-        not consumed.
+        not consumed. Gradient checkpointing may be on: nothing of a simulation is lost before backward, as long as the
+        session stays open.
 
         Args:
             plans: None reads the full cache (the teacher).
@@ -210,235 +239,32 @@ class Session:
             ``[B, tokens, vocabulary]``.
         """
         self._require_open()
-        cache = DynamicCache(config=self.adapter.decoder.config)
-        cache.layers[:] = branch_layers(prefill.cache.layers)
-        self._plans, self._passive = plans, True
-        try:
-            return self.model(past_key_values=cache, use_cache=True, **inputs).logits
-        finally:
-            self._plans, self._passive = None, False
+        layers = prefill.cache.layers
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            positions = inputs["position_ids"]
+            positions = positions[-1] if positions.ndim == 3 else positions
+            inputs["attention_mask"] = self.adapter.packed_mask(mask, positions, layers)
+        simulation = Simulation(layers, plans)
+        with self.router.simulating(simulation):
+            logits = self.model(past_key_values=LengthCache(layers), use_cache=True, **inputs).logits
+        if not simulation.reached:
+            raise InputError("keeps keyword arguments from its attention, so it cannot be simulated", field="model")
+        return logits
 
     # ------------------------------------------------------------------ inside
 
-    def _require_open(self) -> None:
-        if not vars(self.adapter.decoder).get("forward"):
-            raise InputError("is closed; use it inside `with compressor(model) as session`", field="session")
+    def _new_mask(self, inputs: dict[str, Any], seen: int) -> Tensor | None:
+        """The 2-D mask of the new tokens alone."""
+        mask = inputs.get("attention_mask")
+        return mask if mask is None or seen == 0 else mask[:, -_length(inputs) :]
 
-    def _before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Label the tokens of this forward while their ids are still known."""
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        self._labels = None
-        # A generated token may happen to be a placeholder: media are there only where their features are.
-        has_media = any(kwargs.get(name) is not None for name in self.adapter.feature_inputs)
-        if isinstance(input_ids, Tensor) and has_media:
-            mask = kwargs.get("attention_mask")
-            mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-            self._labels = self.adapter.label(input_ids, mask)
-            self._context_length = self.adapter.context_length(self._labels, input_ids)
-
-    def _decode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The decoder's forward: compresses when media go by, otherwise as it was."""
-        before, self._cache = self._cache, kwargs.get("past_key_values")
-        self._positions = kwargs.get("position_ids")
-        try:
-            if self._compresses():
-                return self._decode_media(original, args, kwargs)
-            return original(*args, **kwargs)
-        finally:
-            self._cache = before
-
-    def _compresses(self) -> bool:
-        """Whether the tokens of this forward are a prompt with media that must be compressed."""
-        if self._passive or self._cache is None or self._labels is None or not bool(self._labels.media.any()):
-            return False
-        return self.attached is not None or not self.compressor.keeps_all()
-
-    def _decode_media(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache, labels = self._cache, self._labels
-        if cache is None or labels is None or args:
-            raise InputError("call the decoder with keyword arguments and a cache", field="model")
-        if cache.get_seq_length() > 0:
-            raise InputError(
-                "brings media into a conversation whose cache is already in use; compress each clip in a first turn",
-                field="input_ids",
-            )
-        adopt(cache, len(self.adapter.attention_modules))
-        self.last_cache = CompressedCache(cache.layers, labels, _next_position(self._positions))
-        if self.compressor.config.when == "context":
-            return self._decode_context(original, cache, labels, kwargs)
-        observations: list[Observation] = []
-        with self._prompt_adapters():
-            output = self._observed(observations, labels, self.compressor.policy.rows, original, kwargs)
-        self._commit(cache, labels, observations)
-        return output
-
-    def _decode_context(self, original: Any, cache: Cache, labels: ModalityMap, kwargs: dict[str, Any]) -> Any:
-        """`when: context`: each row's media first, compression, then the rest of its prompt on what was kept."""
-        length = labels.labels.shape[1]
-        starts = labels.real.long().argmax(dim=1)
-        ends = torch.maximum(starts, labels.media_end() if self._context_length is None else self._context_length)
-        front, rest = window(starts, ends), window(ends, torch.full_like(ends, length))
-        front_labels = ModalityMap(take(labels.labels, front, 1, fill=Modality.PADDING))
-        rows = self.compressor.policy.rows
-        observations: list[Observation] = []
-        with self._prompt_adapters():
-            inputs = decoder_inputs(kwargs, front, front_labels.real)
-            first = self._observed(observations, front_labels, rows, original, inputs)
-            if rows == "text":
-                after = _next_position(inputs["position_ids"])
-                observations = self._run_probe(original, cache, front_labels, observations, after)
-        self._commit(cache, front_labels, observations)
-        mask = torch.cat([front_labels.real, rest >= 0], dim=1)
-        output = original(**decoder_inputs(kwargs, rest, mask)) if rest.shape[1] else first
-        for layer in compressed_layers(cache):
-            if not bool(mask[:, front.shape[1] :].all()):
-                layer.compact(mask[:, mask.shape[1] - (layer.physical - layer.region) :])
-            layer.seen = length
-        parts = [(front, first.last_hidden_state)]
-        if rest.shape[1]:
-            parts.append((rest, output.last_hidden_state))
-        output.last_hidden_state = scatter_back(parts, length)
-        return output
-
-    def _prompt_adapters(self) -> Any:
-        """LoRA of scope 'after' is off while the prompt runs."""
-        if self.attached is not None and self.compressor.lora_scope == "after":
-            return lora.disabled(self.adapter)
-        return nullcontext()
-
-    def _prefill(self, inputs: dict[str, Any], rows: Rows) -> Prefill:
-        adapter = self.adapter
-        cache = DynamicCache(config=adapter.decoder.config)
-        adopt(cache, len(adapter.attention_modules))
-        labels = adapter.label(inputs["input_ids"], inputs.get("attention_mask"))
-        observations: list[Observation] = []
-        probes = None
-        inputs = {**inputs, "past_key_values": cache, "use_cache": True}
-        self._passive = True
-        try:
-            with self._prompt_adapters():
-                output = self._observed(observations, labels, rows, self.model, inputs)
-                next_position = _next_position(self._positions)
-                wants_probe = rows == "text" or (rows == "all" and self.processor is not None)
-                if wants_probe and self.compressor.config.when == "context":
-                    probes = self._run_probe(adapter.decoder, cache, labels, observations, next_position)
-        finally:
-            self._passive = False
-        return Prefill(cache, labels, observations, probes, next_position, output.logits[:, -1])
-
-    def _watched(self, prefill: Prefill) -> list[Observation]:
-        """The rows that the policy reads, out of all that were recorded."""
-        rows, labels = self.compressor.policy.rows, prefill.labels
-        if rows == "text" and self.compressor.config.when == "context":
-            if prefill.probes is None:
-                raise InputError(_PROBE_REMEDY, field="processor")
-            return prefill.probes
-        mask = watched_rows(labels, rows, self.compressor.config.window)
-        # Recorded rows end where the prompt ends.
-        return [seen.rows(mask[:, mask.shape[1] - seen.row_valid.shape[1] :]) for seen in prefill.observations]
-
-    def _commit(self, cache: Cache, labels: ModalityMap, observations: list[Observation]) -> None:
-        if self.compressor.keeps_all():
-            return
-        scores = [self.compressor.score(i, seen, labels) for i, seen in enumerate(observations)]
-        plans = self.compressor.plan(scores, observations, labels)
-        for layer, plan in zip(compressed_layers(cache), plans, strict=True):
-            layer.commit(plan, labels)
-
-    def _observed(
-        self, into: list[Observation], labels: ModalityMap, rows: Rows, call: Any, kwargs: dict[str, Any]
-    ) -> Any:
-        """Run `call` and record each layer's observation of the rows that are wanted."""
-        mask = watched_rows(labels, rows, self.compressor.config.window)
-        positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-
-        def record(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
-            seen = Observation(query, key, value, positions, torch.ones_like(mask), labels.real, scaling)
-            into.append(seen.rows(mask))
-
-        self._record = record
-        try:
-            return call(**kwargs)
-        finally:
-            self._record = None
-
-    def _run_probe(
-        self, decoder: Any, cache: Cache, labels: ModalityMap, observations: list[Observation], start: Tensor
-    ) -> list[Observation]:
-        """Attention of the probe prompt to the whole context; its own entries are taken back afterwards.
-
-        Args:
-            start: position of the first probe token ``[B, 1]``.
-        """
-        ids = self._probe_ids(labels)
-        length = ids.shape[1]
-        steps = torch.arange(length, device=ids.device)
-        row_positions = (labels.labels.shape[1] + steps).expand_as(ids)
-        valid = torch.ones_like(ids, dtype=torch.bool)
-        probes: list[Observation] = []
-
-        def record(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
-            front = observations[layer]
-            probes.append(Observation(query, front.keys, front.values, row_positions, valid, labels.real, scaling))
-
-        self._record = record
-        try:
-            decoder(
-                inputs_embeds=self.model.get_input_embeddings()(ids),
-                attention_mask=torch.cat([labels.real, valid], dim=1).long(),
-                position_ids=self.adapter.text_positions(start + steps),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        finally:
-            self._record = None
-        cache.crop(-length)
-        return probes
-
-    def _probe_ids(self, labels: ModalityMap) -> Tensor:
-        if self.processor is None:
-            raise InputError(_PROBE_REMEDY, field="processor")
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        ids = tokenizer(self.probe_prompt, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise InputError(f"{self.probe_prompt!r} has no token in this vocabulary", field="probe_prompt")
-        return torch.tensor(ids, device=labels.labels.device).expand(labels.labels.shape[0], -1)
-
-    def _attend(
-        self,
-        original: Any,
-        layer: int,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The shadowed attention function of one decoder layer."""
-        if self._record is not None:
-            scaling = kwargs.get("scaling")
-            self._record(layer, query, key, value, module.scaling if scaling is None else scaling)
-        if self._plans is not None:
-            plan = self._plans[layer]
-            key, value, bias = plan.apply(key, value)
-            mask = region_mask(mask, query, key.shape[2], bias.shape[-1], bias)
-        else:
-            held = self._cache.layers[layer] if self._cache is not None else None
-            if isinstance(held, CompressedLayer) and held.region:
-                mask = region_mask(mask, query, key.shape[2], held.region, held.bias)
-        return original(module, query, key, value, mask, **kwargs)
+    def _read(self, inputs: dict[str, Any], seen: int = 0) -> Turn:
+        turn = read_turn(self.adapter, inputs, "prompt", inputs.get("modality_ids"), seen)
+        return turn.compressed_whole()
 
 
-def _next_position(position_ids: Tensor | None) -> Tensor:
-    """Where text goes on after tokens at `position_ids` ``[..., B, tokens]``: int64 ``[B, 1]``."""
-    if position_ids is None:
-        raise InputError("the model gave its decoder no positions; pass an attention_mask", field="attention_mask")
-    last = position_ids[..., -1:]
-    # generate puts plain text positions before the three dimensions (time, height, width).
-    return (last[-3:].amax(dim=0) if last.ndim == 3 else last) + 1
-
-
-_PROBE_REMEDY = (
-    "this policy watches a probe prompt before any question exists: pass the processor, `compressor(model, processor)`"
-)
+def _length(inputs: dict[str, Any]) -> int:
+    """Tokens that model inputs bring."""
+    tokens = inputs.get("input_ids")
+    return (inputs["inputs_embeds"] if tokens is None else tokens).shape[1]

@@ -87,7 +87,7 @@ def test_eviction_equals_masking_equals_simulation(model: Any, kept: list[Tensor
         ]
         cache = CompressedCache(branch_layers(prefill.cache.layers), prefill.labels, prefill.next_position)
         for layer, plan in zip(compressed_layers(cache), plans, strict=True):
-            layer.commit(plan, prefill.labels)
+            layer.commit(plan, prefill.labels.labels[:, None])
         assert [layer.physical for layer in compressed_layers(cache)] == [int(mask[0, 0].sum()) for mask in keep]
         start = prefill.next_position + torch.arange(QUESTION.shape[1])
         after = {

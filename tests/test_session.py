@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv import CompressionConfig, InputError, KVCompressor
@@ -184,8 +183,5 @@ def test_errors_name_the_remedy(sdpa: Any) -> None:
         session.prefill(**tiny_omni.context())
     with pytest.raises(InputError, match="supported model types"):
         KVCompressor()(torch.nn.Linear(2, 2))
-    with KVCompressor(CompressionConfig(policy="keydiff"))(sdpa):
-        cache = DynamicCache(config=sdpa.model.language_model.config)
-        sdpa(**tiny_omni.prompt(), past_key_values=cache)
-        with pytest.raises(InputError, match="first turn"):
-            sdpa(**tiny_omni.prompt(), past_key_values=cache)
+    with KVCompressor(CompressionConfig(policy="keydiff"))(sdpa), pytest.raises(InputError, match="dynamic cache"):
+        sdpa.generate(**tiny_omni.prompt(), **GREEDY, cache_implementation="static")

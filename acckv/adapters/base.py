@@ -1,68 +1,132 @@
-"""What acckv must know of a model family: where the decoder is, and which tokens are media."""
+"""What acckv must know of a model family: where the decoder is, which tokens are media, what a cache layer holds."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from acckv.errors import InputError
-from acckv.modality import ModalityMap
+from acckv.modality import ModalityMap, label_tokens
+from acckv.ragged import take
 
 
-class ModelAdapter(ABC):
-    """One model family.
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention module of the decoder and the cache layer it reads.
+
+    Attributes:
+        module: calls the attention function.
+        cache_index: of the cache layer whose entries it reads.
+        slot: place of that cache layer among the compressed ones; None where it is left alone (sliding windows).
+        owner: whether it writes these entries; others only read them (layers that share keys and values).
+    """
+
+    module: nn.Module
+    cache_index: int
+    slot: int | None
+    owner: bool
+
+
+class ModelAdapter:
+    """One model family. The defaults fit a composite model of transformers: towers, a decoder, placeholder tokens.
 
     Attributes:
         model_types: values of ``config.model_type`` that it serves.
         feature_inputs: the forward's arguments that bring media.
         projections: names of the attention projections that LoRA may adapt.
+        attention_implementations: those whose masks the session can cut to a compressed layer.
     """
 
-    model_types: ClassVar[tuple[str, ...]]
+    model_types: ClassVar[tuple[str, ...]] = ()
     feature_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos", "input_features")
     projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    attention_implementations: ClassVar[tuple[str, ...]] = ("sdpa", "eager")
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model: Any = model
+
+    # ------------------------------------------------------------ the decoder
 
     @property
-    @abstractmethod
-    def decoder(self) -> nn.Module:
+    def backbone(self) -> Any:
+        """The model without its language-model head: takes what the model takes."""
+        return self.model.model
+
+    @property
+    def decoder(self) -> Any:
         """The text model: takes embeddings and the cache."""
+        return self.backbone.language_model
 
     @property
-    @abstractmethod
+    def decoder_attention(self) -> list[nn.Module]:
+        """Every attention module of the decoder, in order of layer."""
+        return [layer.self_attn for layer in self.decoder.layers]
+
+    @cached_property
+    def attention_layers(self) -> list[AttentionLayer]:
+        """What each attention module of the decoder reads from a cache; only full attention is compressed.
+
+        A layer that transformers gives a dummy cache shares the entries of the last layer of its type that has some.
+        """
+        config = self.decoder.config
+        types, _ = get_layer_types_and_kwargs(config)
+        kinds = getattr(config, "layer_types", None) or types
+        sources: dict[str, tuple[int, int | None]] = {}
+        layers, slots = [], 0
+        for index, (module, cache_type, kind) in enumerate(zip(self.decoder_attention, types, kinds, strict=True)):
+            owner = cache_type != "dummy"
+            if owner:
+                slot = slots if cache_type == "full_attention" else None
+                slots += slot is not None
+                sources[kind] = (index, slot)
+            source, slot = sources[kind]
+            layers.append(AttentionLayer(module, source, slot, owner))
+        return layers
+
+    @cached_property
     def attention_modules(self) -> list[nn.Module]:
-        """The decoder's attention modules that own a KV cache, in order of layer."""
+        """The attention modules whose entries are compressed, in order of layer."""
+        return [layer.module for layer in self.attention_layers if layer.owner and layer.slot is not None]
 
-    @abstractmethod
-    def label(self, input_ids: Tensor, attention_mask: Tensor | None) -> ModalityMap:
-        """The modality of every token of ``[batch, tokens]`` placeholders."""
-
-    @abstractmethod
-    def context_length(self, labels: ModalityMap, input_ids: Tensor) -> Tensor:
-        """int64 ``[batch]``: index after the media and the special tokens that close it."""
-
-    @abstractmethod
-    def text_positions(self, positions: Tensor) -> Tensor:
-        """Position ids as the decoder takes them, for text at `positions` (int64 ``[batch, tokens]``)."""
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layers see a sliding window only; distances in it are counted in cache columns."""
+        return any(layer.slot is None for layer in self.attention_layers)
 
     @property
     def attention_implementation(self) -> str:
         return self.decoder.config._attn_implementation
 
+    def check(self) -> None:
+        """Refuse what the session cannot serve.
+
+        Raises:
+            InputError: names what is missing and what to do.
+        """
+        if self.attention_implementation not in self.attention_implementations:
+            raise InputError(
+                f"attention {self.attention_implementation!r} makes masks that cannot be cut to a compressed layer; "
+                f"load the model with attn_implementation {' or '.join(self.attention_implementations)}",
+                field="model",
+            )
+        if not self.attention_modules:
+            raise InputError("has no full-attention layer with a cache of its own to compress", field="model")
+
     @property
     def dimensions(self) -> dict[str, int]:
-        """What an export must agree with: layers, heads and head size of the decoder."""
+        """What an export must agree with: number, heads and head size of the layers that are compressed."""
         first: Any = self.attention_modules[0]
-        config = self.decoder.config
+        query_heads = self.decoder.config.num_attention_heads
         return {
             "layers": len(self.attention_modules),
-            "query_heads": config.num_attention_heads,
-            "kv_heads": config.num_key_value_heads,
+            "query_heads": query_heads,
+            "kv_heads": query_heads // first.num_key_value_groups,
             "head_size": first.head_dim,
         }
 
@@ -75,5 +139,96 @@ class ModelAdapter(ABC):
         for name in names:
             if name not in self.projections:
                 raise InputError(f"{name!r} is not one of {', '.join(self.projections)}", field="lora_targets")
-        wanted = {id(getattr(module, name)) for module in self.attention_modules for name in names}
+        found = (getattr(module, name, None) for module in self.decoder_attention for name in names)
+        wanted = {id(module) for module in found if module is not None}
         return [name for name, module in self.model.named_modules() if id(module) in wanted]
+
+    # ------------------------------------------------------------- the tokens
+
+    def label(self, input_ids: Tensor, attention_mask: Tensor | None) -> ModalityMap:
+        """The modality of every token of ``[batch, tokens]`` placeholders."""
+        config = self.model.config
+        return label_tokens(
+            input_ids, config.video_token_id, config.audio_token_id, attention_mask, config.image_token_id
+        )
+
+    @property
+    def closing_tokens(self) -> tuple[int, ...]:
+        """Ids of the special tokens that close media."""
+        return ()
+
+    def context_length(self, labels: ModalityMap, input_ids: Tensor | None) -> Tensor:
+        """int64 ``[batch]``: index after the media and the special tokens that close it."""
+        end = labels.media_end()
+        if input_ids is None or not self.closing_tokens:
+            return end
+        closing = torch.tensor(self.closing_tokens, device=input_ids.device, dtype=input_ids.dtype)
+        length = input_ids.shape[1]
+        for _ in range(2):  # sound inside a video closes twice
+            following = input_ids.gather(1, end.clamp(max=length - 1)[:, None])[:, 0]
+            end = end + ((end > 0) & (end < length) & torch.isin(following, closing)).long()
+        return end
+
+    def text_positions(self, positions: Tensor) -> Tensor:
+        """Position ids as the decoder takes them, for text at `positions` (int64 ``[batch, tokens]``)."""
+        return positions
+
+    def prompt_positions(self, inputs: dict[str, Any], real: Tensor, start: Tensor) -> Tensor:
+        """Position ids of a prompt that goes on at `start`.
+
+        Args:
+            inputs: as for the model; real: bool ``[batch, tokens]``, false where padded; start: int64 ``[batch, 1]``.
+        """
+        return self.text_positions(start + (real.long().cumsum(-1) - 1).clamp_min(0))
+
+    # ------------------------------------------------- the decoder's arguments
+
+    def embed(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """The decoder's arguments of plain text that have one row a token, each ``[batch, tokens, ...]``."""
+        return {"inputs_embeds": self.model.get_input_embeddings()(input_ids)}
+
+    def cut(self, arguments: dict[str, Any], columns: Tensor) -> dict[str, Any]:
+        """The decoder's arguments for a window of its tokens (see :mod:`acckv.ragged`).
+
+        Args:
+            arguments: with inputs_embeds ``[batch, tokens, hidden]`` and position_ids ``[..., batch, tokens]``.
+        """
+        inside = {"inputs_embeds": take(arguments["inputs_embeds"], columns, 1)}
+        return {**arguments, **inside, "position_ids": take(arguments["position_ids"], columns, -1)}
+
+    def append_text(self, arguments: dict[str, Any], input_ids: Tensor, positions: Tensor) -> dict[str, Any]:
+        """The decoder's arguments with text after them.
+
+        Args:
+            positions: int64 ``[batch, tokens]`` of the text.
+        """
+        text = {name: torch.cat([arguments[name], value], dim=1) for name, value in self.embed(input_ids).items()}
+        before, after = arguments["position_ids"], self.text_positions(positions)
+        if before.ndim == 3 and after.ndim == 3 and before.shape[0] == after.shape[0] + 1:
+            after = torch.cat([after[:1], after])  # transformers puts plain text positions before the three of M-RoPE
+        positions = torch.cat([before, after.expand(*before.shape[:-1], -1)], dim=-1)
+        return {**arguments, **text, "position_ids": positions}
+
+    def mask(self, real: Tensor, arguments: dict[str, Any], cache: Cache, token_types: Tensor | None) -> Any:
+        """The decoder's attention mask for tokens that follow a cache.
+
+        Args:
+            real: bool ``[batch, seen + tokens]``, false where padded.
+            arguments: the decoder's, cut.
+            token_types: ``[batch, seen + tokens]`` kinds of token as the processor gives them, or None.
+        """
+        return real.long()
+
+    def packed_mask(self, mask: Tensor, positions: Tensor, layers: list[Any]) -> Any:
+        """What the model takes for a 4-D mask of tokens that follow a prefill, several of which may share a position.
+
+        Args:
+            mask: additive ``[batch, 1, tokens, seen + tokens]``; positions: int64 ``[batch, tokens]``;
+            layers: of the prefill's cache.
+        """
+        if self.has_windows:
+            raise InputError(
+                "packs turns with a 4-D mask, which this family's sliding-window layers cannot follow; give 2-D masks",
+                field="attention_mask",
+            )
+        return mask

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from acckv.adapters.base import ModelAdapter
-from acckv.modality import ModalityMap, label_tokens
 
 
 class Qwen25OmniAdapter(ModelAdapter):
@@ -15,30 +15,25 @@ class Qwen25OmniAdapter(ModelAdapter):
     model_types = ("qwen2_5_omni_thinker",)
 
     @property
-    def decoder(self) -> nn.Module:
-        return self.model.model.language_model
-
-    @property
-    def attention_modules(self) -> list[nn.Module]:
-        return [layer.self_attn for layer in self.decoder.layers]
-
-    def label(self, input_ids: Tensor, attention_mask: Tensor | None) -> ModalityMap:
+    def closing_tokens(self) -> tuple[int, ...]:
         config = self.model.config
-        return label_tokens(
-            input_ids, config.video_token_id, config.audio_token_id, attention_mask, config.image_token_id
-        )
-
-    def context_length(self, labels: ModalityMap, input_ids: Tensor) -> Tensor:
-        config = self.model.config
-        closing = torch.tensor(
-            [config.audio_end_token_id, config.vision_end_token_id], device=input_ids.device, dtype=input_ids.dtype
-        )
-        end = labels.media_end()
-        length = input_ids.shape[1]
-        for _ in range(2):  # <|audio_eos|><|vision_eos|>
-            following = input_ids.gather(1, end.clamp(max=length - 1)[:, None])[:, 0]
-            end = end + ((end > 0) & (end < length) & torch.isin(following, closing)).long()
-        return end
+        return (config.audio_end_token_id, config.vision_end_token_id)
 
     def text_positions(self, positions: Tensor) -> Tensor:
         return positions[None].expand(3, -1, -1)
+
+    def prompt_positions(self, inputs: dict[str, Any], real: Tensor, start: Tensor) -> Tensor:
+        lengths = inputs.get("audio_feature_lengths")
+        if inputs.get("feature_attention_mask") is not None:
+            lengths = inputs["feature_attention_mask"].sum(dim=-1)
+        positions, _ = self.model.get_rope_index(
+            inputs["input_ids"],
+            inputs.get("image_grid_thw"),
+            inputs.get("video_grid_thw"),
+            real.long(),
+            inputs.get("use_audio_in_video") or False,
+            lengths,
+            inputs.get("video_second_per_grid"),
+        )
+        # get_rope_index gives floats or integers, depending on the media.
+        return positions.long() + start

@@ -21,10 +21,13 @@ class Policy(ABC):
     Attributes:
         rows: the rows whose attention it reads. 'text' are the text rows after the media, or the rows of a probe
             prompt where no text has been seen yet (`when: context`).
+        cross_layer: whether a layer's score or budget depends on other layers' scores. Then nothing can be evicted
+            before the last layer has run, and a prefill's peak is the full cache.
     """
 
     rows: Rows = "none"
     name: ClassVar[str]
+    cross_layer: ClassVar[bool] = False
 
     def __init__(self, config: CompressionConfig) -> None:
         self.config = config

@@ -1,0 +1,182 @@
+"""One layer of a compressed cache: its logical length (tokens seen) is not its physical length (entries held)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from acckv.errors import InputError
+from acckv.modality import COMPRESSED, Modality
+from acckv.pipeline import LayerPlan
+
+
+class CompressedLayer(DynamicLayer):
+    """A compressed region of `region` entries, then every later token uncompressed.
+
+    Attributes:
+        seen: tokens that went through the layer; what generate takes for the length and positions come from.
+        region: entries at the front that were compressed; 0 before compression.
+        bias: added to the attention logits of the region, ``[B, K, region]``: -inf marks the empty places of a row
+            that kept fewer entries than the longest, other values are the log mass of merged entries. None is zero.
+        labels: int8 ``[B, 1 or K, region]`` modality of each entry of the region; heads may keep different ones.
+        offered: int64 ``[B, 2]`` video and audio entries that were there to choose from, evicted ones included.
+        group: all compressed layers of the cache.
+    """
+
+    keys: Any
+    values: Any
+    _layer_type = None  # keeps transformers from taking this class for its own full-attention layer
+
+    def __init__(self, group: list[CompressedLayer]) -> None:
+        super().__init__()
+        self.seen = 0
+        self.region = 0
+        self.bias: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.offered: Tensor | None = None
+        self.group = group
+
+    @property
+    def physical(self) -> int:
+        return 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[-2]
+
+    @property
+    def kept(self) -> Tensor | None:
+        """float ``[B, 2]`` video and audio entries of the region, merged ones included; None before compression.
+
+        The mean over KV heads, which hold equally many entries but not always of the same modality.
+        """
+        if self.labels is None:
+            return None
+        held = [(self.labels == modality).sum(-1).float().mean(dim=1) for modality in COMPRESSED]
+        return torch.stack(held, dim=-1)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.seen += key_states.shape[-2]
+        return super().update(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """One mask serves all layers, so it is as wide as the longest; attention cuts it to each layer's own."""
+        longest = max(layer.physical for layer in self.group)
+        return longest + query_length, self.seen - longest
+
+    def crop(self, tokens_to_remove: int) -> None:
+        removed = abs(tokens_to_remove)
+        if removed > self.physical - self.region:
+            raise InputError(
+                f"cannot take back {removed} tokens: only {self.physical - self.region} came after compression",
+                field="crop",
+            )
+        super().crop(tokens_to_remove)
+        self.seen -= removed
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen, self.region, self.bias, self.labels, self.offered = 0, 0, None, None, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices])
+
+    def _map_rows(self, change: Any) -> None:
+        for name in ("bias", "labels", "offered"):
+            if getattr(self, name) is not None:
+                setattr(self, name, change(getattr(self, name)))
+
+    def commit(self, plan: LayerPlan, labels: Tensor, offered: Tensor | None = None) -> None:
+        """Evict: hold what the plan keeps, in order of position, merged entries last; all of it is the new region.
+
+        Entries after those that the plan speaks of (a probe prompt's) are dropped; `seen` takes them back.
+
+        Args:
+            plan: hard log gates (0 or -inf) over the first N entries held and over merged ones.
+            labels: integers ``[B, 1 or K, N]``: modality of these entries.
+            offered: int64 ``[B, 2]`` video and audio entries that `labels` brought for the first time.
+        """
+        batch, kv_heads, _, _ = self.keys.shape
+        length = labels.shape[-1]
+        keep = torch.isfinite(plan.log_gates).expand(-1, kv_heads, -1)
+        merged = torch.tensor(COMPRESSED, device=labels.device, dtype=labels.dtype).expand(batch, labels.shape[1], -1)
+        labels = torch.cat([labels, merged[..., : plan.bias.shape[-1]]], dim=-1)
+        old = self._region_bias(plan.bias.dtype)
+        bias = torch.cat([old, old.new_zeros(batch, kv_heads, length - self.region), plan.bias], dim=-1)
+        self.seen -= self.physical - length
+        keys = torch.cat([self.keys[:, :, :length], plan.keys.to(self.keys.dtype)], dim=2)
+        values = torch.cat([self.values[:, :, :length], plan.values.to(self.values.dtype)], dim=2)
+        if offered is not None:
+            self.offered = offered if self.offered is None else self.offered + offered
+        self._hold(keys, values, bias, labels, keep)
+
+    def compact(self, valid: Tensor) -> None:
+        """Drop the entries that are no token of their row; what stays becomes the compressed region.
+
+        Args:
+            valid: bool ``[B, tail]`` of the entries after the region.
+        """
+        batch, kv_heads, _, _ = self.keys.shape
+        old = self._region_bias(torch.float32)
+        bias = torch.cat([old, old.new_zeros(batch, kv_heads, valid.shape[1])], dim=-1)
+        keep = torch.cat([torch.isfinite(old), valid[:, None].expand(-1, kv_heads, -1)], dim=-1)
+        tail = torch.zeros_like(valid, dtype=torch.int8).masked_fill(~valid, Modality.PADDING)[:, None]
+        labels = (
+            tail if self.labels is None else torch.cat([self.labels, tail.expand(-1, self.labels.shape[1], -1)], -1)
+        )
+        self._hold(self.keys, self.values, bias, labels, keep)
+
+    def _region_bias(self, dtype: torch.dtype) -> Tensor:
+        """``[B, K, region]``"""
+        if self.bias is not None:
+            return self.bias.to(dtype)
+        return self.keys.new_zeros(*self.keys.shape[:2], self.region, dtype=dtype)
+
+    def _hold(self, keys: Tensor, values: Tensor, bias: Tensor, labels: Tensor, keep: Tensor) -> None:
+        """Gather the kept entries of each row and head; shorter rows are padded on the left with masked places."""
+        counts = keep.sum(-1)
+        width = int(counts.max())
+        # A stable sort puts evicted entries first, so the last `width` places end with the kept ones, in order.
+        index = keep.to(torch.uint8).argsort(dim=-1, stable=True)[..., keep.shape[-1] - width :]
+        empty = torch.arange(width, device=keep.device) < (width - counts)[..., None]
+        place = index[..., None]
+        self.keys = keys.gather(2, place.expand(-1, -1, -1, keys.shape[-1]))
+        self.values = values.gather(2, place.expand(-1, -1, -1, values.shape[-1]))
+        bias = bias.gather(2, index).masked_fill(empty, -torch.inf)
+        self.bias = bias if bool((bias != 0).any()) else None
+        labels = labels.to(torch.int8).expand(-1, keep.shape[1], -1).gather(2, index)
+        labels = labels.masked_fill(empty, Modality.PADDING)
+        shared = bool((labels == labels[:, :1]).all())
+        self.labels = labels[:, :1].contiguous() if shared else labels
+        self.region = width
+
+
+def settle_window(layer: DynamicSlidingWindowLayer, valid: Tensor, seen: int) -> None:
+    """Drop the entries of a sliding layer that are no token of their row and move the others to the right.
+
+    Distances in a sliding window are counted in columns, so a gap inside a row would shorten its reach.
+
+    Args:
+        valid: bool ``[B, held]`` of the entries that the layer holds now.
+        seen: columns that the layer has seen when the gaps are not counted.
+    """
+    held = layer.keys.shape[-2]  # type: ignore[union-attr]
+    width = min(layer.sliding_window - 1, seen)
+    # A stable sort puts gaps first: each row's last `width` places are its latest tokens.
+    index = valid.to(torch.uint8).argsort(dim=-1, stable=True)[:, held - width :, None]
+    for name in ("keys", "values"):
+        tensor = getattr(layer, name)
+        place = index[:, None].expand(-1, tensor.shape[1], -1, tensor.shape[-1])
+        setattr(layer, name, tensor.gather(2, place))
+    layer.cumulative_length = seen

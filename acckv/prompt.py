@@ -1,0 +1,205 @@
+"""Running the decoder over a prompt: what is compressed first, watched, then the rest on what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from acckv.adapters.base import ModelAdapter
+from acckv.attention import Tap
+from acckv.cache import compressed_layers, sliding_layers
+from acckv.cache_layer import settle_window
+from acckv.errors import InputError
+from acckv.modality import Modality, ModalityMap
+from acckv.ragged import packed, scatter_back, take, window
+from acckv.turn import Turn
+from acckv.watch import Watch, WatchListener, record_past, restore_past
+
+Decoder = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class ProbePrompt:
+    """Text that is run after the media and forgotten, whose attention stands for the question's.
+
+    Args:
+        processor: or tokenizer; None where the user gave none.
+    """
+
+    processor: Any
+    text: str
+
+    def ids(self, batch: int, device: torch.device) -> Tensor:
+        """int64 ``[batch, tokens]``.
+
+        Raises:
+            InputError: there is nothing to tokenise it with, or it has no token.
+        """
+        if self.processor is None:
+            raise InputError(PROBE_REMEDY, field="processor")
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        ids = tokenizer(self.text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise InputError(f"{self.text!r} has no token in this vocabulary", field="probe_prompt")
+        return torch.tensor(ids, device=device).expand(batch, -1)
+
+
+@dataclass
+class PromptRun:
+    """One forward of the decoder over a turn, in up to two windows.
+
+    Args:
+        original: the decoder's own forward.
+        arguments: it was called with.
+        tap: whose listener watches the front.
+    """
+
+    adapter: ModelAdapter
+    tap: Tap
+    original: Decoder
+    cache: Cache
+    turn: Turn
+    arguments: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        turn = self.turn
+        # Where columns are counted, gaps were closed when they came.
+        self.past = packed(turn.past) if self.adapter.has_windows else turn.past
+        if self.arguments.get("position_ids") is None:  # the decoder would count columns
+            columns = torch.arange(turn.seen, turn.seen + turn.length, device=turn.past.device)
+            positions = self.adapter.text_positions(columns.expand(turn.past.shape[0], -1))
+            self.arguments = {**self.arguments, "position_ids": positions}
+        stops = torch.maximum(turn.stop, turn.labels.real.long().argmax(dim=1))
+        self.front = window(torch.zeros_like(stops), torch.where(turn.stop > 0, stops, 0))
+        # Left-aligned, so that there is no gap between the two in any row.
+        self.rest = window(stops, torch.full_like(stops, turn.length), align="left")
+        self.front_labels = ModalityMap(take(turn.labels.labels, self.front, 1, fill=Modality.PADDING))
+        if self.adapter.has_windows and turn.seen and not bool(self.front_labels.real.all()):
+            raise InputError(
+                "brings clips of different length into a later turn of a batch; with sliding-window layers, "
+                "go on with one row at a time",
+                field="input_ids",
+            )
+
+    @property
+    def next_position(self) -> Tensor:
+        """int64 ``[batch, 1]``: where text goes on after the turn."""
+        return next_position(self.arguments["position_ids"])
+
+    def watch(self, rows: Tensor, probe: int) -> Watch:
+        return Watch(self.front_labels, rows, self.past, probe)
+
+    def run(
+        self,
+        listener: WatchListener | None,
+        probe_ids: Tensor | None,
+        prompt_adapters: AbstractContextManager[Any],
+    ) -> Any:
+        """Front, then rest; the decoder's output with hidden states in the order of the tokens.
+
+        Args:
+            listener: watches the front.
+            probe_ids: ``[batch, tokens]`` run after the front and forgotten.
+            prompt_adapters: open while the front runs.
+        """
+        keep = self.arguments.get("logits_to_keep", 0)
+        lengths = (self.rest >= 0).sum(-1)
+        # Layers that share entries skip rows whose output nobody reads.
+        needs_front = not (isinstance(keep, int) and 0 < keep <= int(lengths.min()))
+        parts, output = [], None
+        if self.front.shape[1]:
+            with prompt_adapters:
+                output = self._front(listener, probe_ids, needs_front)
+            if needs_front:
+                parts.append((self.front, output.last_hidden_state[:, : self.front.shape[1]]))
+        if self.rest.shape[1]:
+            output = self._rest()
+            parts.append((self.rest, output.last_hidden_state))
+        self._count(self.turn.seen + self.turn.length)
+        if output is None:
+            raise InputError("brings no token", field="input_ids")
+        output.last_hidden_state = scatter_back(parts, self.turn.length)
+        return output
+
+    def _front(self, listener: WatchListener | None, probe_ids: Tensor | None, needs_front: bool) -> Any:
+        inputs = self._cut(self.front, needs_front)
+        real = torch.cat([self.past, self.front_labels.real], dim=1)
+        if probe_ids is not None:
+            after = next_position(inputs["position_ids"]) + torch.arange(probe_ids.shape[1], device=real.device)
+            inputs = self.adapter.append_text(inputs, probe_ids, after)
+            real = torch.cat([real, torch.ones_like(probe_ids, dtype=torch.bool)], dim=1)
+        inputs["attention_mask"] = self.adapter.mask(real, inputs, self.cache, self._types(probe_ids))
+        flags = record_past(self.cache) if probe_ids is not None else {}
+        self.tap.listener = listener
+        try:
+            output = self.original(**inputs)
+        finally:
+            self.tap.listener = None
+            restore_past(self.cache, flags)
+        if listener is not None:
+            listener.finish()
+        return output
+
+    def _rest(self) -> Any:
+        valid = self.rest >= 0
+        inputs = self._cut(self.rest, whole=True)
+        real = torch.cat([self.past, self.front_labels.real, valid], dim=1)
+        inputs["attention_mask"] = self.adapter.mask(real, inputs, self.cache, None)
+        gaps = not bool(valid.all())
+        flags = record_past(self.cache) if gaps else {}
+        try:
+            output = self.original(**inputs)
+        finally:
+            restore_past(self.cache, flags)
+        if gaps:
+            self._close_gaps(real)
+        return output
+
+    def _close_gaps(self, real: Tensor) -> None:
+        """Move each row's tokens together, as if the rows had been padded on the left."""
+        for layer in compressed_layers(self.cache):
+            layer.compact(real[:, real.shape[1] - (layer.physical - layer.region) :])
+        for short in sliding_layers(self.cache):
+            held = real[:, real.shape[1] - short.keys.shape[-2] :]  # type: ignore[union-attr]
+            settle_window(short, held, self.turn.seen + self.turn.length)
+
+    def _count(self, seen: int) -> None:
+        """Windows of different width may have counted other columns than the caller's."""
+        for layer in compressed_layers(self.cache):
+            layer.seen = seen
+        for window_layer in sliding_layers(self.cache):
+            window_layer.cumulative_length = seen
+
+    def _cut(self, columns: Tensor, whole: bool) -> dict[str, Any]:
+        inputs = self.adapter.cut(self.arguments, columns)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = 0 if whole else 1
+        return inputs
+
+    def _types(self, probe_ids: Tensor | None) -> Tensor | None:
+        """Token types of everything up to the end of the front."""
+        types = self.turn.token_types
+        if types is None:
+            return None
+        parts = [types[:, : self.turn.seen], take(types[:, self.turn.seen :], self.front, 1)]
+        if probe_ids is not None:
+            parts.append(torch.zeros_like(probe_ids, dtype=types.dtype))
+        return torch.cat(parts, dim=1)
+
+
+def next_position(position_ids: Tensor) -> Tensor:
+    """Where text goes on after tokens at `position_ids` ``[..., B, tokens]``: int64 ``[B, 1]``."""
+    last = position_ids[..., -1:]
+    # generate puts plain text positions before the three dimensions (time, height, width).
+    return (last[-3:].amax(dim=0) if last.ndim == 3 else last) + 1
+
+
+PROBE_REMEDY = (
+    "this policy watches a probe prompt before any question exists: pass the processor, `compressor(model, processor)`"
+)

@@ -1,0 +1,153 @@
+"""What each forward of the decoder is for: compressing a prompt, recording a prefill, a simulation, plain decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from acckv import lora
+from acckv.adapters.base import ModelAdapter
+from acckv.attention import SIMULATION, Tap
+from acckv.cache import CompressedCache, adopt, compressed_layers
+from acckv.compressor import KVCompressor
+from acckv.eviction import Eviction
+from acckv.modality import Modality, ModalityMap
+from acckv.policies.base import Rows
+from acckv.prompt import Decoder, ProbePrompt, PromptRun
+from acckv.ragged import watched_rows
+from acckv.simulation import Simulation
+from acckv.turn import Turn
+from acckv.watch import Recorder, WatchListener
+from acckv.wiring import Wiring
+
+
+@dataclass
+class Task:
+    """What the next forward is for, when the session itself asked for it.
+
+    Attributes:
+        rows: to record for a Prefill; None evicts while it runs, at `ratio` (None: the config's).
+        recorder: what was recorded.
+    """
+
+    rows: Rows | None = None
+    ratio: float | None = None
+    recorder: Recorder | None = None
+
+
+class Router:
+    """Sends the decoder's forwards where they belong while a session is open.
+
+    Args:
+        probe: the text whose attention stands for the question's.
+
+    Attributes:
+        last_cache: of the last prompt that was compressed under the user's own call.
+        prompt_scope: what is open while tokens run that the calibrated LoRA must not touch.
+    """
+
+    def __init__(self, compressor: KVCompressor, adapter: ModelAdapter, probe: ProbePrompt) -> None:
+        self.compressor, self.adapter, self.probe = compressor, adapter, probe
+        self.tap = Tap(adapter.attention_layers)
+        self.wiring = Wiring(adapter, self._decode, compressor.config.when)
+        self.last_cache: CompressedCache | None = None
+        self.attached: lora.AttachedLora | None = None
+        self._task: Task | None = None
+        self._simulation: Simulation | None = None
+
+    def run(self, call: Callable[..., Any], task: Task, turn: Turn, arguments: dict[str, Any]) -> Any:
+        """Call the model, or its backbone, for the session's own sake."""
+        with self.wiring.expecting(turn):
+            self._task = task
+            try:
+                return call(**arguments)
+            finally:
+                self._task = None
+
+    @contextmanager
+    def simulating(self, simulation: Simulation) -> Iterator[None]:
+        """Attention of the forwards inside goes through a simulation."""
+        self._simulation = simulation
+        try:
+            yield
+        finally:
+            self._simulation = None
+
+    def _decode(self, original: Decoder, turn: Turn | None, arguments: dict[str, Any]) -> Any:
+        """The decoder's forward: compresses when media go by, otherwise as it was."""
+        if self._simulation is not None:
+            return original(**arguments, **{SIMULATION: self._simulation})
+        cache: Cache | None = arguments.get("past_key_values")
+        before, self.tap.cache = self.tap.cache, cache
+        try:
+            if cache is None or turn is None:
+                return original(**arguments)
+            if self._task is not None:
+                return self._run_task(self._task, original, cache, turn, arguments)
+            if turn.has_media and (self.attached is not None or not self.compressor.keeps_all()):
+                return self._compress_prompt(original, cache, turn, arguments)
+            if self.adapter.has_windows and compressed_layers(cache) and not bool(turn.labels.real.all()):
+                run = PromptRun(self.adapter, self.tap, original, cache, turn.uncompressed(), arguments)
+                return run.run(None, None, nullcontext())
+            return original(**arguments)
+        finally:
+            self.tap.cache = before
+
+    def _run_task(self, task: Task, original: Decoder, cache: Cache, turn: Turn, arguments: dict[str, Any]) -> Any:
+        run = PromptRun(self.adapter, self.tap, original, cache, turn, arguments)
+        if task.rows is None:
+            listener, probe = self._eviction(run, cache, turn, task.ratio)
+        else:
+            listener, probe = self._recorder(run, cache, turn, task)
+        is_prompt = turn.has_media or task.rows is not None
+        return run.run(listener, probe, self._prompt_adapters() if is_prompt else nullcontext())
+
+    def _compress_prompt(self, original: Decoder, cache: Cache, turn: Turn, arguments: dict[str, Any]) -> Any:
+        """A prompt under the user's own call."""
+        adopt(cache, self.adapter)
+        run = PromptRun(self.adapter, self.tap, original, cache, turn, arguments)
+        listener, probe = self._eviction(run, cache, turn, None)
+        output = run.run(listener, probe, self._prompt_adapters())
+        past = torch.zeros_like(turn.past, dtype=torch.long).masked_fill(~turn.past, Modality.PADDING)
+        labels = ModalityMap(torch.cat([past, turn.labels.labels], dim=1))
+        self.last_cache = CompressedCache(cache.layers, labels, run.next_position)
+        return output
+
+    def _eviction(
+        self, run: PromptRun, cache: Cache, turn: Turn, ratio: float | None
+    ) -> tuple[WatchListener | None, Tensor | None]:
+        """Who evicts while the front runs, and the probe prompt that it needs; nobody where all is kept."""
+        if self.compressor.keeps_all(ratio) or not turn.has_media:
+            return None, None
+        rows = self.compressor.policy.rows
+        by_probe = rows == "text" and self.compressor.config.when == "context"
+        probe = self._probe_ids(turn) if by_probe else None
+        mask = watched_rows(run.front_labels, "none" if by_probe else rows, self.compressor.config.window)
+        watch = run.watch(mask, 0 if probe is None else probe.shape[1])
+        return Eviction(self.compressor, cache, watch, ratio, by_probe), probe
+
+    def _recorder(
+        self, run: PromptRun, cache: Cache, turn: Turn, task: Task
+    ) -> tuple[WatchListener | None, Tensor | None]:
+        rows: Rows = task.rows or "all"
+        wanted = rows == "text" or (rows == "all" and self.probe.processor is not None)
+        probe = self._probe_ids(turn) if wanted and self.compressor.config.when == "context" else None
+        mask = watched_rows(turn.labels, rows, self.compressor.config.window)
+        task.recorder = Recorder(run.watch(mask, 0 if probe is None else probe.shape[1]), cache)
+        return task.recorder, probe
+
+    def _probe_ids(self, turn: Turn) -> Tensor:
+        labels = turn.labels.labels
+        return self.probe.ids(labels.shape[0], labels.device)
+
+    def _prompt_adapters(self) -> AbstractContextManager[Any]:
+        """LoRA of scope 'after' is off while the prompt runs."""
+        if self.attached is not None and self.compressor.lora_scope == "after":
+            return lora.disabled(self.adapter)
+        return nullcontext()

@@ -1,0 +1,96 @@
+"""Training's stand-in for an evicted cache: later tokens read the whole prefill through gates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from acckv.adapters.base import AttentionLayer
+from acckv.attention import Attend, region_mask
+from acckv.pipeline import LayerPlan
+
+
+class Simulation:
+    """Tokens that follow a prefill, seen through plans; it equals physical eviction where the gates are hard.
+
+    Attention gets the prefill's entries from here and not from a cache, and finds this object among its arguments: the
+    same in the first forward and in the one that gradient checkpointing repeats during backward, when transformers has
+    taken the cache away.
+
+    Args:
+        layers: of the prefill's cache; plans: one a compressed layer, or None to read everything (the teacher).
+    """
+
+    def __init__(self, layers: list[Any], plans: list[LayerPlan] | None) -> None:
+        self.layers, self.plans = layers, plans
+        self.reached = False
+
+    def attend(
+        self,
+        original: Attend,
+        layer: AttentionLayer,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of the new tokens; `key` and `value` are theirs alone."""
+        self.reached = True
+        held = self.layers[layer.cache_index]
+        key, value = torch.cat([held.keys, key], dim=2), torch.cat([held.values, value], dim=2)
+        mask = attention_mask
+        if self.plans is not None and layer.slot is not None:
+            key, value, bias = self.plans[layer.slot].apply(key, value)
+            mask = region_mask(attention_mask, query, key.shape[2], bias.shape[-1], bias)
+        return original(module, query, key, value, mask, **kwargs)
+
+
+class LengthCache(Cache):
+    """Tells a decoder how much was prefilled, for masks and positions, and holds nothing."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(layers=[_Length(layer) if isinstance(layer, CacheLayerMixin) else layer for layer in layers])
+
+
+class _Length(CacheLayerMixin):
+    """The lengths of another layer."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.is_sliding = getattr(layer, "is_sliding", False)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """It never holds anything."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.layer.get_mask_sizes(query_length)
+
+    def get_seq_length(self) -> int:
+        return self.layer.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return self.layer.get_max_length()
+
+
+@contextmanager
+def without_checkpointing(decoder: nn.Module) -> Iterator[None]:
+    """A prefill needs its cache, which gradient checkpointing takes from the layers of a model in training mode."""
+    active: list[Any] = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in active:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in active:
+            module.gradient_checkpointing = True

@@ -1,0 +1,135 @@
+"""How a session gets into a model's forward: instance attributes and a hook, all taken back on exit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acckv.adapters.base import ModelAdapter
+from acckv.cache import compressed_layers
+from acckv.config import When
+from acckv.errors import InputError
+from acckv.ragged import packed
+from acckv.turn import Turn, read_turn
+
+#: (the decoder's own forward, the turn that its model call brings or None, its arguments) -> its output
+Decode = Callable[[Callable[..., Any], Turn | None, dict[str, Any]], Any]
+
+
+class Wiring:
+    """Open, it reads the turn of every call of the model and sends the decoder's forward through `decode`.
+
+    ``model.generate`` and ``model(...)`` take `modality_ids`, the labels of tokens that no placeholder marks.
+    """
+
+    def __init__(self, adapter: ModelAdapter, decode: Decode, when: When) -> None:
+        self.adapter, self.decode, self.when = adapter, decode, when
+        self.is_open = False
+        self._turn: Turn | None = None
+        self._expected = False
+        self._given: Tensor | None = None
+        self._prompt_length: int | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Wiring:
+        with ExitStack() as stack:
+            handle = self.adapter.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+            stack.callback(handle.remove)
+            stack.enter_context(shadow(self.adapter.decoder, "forward", self._forward))
+            stack.enter_context(shadow(self.adapter.model, "generate", self._generate))
+            self._stack = stack.pop_all()
+        self.is_open = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.is_open = False
+        self._turn = None
+        self._stack.close()
+
+    @contextmanager
+    def expecting(self, turn: Turn) -> Iterator[None]:
+        """The next forward brings this turn, whatever its arguments look like."""
+        before = self._turn, self._expected
+        self._turn, self._expected = turn, True
+        try:
+            yield
+        finally:
+            self._turn, self._expected = before
+
+    def _generate(
+        self, original: Callable[..., Any], *args: Any, modality_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Generation: the first forward brings the prompt, and guesses of assisted decoding after it."""
+        tokens = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        mask = kwargs.get("attention_mask")
+        whole = mask if isinstance(mask, Tensor) and mask.ndim == 2 else tokens
+        before = self._given, self._prompt_length
+        self._given = modality_ids
+        self._prompt_length = whole.shape[1] if isinstance(whole, Tensor) else None
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._given, self._prompt_length = before
+
+    def _before_model(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Read the turn while its token ids are still known."""
+        modality_ids = kwargs.pop("modality_ids", None)
+        if self._expected:
+            return args, kwargs
+        self._turn = None
+        inputs = {**kwargs, "input_ids": kwargs.get("input_ids", args[0] if args else None)}
+        tokens = inputs["input_ids"] if isinstance(inputs["input_ids"], Tensor) else inputs.get("inputs_embeds")
+        cache = kwargs.get("past_key_values")
+        if not isinstance(tokens, Tensor) or cache is None:
+            return args, kwargs
+        seen, length = cache.get_seq_length(), tokens.shape[1]
+        candidates = 0
+        if self._prompt_length is not None:
+            candidates = max(seen + length - self._prompt_length, 0) % length
+            modality_ids = self._given if modality_ids is None else modality_ids
+        self._given = self._prompt_length = None  # of the first forward only
+        if modality_ids is not None and candidates:
+            raise InputError("cannot be given for assisted decoding; use plain generation", field="modality_ids")
+        if length > 1 or modality_ids is not None:
+            self._turn = read_turn(self.adapter, inputs, self.when, modality_ids, seen, candidates)
+        mask = kwargs.get("attention_mask")
+        if self.adapter.has_windows and compressed_layers(cache) and isinstance(mask, Tensor) and mask.ndim == 2:
+            # Sliding windows count columns: gaps inside rows were closed when they came.
+            kwargs["attention_mask"] = torch.cat([packed(mask[:, :seen] > 0), mask[:, seen:] > 0], dim=1).to(mask.dtype)
+        return args, kwargs
+
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        turn, self._turn = self._turn, None
+        if args and turn is not None and turn.has_media:
+            raise InputError("call the decoder with keyword arguments and a cache", field="model")
+        if args:
+            return original(*args, **kwargs)
+        return self.decode(original, turn, kwargs)
+
+
+@contextmanager
+def shadow(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """Hide a method behind ``replacement(original, ...)`` by an instance attribute while the context is open."""
+    own = vars(owner).get(name)
+    original = getattr(owner, name)
+
+    @wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
