@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from acckv import CompressionConfig, KVCompressor
 from acckv.adapters import find_adapter
 from acckv.cache import compressed_layers
+from acckv.config import PolicyName
 from tests.families import FAMILIES, Family, Tokenizer
 from tests.reference import Ledger, masked
 
@@ -23,6 +24,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 #: Its end occurs in it before, so that prompt lookup guesses from the first step on.
 ECHO = (20, 21, 22, 23, 20, 21)
+POLICIES = [name for name in get_args(PolicyName) if name != "full"]
 
 Built = tuple[Family, Any]
 
@@ -149,6 +151,24 @@ def test_budget_is_exact_over_the_layers_that_it_counts(sdpa: Built, policy: str
     assert cache.kept_entries().sum() == int(ratio * family.layers * 14 + 1e-9)
     text = cache.labels.labels.shape[1] - 14
     assert [layer.physical - int(layer.kept.sum()) for layer in layers] == [text] * family.layers
+
+
+@pytest.mark.parametrize("when", ["context", "prompt"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_evicting_while_prefilling_keeps_what_a_shared_prefill_keeps(sdpa: Built, policy: str, when: Any) -> None:
+    """Every policy on every family: layer by layer, from embeddings kept apart, and all layers together."""
+    family, model = sdpa
+    inputs = family.clip(model) if when == "prompt" else family.context(model)
+    with KVCompressor(CompressionConfig(policy=policy, when=when, ratio=0.3))(model, Tokenizer()) as session:
+        prefill = session.prefill(**inputs)
+        expected, own = session.compress(prefill), session.compress(**inputs)
+        again = session.compress(session.prefill(type(prefill.embedded).stack(prefill.embedded.rows())))
+    for cache in (own, again):
+        assert cache.kept_entries().sum() == int(0.3 * family.layers * 14)
+        if policy == "knorm" and hasattr(session.adapter.attention_modules[0], "k_norm"):
+            continue  # keys of one norm: rounding alone decides between them
+        for one, other in zip(compressed_layers(cache), compressed_layers(expected), strict=True):
+            assert torch.allclose(one.keys, other.keys, atol=1e-5) and torch.equal(one.labels, other.labels)
 
 
 def test_what_a_layer_reads(sdpa: Built) -> None:

@@ -48,7 +48,7 @@ def whole(family: Family, model: Any, turns: list[dict[str, Any]], ledger: Ledge
         return model(**inputs, use_cache=False).logits[0, -last:]
 
 
-@pytest.mark.parametrize("policy", ["keydiff", "snapkv"])
+@pytest.mark.parametrize("policy", ["keydiff", "snapkv", "pyramidkv", "fastv", "madakv", "expected_attention"])
 def test_a_conversation_equals_one_masked_forward(built: Built, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clip, text, a new clip, text: positions, masks and budgets of each turn, against all of it at once."""
     family, model = built
@@ -122,6 +122,27 @@ def test_a_later_clip_under_plain_generate(built: Built, when: Any, monkeypatch:
         expected = converse()
     for turn, reference in zip(found, expected, strict=True):
         assert (turn - reference).abs().max() < 1e-5 * reference.abs().max()
+
+
+@pytest.mark.parametrize("policy", ["acckv", "look_m"])
+def test_a_later_clip_is_merged_into_itself(built: Built, policy: str) -> None:
+    """Policies that merge keep their budget in a later turn, and leave what was kept before as it is."""
+    family, model = built
+    with KVCompressor(CompressionConfig(policy=policy, ratio=RATIO))(model, Tokenizer()) as session:
+        first = session.compress(**family.context(model))
+        cache = session.extend(family.context(model, seed=7, frames=1, sounds=3, intro=(23,)), first)
+    assert cache.kept_entries().sum() == int(RATIO * family.layers * (FIRST + SECOND))
+    for old, new in zip(compressed_layers(first), compressed_layers(cache), strict=True):
+        assert torch.equal(old.keys, new.keys[:, :, : old.physical])
+        assert torch.equal(old.values, new.values[:, :, : old.physical])
+
+
+def test_repetition_needs_the_whole_context(built: Built) -> None:
+    family, model = built
+    with KVCompressor(CompressionConfig(policy="kvzip", ratio=RATIO))(model, Tokenizer()) as session:
+        cache = session.compress(**family.context(model))
+        with pytest.raises(InputError, match="kvzip repeats a whole context"):
+            session.extend(family.context(model), cache)
 
 
 def test_questions_branch_without_copying(built: Built) -> None:
