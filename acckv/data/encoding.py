@@ -57,6 +57,38 @@ def encode(processor: Any, clips: Sequence[Media], questions: Sequence[str] | No
         texts = [_media_prompt(processor)] * len(clips)
     else:
         texts = [_prompt(processor, question) for question in questions]
+    return _encode(processor, clips, texts)
+
+
+def encode_context(processor: Any, clip: Media) -> dict[str, Any]:
+    """Model inputs of one clip up to and including its end-of-media tokens: no question, batch of one.
+
+    Its tokens are exactly the first tokens of `encode(processor, [clip], [question])` for every question; the rest
+    are `question_suffix(processor, question)`.
+    """
+    return encode(processor, [clip], None)
+
+
+def encode_media(processor: Any, clip: Media) -> dict[str, Any]:
+    """Model inputs of the media of one clip and of their begin and end tokens alone, batch of one.
+
+    They go on after a conversation or after the clip before: :meth:`acckv.session.Session.extend`.
+    """
+    _check_length(processor, clip)
+    text = _media_prompt(processor)
+    return _encode(processor, [clip], [text[text.index(processor.vision_bos_token) :]])
+
+
+def question_suffix(processor: Any, question: str) -> Tensor:
+    """Token ids after the media, from the question to the start of the answer: int64 [tokens]."""
+    text = _prompt(processor, question)
+    suffix = text[len(_media_prompt(processor, text)) :]
+    return torch.tensor(processor.tokenizer(suffix, add_special_tokens=False)["input_ids"], dtype=torch.long)
+
+
+def _encode(processor: Any, clips: Sequence[Media], texts: list[str]) -> dict[str, Any]:
+    """Model inputs of prompts with one video each."""
+    with_sound = clips[0].audio is not None
     arguments: dict[str, Any] = {"videos": [clip.frames for clip in clips]}
     if with_sound:
         position_ids, seconds = timing(processor)
@@ -84,22 +116,6 @@ def encode(processor: Any, clips: Sequence[Media], questions: Sequence[str] | No
             inputs[name] = inputs[name][..., :longest]
     inputs["use_audio_in_video"] = with_sound
     return inputs
-
-
-def encode_context(processor: Any, clip: Media) -> dict[str, Any]:
-    """Model inputs of one clip up to and including its end-of-media tokens: no question, batch of one.
-
-    Its tokens are exactly the first tokens of `encode(processor, [clip], [question])` for every question; the rest
-    are `question_suffix(processor, question)`.
-    """
-    return encode(processor, [clip], None)
-
-
-def question_suffix(processor: Any, question: str) -> Tensor:
-    """Token ids after the media, from the question to the start of the answer: int64 [tokens]."""
-    text = _prompt(processor, question)
-    suffix = text[len(_media_prompt(processor, text)) :]
-    return torch.tensor(processor.tokenizer(suffix, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
 
 def _prompt(processor: Any, question: str) -> str:

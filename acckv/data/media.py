@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -37,6 +37,16 @@ class Media:
     path: Path
     fps: float = 2.0
     sampling_rate: int = 16_000
+
+    def parts(self, seconds: float) -> Iterator[Media]:
+        """The clip in pieces of about so many seconds, each of whole temporal patches, as a stream would bring it."""
+        step = max(round(seconds * self.fps / TEMPORAL_PATCH), 1) * TEMPORAL_PATCH
+        samples = self.sampling_rate / self.fps
+        for start in range(0, len(self.frames), step):
+            frames = self.frames[start : start + step]
+            stop = start + len(frames)
+            audio = None if self.audio is None else self.audio[round(start * samples) : round(stop * samples)]
+            yield replace(self, frames=frames, audio=audio, duration=len(frames) / self.fps)
 
 
 def read_media(

@@ -209,3 +209,15 @@ def test_rotated_video_is_turned_upright(tmp_path: Path) -> None:
     frames = read_media(path).frames.float()
     assert frames.shape == (2, 3, 48, 32)
     assert float(frames[:, :, :20].mean()) < 10 < 190 < float(frames[:, :, 28:].mean())
+
+
+def test_parts_are_the_clip(tmp_path: Path) -> None:
+    """Whole temporal patches and the sound that goes with them, nothing lost and nothing twice."""
+    sound = np.linspace(-0.5, 0.5, 5 * 16_000, dtype=np.float32)[None]
+    clip = read_media(write_video(tmp_path / "a.mp4", [0.0, 1.0, 2.0, 3.0, 4.9], [40, 90, 140, 190, 40], sound))
+    parts = list(clip.parts(seconds=2))
+    assert [len(part.frames) for part in parts] == [4, 4, 2]
+    assert torch.equal(torch.cat([part.frames for part in parts]), clip.frames)
+    assert clip.audio is not None
+    assert torch.equal(torch.cat([part.audio for part in parts if part.audio is not None]), clip.audio)
+    assert [len(part.audio) for part in parts if part.audio is not None] == [32_000, 32_000, 16_000]
