@@ -12,7 +12,9 @@ from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.cache import CompressedCache, adopt, compressed_layers
 from acckv.cache_layer import CompressedLayer
 from acckv.pipeline import LayerPlan
+from acckv.ragged import next_position
 from tests.families import FAMILIES, Tokenizer
+from tests.reference import Ledger, masked
 
 
 def layer(rows: int = 3) -> CompressedLayer:
@@ -88,20 +90,33 @@ def test_logical_and_physical_length() -> None:
     assert made.get_mask_sizes(2) == (5 + 2, 6 - 5)
 
 
+@pytest.mark.parametrize("kept", [[0, 0, 0], [1, 0, 0], [1, 1, 0]])
 @pytest.mark.parametrize("name", ["videollama2", "avicuna"])
-def test_nothing_kept_at_all(name: str) -> None:
-    """A prompt of media alone at ratio 0: later tokens see only themselves, several at once too."""
+def test_nothing_kept_in_a_layer(name: str, kept: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of media alone, nearly all evicted: later tokens see what is left, several at once too."""
     family = FAMILIES[name]
     model = family.build()
-    question = torch.tensor([[20, 21, 22]])
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.0))(model) as session, torch.no_grad():
-        cache = session.compress(**family.context(model, intro=()))
-        assert [one.physical for one in compressed_layers(cache)] == [0] * 3
+    question, ledger = torch.tensor([[20, 21, 22]]), Ledger(3)
+    context = family.context(model, intro=())
+    compressor = KVCompressor(CompressionConfig(policy="keydiff", ratio=(sum(kept) + 0.5) / (3 * 14)))
+    with compressor(model) as session, torch.no_grad(), ledger.following(monkeypatch):
+        cache = session.compress(**context)
+        assert [one.physical for one in compressed_layers(cache)] == kept
         positions = cache.next_position + torch.arange(3)
         mask = torch.ones(1, cache.get_seq_length() + 3, dtype=torch.long)
         found = model(question, attention_mask=mask, position_ids=positions, past_key_values=cache.branch()).logits
-        expected = model(question, position_ids=positions, use_cache=False).logits
+    embeds = torch.cat([context["inputs_embeds"], model.get_input_embeddings()(question)], dim=1)
+    with masked(model, ledger.evictions):
+        expected = model(inputs_embeds=embeds, use_cache=False).logits[:, -3:]
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_text_goes_on_after_the_furthest_of_three_positions() -> None:
+    """Time, height and width of the last media token differ; generate puts a row of plain text positions before."""
+    rotary = torch.tensor([[[7, 8]], [[7, 11]], [[7, 9]]])
+    assert next_position(rotary).tolist() == [[12]]
+    assert next_position(torch.cat([torch.tensor([[[90, 91]]]), rotary])).tolist() == [[12]]
+    assert next_position(torch.tensor([[3, 4], [0, 1]])).tolist() == [[5], [2]]
 
 
 def test_offloaded_caches_are_refused() -> None:

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv import CompressionConfig, KVCompressor
@@ -105,6 +106,19 @@ def test_ratio_one_is_the_plain_model_and_nothing_stays(sdpa: Built, when: Any) 
     assert fingerprint(model) == before
     again, again_logits = generate(model, plain(inputs), **GREEDY)
     assert torch.equal(again, expected) and torch.equal(again_logits, expected_logits)
+
+
+def test_a_prompt_itself_sees_everything(built: Built) -> None:
+    """With `when: prompt` no row of the prompt reads the compressed cache, in layers that share entries either."""
+    family, model = built
+    inputs = family.clip(model)
+    with torch.no_grad():
+        expected = model(**plain(inputs), use_cache=False).logits
+        with KVCompressor(CompressionConfig(policy="keydiff", when="prompt", ratio=0.2))(model):
+            cache = DynamicCache(config=model.config.get_text_config())
+            found = model(**inputs, past_key_values=cache).logits
+    assert compressed_layers(cache)[0].physical < found.shape[1] - 8
+    assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("when", ["context", "prompt"])
