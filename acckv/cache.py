@@ -77,9 +77,10 @@ def sliding_layers(cache: Cache) -> list[DynamicSlidingWindowLayer]:
 def branch_layers(layers: list[Any]) -> list[Any]:
     """Copies of cache layers that share the tensors; an update of a copy leaves the original as it is."""
     copies = [copy.copy(layer) for layer in layers]
-    group = [layer for layer in copies if isinstance(layer, CompressedLayer)]
-    for layer in group:
-        layer.group = group
+    compressed = [layer for layer in copies if isinstance(layer, CompressedLayer)]
+    lengths = [layer.physical for layer in compressed]
+    for layer in compressed:
+        layer.lengths = lengths
     return copies
 
 
@@ -109,12 +110,12 @@ def adopt(cache: Cache, adapter: ModelAdapter) -> None:
             f"a {type(cache).__name__} of {', '.join(kinds)} cannot be compressed; use the default dynamic cache",
             field="past_key_values",
         )
-    group: list[CompressedLayer] = []
+    lengths: list[int] = []
     for index in slots:
         before: Any = cache.layers[index]
-        layer = CompressedLayer(group)
+        layer = CompressedLayer(lengths)
         if before.is_initialized:
             layer.lazy_initialization(before.keys, before.values)
             layer.keys, layer.values, layer.seen = before.keys, before.values, before.get_seq_length()
+            lengths[layer.slot] = layer.physical
         cache.layers[index] = layer
-        group.append(layer)

@@ -23,21 +23,23 @@ class CompressedLayer(DynamicLayer):
             that kept fewer entries than the longest, other values are the log mass of merged entries. None is zero.
         labels: int8 ``[B, 1 or K, region]`` modality of each entry of the region; heads may keep different ones.
         offered: int64 ``[B, 2]`` video and audio entries that were there to choose from, evicted ones included.
-        group: all compressed layers of the cache.
+        lengths: entries held by every compressed layer of the cache, one list for all of them; slot: this layer's place.
+            Numbers and not the layers themselves: a ring of references would keep dropped caches in memory.
     """
 
     keys: Any
     values: Any
     _layer_type = None  # keeps transformers from taking this class for its own full-attention layer
 
-    def __init__(self, group: list[CompressedLayer]) -> None:
+    def __init__(self, lengths: list[int]) -> None:
         super().__init__()
         self.seen = 0
         self.region = 0
         self.bias: Tensor | None = None
         self.labels: Tensor | None = None
         self.offered: Tensor | None = None
-        self.group = group
+        self.slot, self.lengths = len(lengths), lengths
+        lengths.append(0)
 
     @property
     def physical(self) -> int:
@@ -56,14 +58,16 @@ class CompressedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.seen += key_states.shape[-2]
-        return super().update(key_states, value_states)
+        held = super().update(key_states, value_states)
+        self.lengths[self.slot] = self.physical
+        return held
 
     def get_seq_length(self) -> int:
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """One mask serves all layers, so it is as wide as the longest; attention cuts it to each layer's own."""
-        longest = max(layer.physical for layer in self.group)
+        longest = max(self.lengths)
         return longest + query_length, self.seen - longest
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -75,10 +79,12 @@ class CompressedLayer(DynamicLayer):
             )
         super().crop(tokens_to_remove)
         self.seen -= removed
+        self.lengths[self.slot] = self.physical
 
     def reset(self) -> None:
         super().reset()
         self.seen, self.region, self.bias, self.labels, self.offered = 0, 0, None, None, None
+        self.lengths[self.slot] = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
@@ -162,7 +168,7 @@ class CompressedLayer(DynamicLayer):
         labels = labels.masked_fill(empty, Modality.PADDING)
         shared = bool((labels == labels[:, :1]).all())
         self.labels = labels[:, :1].contiguous() if shared else labels
-        self.region = width
+        self.region = self.lengths[self.slot] = width
 
 
 def settle_window(layer: DynamicSlidingWindowLayer, valid: Tensor, seen: int) -> None:

@@ -62,7 +62,7 @@ class Ledger:
         commit = CompressedLayer.commit
 
         def followed(layer: CompressedLayer, plan: Any, labels: Tensor, offered: Any = None) -> None:
-            slot, region, before = layer.group.index(layer), layer.region, layer.physical
+            slot, region, before = layer.slot, layer.region, layer.physical
             length = labels.shape[-1]
             commit(layer, plan, labels, offered)
             heads = layer.keys.shape[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -19,9 +21,7 @@ from tests.reference import Ledger, masked
 
 def layer(rows: int = 3) -> CompressedLayer:
     """Rows that kept 4, 3 and 2 of 6 entries, the last entry merged with a log mass."""
-    group: list[CompressedLayer] = []
-    made = CompressedLayer(group)
-    group.append(made)
+    made = CompressedLayer([])
     torch.manual_seed(0)
     made.update(torch.randn(rows, 2, 6, 4), torch.randn(rows, 2, 6, 4))
     keep = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1]])[:rows].bool()
@@ -84,8 +84,7 @@ def test_reset_leaves_an_empty_layer() -> None:
 def test_logical_and_physical_length() -> None:
     """The mask is as wide as the longest layer, and its columns are the latest tokens."""
     made = layer()
-    longer = CompressedLayer(made.group)
-    made.group.append(longer)
+    longer = CompressedLayer(made.lengths)
     longer.update(torch.randn(3, 2, 5, 4), torch.randn(3, 2, 5, 4))
     assert made.get_mask_sizes(2) == (5 + 2, 6 - 5)
 
@@ -143,6 +142,26 @@ def test_a_cache_without_a_config_learns_its_layers() -> None:
     assert torch.equal(one, other)
     kinds = [type(entry).__name__ for entry in cache.layers]
     assert kinds == ["DynamicSlidingWindowLayer", "CompressedLayer"] * 2 + ["DummyLayer"] * 2
+
+
+def test_a_dropped_cache_frees_its_memory_at_once() -> None:
+    """No ring of references: it must not wait for the garbage collector, which counts objects and not bytes."""
+    family = FAMILIES["videollama2"]
+    model = family.build()
+    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.5))(model) as session:
+        gc.collect()
+        gc.disable()
+        try:
+            cache = session.compress(**family.context(model))
+            first = weakref.ref(cache.layers[0])
+            cache = session.extend(family.context(model), cache)
+            assert first() is None
+            model.generate(**family.clip(model), max_new_tokens=2)
+            second = weakref.ref(cache.layers[0])
+            del cache
+            assert second() is None
+        finally:
+            gc.enable()
 
 
 def test_bytes_count_what_is_held() -> None:

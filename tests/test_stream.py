@@ -60,7 +60,7 @@ class Peak:
         def watched(layer: CompressedLayer, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             result = update(layer, *args, **kwargs)
             self.layer = max(self.layer, layer.physical)
-            self.together = max(self.together, sum(other.physical for other in layer.group))
+            self.together = max(self.together, sum(layer.lengths))
             return result
 
         monkeypatch.setattr(CompressedLayer, "update", watched)
