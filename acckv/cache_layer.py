@@ -23,7 +23,7 @@ class CompressedLayer(DynamicLayer):
             that kept fewer entries than the longest, other values are the log mass of merged entries. None is zero.
         labels: int8 ``[B, 1 or K, region]`` modality of each entry of the region; heads may keep different ones.
         offered: int64 ``[B, 2]`` video and audio entries that were there to choose from, evicted ones included.
-        lengths: entries held by every compressed layer of the cache, one list for all of them; slot: this layer's place.
+        lengths: entries held by every compressed layer of the cache, one list for all; slot: this layer's place.
             Numbers and not the layers themselves: a ring of references would keep dropped caches in memory.
     """
 

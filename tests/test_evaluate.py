@@ -254,20 +254,3 @@ def test_ratios_in_any_spelling(given) -> None:
     assert EvaluationOptions(ratios=given).ratio_list() == [0.5, 0.2]
     assert EvaluationOptions(ratios=0.3).ratio_list() == [0.3]
     assert EvaluationOptions(policies="snapkv, full,snapkv").policy_list() == ["snapkv", "full"]
-
-
-def test_readme_snippets_run(question_file, export, tmp_path, tiny, monkeypatch, capsys) -> None:
-    model, processor = tiny
-    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-    snippets = [block.removeprefix("python\n") for block in text.split("```") if block.startswith("python\n")]
-    assert len(snippets) == 2
-    record = load_music_avqa(question_file, question_file.parent / "videos")[0]
-    shutil.copytree(export, tmp_path / "runs" / "calib" / "export")
-    shutil.copy(record.video, tmp_path / "clip.mp4")
-    monkeypatch.chdir(tmp_path)
-    names = {"model": model, "processor": processor}
-    names["inputs"] = encode(processor, [read_media(record.video)], [record.question])
-    for snippet in snippets:
-        exec(snippet, names)
-    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
-    assert len(capsys.readouterr().out.splitlines()) == 2
