@@ -11,6 +11,7 @@ from torch import Tensor
 from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.adapters import find_adapter
 from acckv.lora import AttachedLora, LoraWeights, lora_config
+from acckv.prefill import Prefill
 from acckv.simulation import Simulation
 from acckv.weights import CalibratedWeights
 from tests.families import FAMILIES, Family, Tokenizer
@@ -94,6 +95,29 @@ def test_packed_turns_equal_single_ones(built: Built) -> None:
         )
     assert_equal(packed[0, :3], alone[0])
     assert_equal(packed[0, 3:], alone[1])
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "kvzip", "acckv"])
+def test_kept_rows_equal_a_prefill_of_their_own(built: Built, policy: Any) -> None:
+    """A clip's prefill, kept by itself and stacked beside a longer clip's, is the batch's."""
+    family, model = built
+    long, short = family.context(model, frames=3, sounds=9), family.context(model, seed=1)
+    with KVCompressor(CompressionConfig(policy=policy, ratio=0.4))(model, Tokenizer()) as session, torch.no_grad():
+        if session.adapter.has_windows:
+            with pytest.raises(InputError, match="cannot be kept by row"):
+                session.prefill(**long).rows()
+            return
+        batch = session.prefill(**family.collate([short, long]))
+        reversed_rows = [Prefill.stack(batch.rows()[::-1]).rows()[place] for place in (1, 0)]
+        again = Prefill.stack(reversed_rows)
+        for row, single in enumerate((short, long)):
+            alone = session.prefill(**single)
+            expected = session.simulate(alone, session.plan(alone), **after(session, alone))
+            for prefill in (batch, again):
+                found = session.simulate(prefill, session.plan(prefill), **after(session, prefill))
+                assert_equal(found[row], expected[0])
+            kept = reversed_rows[row]
+            assert_equal(session.simulate(kept, session.plan(kept), **after(session, kept)), expected)
 
 
 def test_gradient_checkpointing_changes_nothing(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
