@@ -14,6 +14,9 @@ from acckv.adapters.base import AttentionLayer
 from acckv.attention import Attend, region_mask
 from acckv.pipeline import LayerPlan
 
+#: A log gate at which an entry is as good as evicted: it weighs less than float32 resolves beside a kept one.
+SHUT = -30.0
+
 
 class Simulation:
     """Tokens that follow a prefill, seen through plans; it equals physical eviction where the gates are hard.
@@ -47,9 +50,30 @@ class Simulation:
         key, value = torch.cat([held.keys, key], dim=2), torch.cat([held.values, value], dim=2)
         mask = attention_mask
         if self.plans is not None and layer.slot is not None:
-            key, value, bias = self.plans[layer.slot].apply(key, value)
+            key, value, bias = readable(*self.plans[layer.slot].apply(key, value))
             mask = region_mask(attention_mask, query, key.shape[2], bias.shape[-1], bias)
         return original(module, query, key, value, mask, **kwargs)
+
+
+def readable(keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without entries whose gate is shut in every head: hard gates leave most of the attention undone.
+
+    Args:
+        keys, values: ``[B, K, M + later, D]``; bias: ``[B, K or 1, M]``, attention logits of the first M.
+
+    Returns:
+        the same, with M the most that any row reads; shorter rows are filled with entries whose gate is shut.
+    """
+    length = bias.shape[-1]
+    is_open = (bias.detach() > SHUT).any(dim=1)
+    width = int(is_open.sum(-1).max())
+    order = is_open.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :width]
+
+    def taken(entries: Tensor) -> Tensor:
+        index = order[:, None, :, None].expand(-1, entries.shape[1], -1, entries.shape[-1])
+        return torch.cat([entries[:, :, :length].gather(2, index), entries[:, :, length:]], dim=2)
+
+    return taken(keys), taken(values), bias.gather(2, order[:, None].expand(-1, bias.shape[1], -1))
 
 
 class LengthCache(Cache):
