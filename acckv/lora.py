@@ -1,4 +1,4 @@
-"""LoRA on the decoder's attention projections (peft), put on a model and taken off it without a trace."""
+"""LoRA on the decoder's projections (peft), put on a model and taken off it without a trace."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class CalibrationModule(LightningModule):
         anneal: share of the training in which the temperature falls; it then stays at its end.
         lora_rank: 0 trains no LoRA.
         lora_alpha: LoRA scale times rank; None is twice the rank.
-        lora_targets: attention projections that LoRA adapts.
+        lora_targets: linear layers of the decoder that LoRA adapts, by name.
         lora_scope: 'after' adapts tokens after compression only, 'all' the prompt too.
         lr_budget: peak learning rate of the layer and modality budgets.
         lr_score: peak learning rate of the saliency scorer and the signal mix.

@@ -39,7 +39,6 @@ class ModelAdapter:
     Attributes:
         model_types: values of ``config.model_type`` that it serves.
         feature_inputs: the forward's arguments that bring media.
-        projections: names of the attention projections that LoRA may adapt.
         attention_implementations: those whose masks the session can cut to a compressed layer.
     """
 
@@ -51,7 +50,6 @@ class ModelAdapter:
         "input_features",
         "mm_encoder_outputs",
     )
-    projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
     attention_implementations: ClassVar[tuple[str, ...]] = ("sdpa", "eager")
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -137,17 +135,23 @@ class ModelAdapter:
         }
 
     def projection_names(self, names: tuple[str, ...]) -> list[str]:
-        """Full module names of the decoder's projections, never a tower's that has the same leaf name.
+        """Full module names of the linear layers called so in the decoder, never a tower's that has the same leaf name.
+
+        Args:
+            names: such as 'q_proj' or 'gate_proj'. Experts of a mixture that are one fused tensor have no such layer.
 
         Raises:
-            InputError: a name is no projection of this family.
+            InputError: the decoder has no linear layer of a name.
         """
+        own = {id(module) for layer in self.decoder.layers for module in layer.modules()}
+        linear: dict[str, list[str]] = {}
+        for name, module in self.model.named_modules():
+            if id(module) in own and isinstance(module, nn.Linear):
+                linear.setdefault(name.rpartition(".")[-1], []).append(name)
         for name in names:
-            if name not in self.projections:
-                raise InputError(f"{name!r} is not one of {', '.join(self.projections)}", field="lora_targets")
-        found = (getattr(module, name, None) for module in self.decoder_attention for name in names)
-        wanted = {id(module) for module in found if module is not None}
-        return [name for name, module in self.model.named_modules() if id(module) in wanted]
+            if name not in linear:
+                raise InputError(f"{name!r} is not one of {', '.join(linear)}", field="lora_targets")
+        return [name for leaf in names for name in linear[leaf]]
 
     # ------------------------------------------------------------- the tokens
 
