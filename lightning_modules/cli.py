@@ -35,10 +35,12 @@ class CalibrationCLI(LightningCLI):
                 "checkpoint.every_n_train_steps": 100,
                 "checkpoint.save_last": True,
                 "checkpoint.enable_version_counter": False,
+                "trainer.use_distributed_sampler": False,  # the loader splits batches over processes itself
             }
         )
         parser.link_arguments("model.base_model", "data.base_model")
         parser.link_arguments("model.when", "data.when")
+        parser.link_arguments("model.dtype", "data.dtype")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
