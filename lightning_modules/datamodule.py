@@ -289,6 +289,16 @@ class AVDataModule(LightningDataModule):
         file = write_clips(options.cache_dir, split, options[f"{split}_clips"], seed=options.seed)
         return load_music_avqa(file, video_folder(file))
 
+    @property
+    def benchmark(self) -> str:
+        """What an evaluation on the validation questions names."""
+        options = self.options
+        if options.source == "folder":
+            return f"the model's own answers about held-out clips of {Path(options.folder).name}"
+        if options.source == "music_avqa":
+            return Path(options.validation_questions).name
+        return f"generated-clips/validation ({options.validation_clips} clips, seed {options.seed})"
+
     def videos(self, split: str) -> list[Path]:
         """The videos of "train" or "validation" (source 'folder')."""
         options = self.options
