@@ -5,6 +5,7 @@ A window is an int64 tensor ``[batch, width]`` of column indices, -1 where a row
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -113,6 +114,17 @@ def take(tensor: Tensor, columns: Tensor, dim: int, fill: int | float = 0) -> Te
     shape = (*tensor.shape[:dim], columns.shape[1], *tensor.shape[dim + 1 :])
     missing = (columns < 0).view(*[1] * (dim - 1), *columns.shape, *[1] * trailing)
     return tensor.gather(dim, index.expand(shape)).masked_fill(missing, fill)
+
+
+def left_padded(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 ``[rows, longest]`` each, of rows of ids that end together."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for place, row in enumerate(rows):
+        ids[place, longest - len(row) :] = row
+        mask[place, longest - len(row) :] = 1
+    return ids, mask
 
 
 def scatter_back(parts: list[tuple[Tensor, Tensor]], length: int) -> Tensor:

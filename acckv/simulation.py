@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from acckv.adapters.base import AttentionLayer
 from acckv.attention import Attend, region_mask
@@ -105,6 +106,14 @@ class _Length(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.layer.get_max_length()
+
+
+def enable_checkpointing(decoder: Any) -> None:
+    """Gradient checkpointing of a frozen decoder's layers, which stay in evaluation mode otherwise (no dropout)."""
+    decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in decoder.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # of this module alone: what is inside it stays as it is
 
 
 @contextmanager

@@ -18,8 +18,10 @@ from acckv.errors import InputError
 from acckv.lora import LoraWeights, lora_config
 from acckv.pipeline import LayerPlan
 from acckv.session import Prefill, Session
+from acckv.simulation import enable_checkpointing
 from acckv.weights import CalibratedWeights
 from lightning_modules.datamodule import CalibrationBatch
+from lightning_modules.step_mean import StepMean
 
 
 class CalibrationModule(LightningModule):
@@ -51,6 +53,8 @@ class CalibrationModule(LightningModule):
         layer_floor: least share of the uniform budget that a layer keeps.
         probe_queries: learned probe queries a head; 0 for none.
         validation_ratios: ratios of the validation KL.
+        gradient_checkpointing: repeat the student's forward of each layer in backward instead of holding what is in it:
+            less memory for one more forward. With `lora_scope: all` the prompt's part is held all the same.
         dtype: of the frozen model.
         seed: of the ratio draws.
     """
@@ -77,6 +81,7 @@ class CalibrationModule(LightningModule):
         layer_floor: float = 0.1,
         probe_queries: int = 4,
         validation_ratios: tuple[float, ...] = (0.2, 0.05),
+        gradient_checkpointing: bool = False,
         dtype: str = "float32",
         seed: int = 0,
     ) -> None:
@@ -96,6 +101,7 @@ class CalibrationModule(LightningModule):
             preset, when=when, layer_floor=layer_floor, probe_queries=probe_queries, ratio=0.1
         )
         self.session: Session | None = None
+        self.step_mean = StepMean()
 
     @property
     def options(self) -> Any:
@@ -126,6 +132,8 @@ class CalibrationModule(LightningModule):
         self.session = self.compressor(model, processor).__enter__()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(".lora_" in name)
+        if options.gradient_checkpointing:
+            enable_checkpointing(self.live.adapter.decoder)
 
     def teardown(self, stage: str) -> None:
         if self.session is not None:
@@ -169,10 +177,14 @@ class CalibrationModule(LightningModule):
         kept = sum(plan.log_gates.detach().exp().sum() / plan.log_gates[..., 0].numel() for plan in plans) / len(plans)
         entries = float(plans[0].log_gates.shape[-1])
         self.log_dict({"train/ratio": ratio, "train/temperature": temperature, "train/kept": kept / entries})
-        self.log("kl", kl, prog_bar=True)
         self.log("kept", kept / entries, prog_bar=True, logger=False)
-        self.log("loss", kl, prog_bar=True)
-        return kl
+        # Weights that nothing reads (of a modality that is not there, of a step that the preset leaves out) get zeros
+        # as gradients: DDP waits for one from each.
+        unread = cast(Tensor, sum(0.0 * weight.sum() for weight in self.compressor.parameters()))
+        return self.step_mean.add(batch.turns.weight.sum(), kl, kl=kl) + unread
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.log_dict(self.step_mean.finish(self), prog_bar=True, on_step=True, on_epoch=False)
 
     def validation_step(self, batch: CalibrationBatch, batch_idx: int) -> None:
         for ratio in self.options.validation_ratios:

@@ -9,15 +9,21 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from acckv.compressor import KVCompressor
+from acckv.report.results import Results
 from lightning_modules.calibration import CalibrationModule
-from lightning_modules.datamodule import CalibrationBatch
-from lightning_modules.evaluation_data import EvaluationData
-from lightning_modules.evaluation_run import EvaluationOptions, run_evaluation
+from lightning_modules.datamodule import AVDataModule, CalibrationBatch
+from lightning_modules.evaluation_run import CALIBRATED, EvaluationOptions, run_evaluation
 
 
 def _dry(trainer: Any) -> bool:
     """A `fast_dev_run` leaves no files."""
     return bool(trainer.fast_dev_run)
+
+
+def first_batch(trainer: Any, module: CalibrationModule) -> CalibrationBatch:
+    """The first batch of the validation clips, where the module is."""
+    loader = trainer.datamodule.val_dataloader()
+    return trainer.datamodule.transfer_batch_to_device(next(iter(loader)), module.device, 0)
 
 
 class ExportCompressor(Callback):
@@ -41,7 +47,7 @@ class ExportCompressor(Callback):
             return
         folder = self.path(trainer)
         pl_module.exported().save_pretrained(folder)
-        batch = self._batch(trainer, pl_module)
+        batch = first_batch(trainer, pl_module)
         live = self._answers(pl_module, pl_module.live, batch)
         pl_module.teardown("fit")
         with KVCompressor.from_pretrained(folder)(pl_module.model, pl_module.processor) as session:
@@ -49,10 +55,6 @@ class ExportCompressor(Callback):
         if not torch.equal(live, reloaded):
             raise RuntimeError(f"{folder}: the reloaded export answers otherwise than the live module")
         print(f"Exported to {folder}; reloaded, it answers exactly as the live module.")
-
-    def _batch(self, trainer: Trainer, module: CalibrationModule) -> CalibrationBatch:
-        loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        return trainer.datamodule.transfer_batch_to_device(next(iter(loader)), module.device, 0)  # type: ignore[attr-defined]
 
     def _answers(self, module: CalibrationModule, session: Any, batch: CalibrationBatch) -> torch.Tensor:
         """Tokens that a session gives to the first turn of every clip, at the config's ratio."""
@@ -74,18 +76,27 @@ class ExportCompressor(Callback):
 
 
 class EvaluateExport(Callback):
-    """After the export: the table of evaluate.py on a few clips, so that a run ends with what it is worth.
+    """After the export: the table of evaluate.py on the validation clips, so that a run ends with what it is worth.
 
     Args:
-        clips: how many; 0 skips it. Generated clips are of the test split, your own of the validation questions.
-        ratios: kept shares.
+        clips: how many at most; 0 skips it. With `data.source: folder` the right answers are the teacher's own.
+        policies: names, as for evaluate.py.
+        ratios: kept shares; 0, every audio and video entry evicted, is always measured too.
         output: folder of the results; None is `eval` in the trainer's default_root_dir.
     """
 
-    def __init__(self, clips: int = 12, ratios: tuple[float, ...] = (0.2, 0.05), output: str | None = None) -> None:
+    def __init__(
+        self,
+        clips: int = 12,
+        policies: tuple[str, ...] = ("random", "snapkv", "keydiff", "acckv", CALIBRATED),
+        ratios: tuple[float, ...] = (0.2, 0.1, 0.05, 0.02),
+        output: str | None = None,
+    ) -> None:
         self.clips = clips
+        self.policies = policies
         self.ratios = ratios
         self.output = output
+        self.results: Results | None = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, CalibrationModule) or not trainer.is_global_zero or _dry(trainer):
@@ -93,24 +104,19 @@ class EvaluateExport(Callback):
         exports = [callback for callback in trainer.callbacks if isinstance(callback, ExportCompressor)]  # type: ignore[attr-defined]
         if not self.clips or not exports:
             return
-        options = trainer.datamodule.options  # type: ignore[attr-defined]
-        data = EvaluationData(
-            question_file=options.validation_questions,
-            video_root=options.video_root,
-            cache_dir=options.cache_dir,
-            seed=options.seed,
+        data: AVDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        options = EvaluationOptions(
+            model=str(pl_module.options.base_model),
+            compressor=str(exports[0].path(trainer)),
+            policies=list(self.policies),
+            ratios=[*self.ratios, 0.0],
+            when=pl_module.compression.when,
+            limit=self.clips,
+            output=self.output or str(Path(trainer.default_root_dir) / "eval"),
+            description_tokens=max(data.options.max_new_tokens if data.options.source == "folder" else 0, 40),
+            dtype=pl_module.options.dtype,
+            accelerator="gpu" if trainer.strategy.root_device.type == "cuda" else "cpu",
         )
-        run_evaluation(
-            EvaluationOptions(
-                model=str(pl_module.options.base_model),
-                compressor=str(exports[0].path(trainer)),
-                ratios=list(self.ratios),
-                when=pl_module.compression.when,
-                limit=self.clips,
-                output=self.output or str(Path(trainer.default_root_dir) / "eval"),
-                dtype=pl_module.options.dtype,
-                data=data,
-                accelerator="gpu" if pl_module.device.type == "cuda" else "cpu",
-            ),
-            command=f"python evaluate.py --compressor {exports[0].path(trainer)} --limit {self.clips}",
-        )
+        # An answer without words cannot be scored word by word.
+        records = [record for record in data.records("validation") if record.answer.strip()]
+        self.results = run_evaluation(options, "python train.py", questions=(data.benchmark, records))

@@ -22,8 +22,9 @@ class CellScores:
     """
 
     def __init__(self, groups: Sequence[str], seed: int = 0) -> None:
-        self.accuracy = GroupedAccuracy(groups, seed=seed)
-        self.against_full = PairedComparison(seed=seed)
+        # One process evaluates; the others of a training that has just ended are not waiting for it.
+        self.accuracy = GroupedAccuracy(groups, seed=seed, sync_on_compute=False)
+        self.against_full = PairedComparison(seed=seed, sync_on_compute=False)
         self._official: list[float] = []
         self._unparsed = 0
         self._kept: Tensor | None = None
@@ -76,7 +77,7 @@ class CellScores:
     def against(self, other: CellScores) -> tuple[float, Interval]:
         """Difference in accuracy to another cell on the same questions, with its paired 95 % interval."""
         scores, clips, _ = self.accuracy.items()
-        paired = PairedComparison(seed=self.accuracy.seed)
+        paired = PairedComparison(seed=self.accuracy.seed, sync_on_compute=False)
         paired.update(scores, other.accuracy.items()[0], clips)
         return paired.compute()["difference"].item(), paired.difference_interval()
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_modules.calibration import CalibrationModule
+from lightning_modules.calibration_report import CalibrationReport
 from lightning_modules.callbacks import EvaluateExport, ExportCompressor
 from lightning_modules.datamodule import AVDataModule
 from lightning_modules.doors import quiet_libraries
@@ -20,14 +21,15 @@ SUBCOMMANDS = ("fit", "validate")
 class CalibrationCLI(LightningCLI):
     """``fit`` calibrates and exports; ``validate`` measures the validation KL of a checkpoint.
 
-    Everything is written below ``trainer.default_root_dir``: ``logs/`` (CSV), ``checkpoints/``, ``export/`` and
-    ``eval/`` (a short evaluation of the export).
+    Everything is written below ``trainer.default_root_dir``: ``logs/`` (CSV), ``checkpoints/``, ``export/``,
+    ``eval/`` (a short evaluation of the export) and ``report.md`` with its plots and ``budgets.csv``.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExportCompressor, "export")
         parser.add_lightning_class_args(EvaluateExport, "evaluation")
+        parser.add_lightning_class_args(CalibrationReport, "report")
         parser.set_defaults(
             {
                 "checkpoint.filename": "step-{step}",
@@ -35,10 +37,12 @@ class CalibrationCLI(LightningCLI):
                 "checkpoint.every_n_train_steps": 100,
                 "checkpoint.save_last": True,
                 "checkpoint.enable_version_counter": False,
+                "trainer.use_distributed_sampler": False,  # the loader splits batches over processes itself
             }
         )
         parser.link_arguments("model.base_model", "data.base_model")
         parser.link_arguments("model.when", "data.when")
+        parser.link_arguments("model.dtype", "data.dtype")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

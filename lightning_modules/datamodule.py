@@ -21,8 +21,11 @@ from acckv.data.encoding import encode, question_suffix
 from acckv.data.media import read_media
 from acckv.data.music_avqa import load_music_avqa
 from acckv.data.records import Record
+from acckv.data.video_folder import hold_out, list_videos
 from acckv.errors import InputError
 from acckv.ragged import DecoderInputs
+from lightning_modules.teacher_answers import FILE as ANSWERS_FILE
+from lightning_modules.teacher_answers import PROMPTS, AnswerFile, AnswerSettings, answer_clips
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class CalibrationBatch:
         embedded: the same as it enters the decoder, from an earlier visit of the clips.
         keep: takes each row's decoder inputs for later visits; None where nothing is kept.
         turns: what is answered afterwards.
-        number: of the batch in the whole training; every random draw of a step comes from it.
+        number: of the optimiser step in the whole training; every random draw of a step comes from it, so that
+            batches that are accumulated share them.
     """
 
     inputs: dict[str, Any]
@@ -46,7 +50,7 @@ class CalibrationBatch:
 
 @dataclass(frozen=True)
 class CalibrationItem:
-    """One clip of a batch: how to encode it, where its decoder inputs are kept, its turns, the batch's number."""
+    """One clip of a batch: how to encode it, where its decoder inputs are kept, its turns, the step's number."""
 
     path: Path
     question: str | None
@@ -117,9 +121,13 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     Args:
         clips: how many there are; every pass over them is shuffled anew by (seed, pass).
-        batches: of the whole training; start: gives the first one still to come. It is asked when iteration begins: a
-            trainer may build the loader before it restores a checkpoint.
+        batches: of an epoch; start: gives the number of the first one still to come, counted from the first epoch. It
+            is asked when iteration begins: a trainer may build the loader before it restores a checkpoint.
         rank, world: this process takes every `world`-th clip of a batch of ``batch_size * world``.
+        accumulate: batches of an optimiser step. They take the clips that one batch of their joint size would.
+
+    Yields:
+        (clip, number of the optimiser step) for each clip of a batch.
     """
 
     def __init__(
@@ -131,18 +139,19 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         seed: int,
         rank: int = 0,
         world: int = 1,
+        accumulate: int = 1,
     ) -> None:
         self.clips, self.batch_size, self.batches, self.start = clips, batch_size, batches, start
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed, self.rank, self.world, self.accumulate = seed, rank, world, accumulate
 
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        whole = self.batch_size * self.world
-        for number in range(self.start(), self.batches):
+        whole, start = self.batch_size * self.world, self.start()
+        for number in range(start, (start // self.batches + 1) * self.batches):
             places = range(number * whole + self.rank, (number + 1) * whole, self.world)
-            yield [(self._clip(place), number) for place in places]
+            yield [(self._clip(place), number // self.accumulate) for place in places]
 
     def _clip(self, place: int) -> int:
         passed, index = divmod(place, self.clips)
@@ -165,13 +174,20 @@ class AVDataModule(LightningDataModule):
     Args:
         base_model: whose processor encodes them; linked to the model's by train.py.
         when: linked to the model's.
-        source: 'clips' generates clips with questions on first use; 'music_avqa' reads your own.
+        source: 'clips' generates clips with questions on first use; 'music_avqa' reads your own; 'folder' takes plain
+            videos and lets the model, with its full cache, answer `prompts` about each of them once.
         train_clips: generated clips to train on.
         validation_clips: generated clips of the validation split.
         cache_dir: where generated clips are kept; None is the user's cache folder.
         train_questions: question file in the MUSIC-AVQA format (source 'music_avqa').
         validation_questions: the same for validation.
         video_root: folder of their ``<video_id>.mp4``.
+        folder: videos, also in subfolders (source 'folder').
+        validation_folder: other videos to validate on; None holds out a share of the folder.
+        validation_share: of the videos that are held out, above 0 and below 1.
+        prompts: asked of every clip (source 'folder'); None takes a few generic ones.
+        max_new_tokens: longest answer to them.
+        dtype: of the model that answers them; linked to the model's.
         batch_size: clips a step and process.
         turns: questions about each clip in a step; 0 takes all.
         keep_contexts: hold each clip's encoded media in memory after its first visit: it is not decoded and encoded
@@ -183,13 +199,19 @@ class AVDataModule(LightningDataModule):
         self,
         base_model: str = "tiny",
         when: When = "context",
-        source: Literal["clips", "music_avqa"] = "clips",
+        source: Literal["clips", "music_avqa", "folder"] = "clips",
         train_clips: int = 768,
         validation_clips: int = 24,
         cache_dir: str | None = None,
         train_questions: str | None = None,
         validation_questions: str | None = None,
         video_root: str | None = None,
+        folder: str | None = None,
+        validation_folder: str | None = None,
+        validation_share: float = 0.1,
+        prompts: list[str] | None = None,
+        max_new_tokens: int = 64,
+        dtype: str = "float32",
         batch_size: int = 8,
         turns: int = 0,
         keep_contexts: bool = True,
@@ -201,19 +223,36 @@ class AVDataModule(LightningDataModule):
             ("validation_clips", validation_clips, 1),
             ("batch_size", batch_size, 1),
             ("turns", turns, 0),
+            ("max_new_tokens", max_new_tokens, 1),
         ):
             if value < least:
                 raise InputError(f"{value} is less than {least}", field=f"data.{name}")
-        if source == "music_avqa":
-            for name, given in (("train_questions", train_questions), ("validation_questions", validation_questions)):
-                if given is None:
-                    raise InputError("is needed with source 'music_avqa'", field=f"data.{name}")
+        if not 0 < validation_share < 1:
+            raise InputError(f"{validation_share} is not above 0 and below 1", field="data.validation_share")
+        if prompts is not None and not all(prompt.strip() for prompt in prompts or [""]):
+            raise InputError("holds an empty prompt, or none", field="data.prompts")
+        needed = {
+            "music_avqa": {"train_questions": train_questions, "validation_questions": validation_questions},
+            "folder": {"folder": folder},
+        }
+        for name, option in needed.get(source, {}).items():
+            if option is None:
+                raise InputError(f"is needed with source '{source}'", field=f"data.{name}")
         self.save_hyperparameters()
         self.datasets: dict[str, ClipDataset] = {}
 
     @property
     def options(self) -> Any:
         return self.hparams
+
+    def prepare_data(self) -> None:
+        """On one process of each machine: write the clips, or let the model answer about the videos."""
+        if self.options.source == "folder":
+            batch_size, device = self.options.batch_size, self._trainer.strategy.root_device
+            answer_clips(self._answers(), [*self.videos("train"), *self.videos("validation")], batch_size, device)
+        else:
+            for split in ("train", "validation"):
+                self.records(split)
 
     def setup(self, stage: str | None = None) -> None:
         from acckv.tiny import TINY_MODEL
@@ -223,32 +262,77 @@ class AVDataModule(LightningDataModule):
         processor = AutoProcessor.from_pretrained(name)
         for split in ("train", "validation"):
             self.datasets[split] = ClipDataset(
-                self._records(split), processor, options.when, options.turns, options.seed, options.keep_contexts
+                self.records(split), processor, options.when, options.turns, options.seed, options.keep_contexts
             )
 
-    def _records(self, split: str) -> list[Record]:
+    def records(self, split: str) -> list[Record]:
+        """The questions of "train" or "validation", with their answers.
+
+        Raises:
+            InputError: a file is missing or malformed.
+        """
         options = self.options
+        if options.source == "folder":
+            videos, answers = self.videos(split), self._answers()
+            records = answers.records(videos)
+            if options.batch_size > 1 and len(set(answers.sounds(videos))) > 1:
+                mute = videos[answers.sounds(videos).index(False)]
+                message = (
+                    "has no sound track and others have one, and a batch cannot hold both: split the folder, "
+                    "or set data.batch_size 1 and trainer.accumulate_grad_batches instead"
+                )
+                raise InputError(message, source=mute)
+            return records
         if options.source == "music_avqa":
             file = Path(options[f"{split}_questions"])
             return load_music_avqa(file, Path(options.video_root) if options.video_root else file.parent)
         file = write_clips(options.cache_dir, split, options[f"{split}_clips"], seed=options.seed)
         return load_music_avqa(file, video_folder(file))
 
+    @property
+    def benchmark(self) -> str:
+        """What an evaluation on the validation questions names."""
+        options = self.options
+        if options.source == "folder":
+            return f"the model's own answers about held-out clips of {Path(options.folder).name}"
+        if options.source == "music_avqa":
+            return Path(options.validation_questions).name
+        return f"generated-clips/validation ({options.validation_clips} clips, seed {options.seed})"
+
+    def videos(self, split: str) -> list[Path]:
+        """The videos of "train" or "validation" (source 'folder')."""
+        options = self.options
+        found = list_videos(options.folder)
+        if options.validation_folder is None:
+            return hold_out(options.folder, found, options.validation_share)[split == "validation"]
+        return found if split == "train" else list_videos(options.validation_folder, "data.validation_folder")
+
+    def _answers(self) -> AnswerFile:
+        options = self.options
+        prompts = tuple(PROMPTS if options.prompts is None else options.prompts)
+        settings = AnswerSettings(str(options.base_model), options.dtype, prompts, options.max_new_tokens)
+        return AnswerFile(Path(self._trainer.default_root_dir) / ANSWERS_FILE, settings)
+
+    @property
+    def _trainer(self) -> Any:
+        return self.trainer
+
     def train_dataloader(self) -> DataLoader[Any]:
-        options, dataset = self.options, self.datasets["train"]
-        trainer: Any = self.trainer
+        options, dataset, trainer = self.options, self.datasets["train"], self._trainer
         accumulate = trainer.accumulate_grad_batches
-        batches = trainer.max_steps * accumulate
-        if trainer.max_steps < 0:
-            batches = -(-len(dataset) * (trainer.max_epochs or 1) // (options.batch_size * trainer.world_size))
+        if trainer.max_steps < 0:  # an epoch is a pass, in whole optimiser steps
+            steps = -(-len(dataset) // (options.batch_size * trainer.world_size * accumulate))
+        else:
+            steps = trainer.max_steps
         sampler = StepSampler(
             len(dataset),
             options.batch_size,
-            batches,
+            steps * accumulate,
             lambda: trainer.global_step * accumulate,
             options.seed,
             trainer.global_rank,
             trainer.world_size,
+            accumulate,
         )
         return NumberedLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate)
 

@@ -17,6 +17,7 @@ from acckv.data.encoding import encode, question_suffix
 from acckv.data.media import Media
 from acckv.data.records import Record
 from acckv.metrics.answers import question_groups, score_answer
+from acckv.ragged import left_padded
 from acckv.report.results import FULL, Results
 from acckv.session import Prefill, Session
 from lightning_modules.cell_scores import CellScores
@@ -217,7 +218,7 @@ class EvaluationModule(LightningModule):
                 rows += [question_suffix(self.processor, filler.question)] * (most - len(pairs))
                 items += [number for number, _ in pairs]
                 items += [None] * (most - len(pairs))
-            ids, mask = _left_padded(rows, self._pad_id)
+            ids, mask = left_padded(rows, self._pad_id)
             yield _Asked(ids.to(self.device), mask.to(self.device), items, limit)
 
     def _generation(self, max_new_tokens: int) -> dict[str, Any]:
@@ -279,14 +280,3 @@ def _first_token(prefill: Prefill) -> Tensor:
     if prefill.logits is None:
         raise ValueError("a prefill that started from embeddings has no logits")
     return prefill.logits.argmax(-1, keepdim=True)
-
-
-def _left_padded(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, [rows, longest] each, of rows of ids that end together."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad_id)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for place, row in enumerate(rows):
-        ids[place, longest - len(row) :] = row
-        mask[place, longest - len(row) :] = 1
-    return ids, mask

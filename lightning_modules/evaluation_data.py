@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch.utils.data import DataLoader, Dataset
 
-from acckv.data.clips import video_folder, write_clips
+from acckv.data.clips import VARIANTS, default_root, video_folder, write_clips
 from acckv.data.media import read_media
 from acckv.data.music_avqa import load_music_avqa
 from acckv.data.records import Record
@@ -24,6 +24,9 @@ class EvaluationData:
         question_file: questions in the MUSIC-AVQA format; none takes the generated clips.
         video_root: folder of the question file's `<video_id>.mp4`; none is the folder of the file.
         split: of the generated clips: train, validation or test.
+        variant: of the generated clips: plain as in training, long2 or long4 (times as long), crowded (every shape and
+            sound there is), noisy, swapped (the sound of another clip), silent (asked about pictures alone) or blank
+            (asked about sound alone). crowded and swapped have descriptions of up to 50 tokens.
         clips: number of generated clips.
         cache_dir: where generated clips are kept; none is the user's cache folder.
         seed: of the generated clips.
@@ -32,6 +35,7 @@ class EvaluationData:
     question_file: str | None = None
     video_root: str | None = None
     split: Literal["train", "validation", "test"] = "test"
+    variant: Literal["plain", "long2", "long4", "crowded", "noisy", "swapped", "silent", "blank"] = "plain"
     clips: int = 64
     cache_dir: str | None = None
     seed: int = 0
@@ -41,7 +45,8 @@ class EvaluationData:
         """What results name: the question file, or the generated split with its size and seed."""
         if self.question_file is not None:
             return Path(self.question_file).name
-        return f"generated-clips/{self.split} ({self.clips} clips, seed {self.seed})"
+        variant = "" if self.variant == "plain" else f"/{self.variant}"
+        return f"generated-clips/{self.split}{variant} ({self.clips} clips, seed {self.seed})"
 
     def records(self) -> list[Record]:
         """All questions; generated clips are written on first use.
@@ -50,13 +55,17 @@ class EvaluationData:
             InputError: an option, the question file or a video is not usable.
         """
         if self.question_file is not None:
+            if self.variant != "plain":
+                raise InputError("is of use only with generated clips", field="data.variant")
             file = Path(self.question_file)
             return load_music_avqa(file, Path(self.video_root) if self.video_root else file.parent)
         if self.video_root is not None:
             raise InputError("is of use only together with data.question_file", field="data.video_root")
         if self.clips < 1:
             raise InputError(f"{self.clips} is less than 1", field="data.clips")
-        file = write_clips(self.cache_dir, self.split, self.clips, seed=self.seed)
+        root = default_root() if self.cache_dir is None else Path(self.cache_dir)
+        folder = root if self.variant == "plain" else root / "variants" / self.variant
+        file = write_clips(folder, self.split, self.clips, seed=self.seed, **VARIANTS[self.variant])
         return load_music_avqa(file, video_folder(file))
 
 

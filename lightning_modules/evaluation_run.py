@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lightning import Trainer, seed_everything
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from acckv import CompressionConfig, KVCompressor
 from acckv.adapters import load_model
 from acckv.config import PolicyName, When
+from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.metrics.answers import OFFICIAL, UNPARSED, all_groups, answer_vocabulary
 from acckv.report.card import write_card
@@ -58,7 +59,8 @@ class EvaluationOptions:
         batch_size: clips that are prefilled together.
         data: what is asked about.
         word_tokens: longest one-word answer, in tokens.
-        description_tokens: longest description, in tokens; those of the generated clips have up to 35.
+        description_tokens: longest description, in tokens; those of the generated clips have up to 35,
+            of their variants up to 50.
         update_card: write the measured table into the model card of the export, where that is a folder.
         dtype: of the model: float32, bfloat16 or float16.
         accelerator: of the Trainer: auto, cpu or gpu.
@@ -123,13 +125,19 @@ class EvaluationOptions:
         return sorted(set(ratios), reverse=True)
 
 
-def run_evaluation(options: EvaluationOptions, command: str | None = None, console: Console | None = None) -> Results:
+def run_evaluation(
+    options: EvaluationOptions,
+    command: str | None = None,
+    console: Console | None = None,
+    questions: tuple[str, list[Record]] | None = None,
+) -> Results:
     """Measure, print the tables, and write the files; nothing is written before everything has been measured.
 
     Args:
         options: what to measure.
         command: the command line, for the model card.
         console: to print to.
+        questions: (name, questions) to ask instead of those of `options.data`.
 
     Raises:
         InputError: an option, a file or a checkpoint is not usable.
@@ -138,10 +146,11 @@ def run_evaluation(options: EvaluationOptions, command: str | None = None, conso
     console = console if console.width >= _TABLE_WIDTH else Console(file=console.file, width=_TABLE_WIDTH)
     seed_everything(options.seed, verbose=False)
     cells = build_cells(options)
-    records = options.data.records()
+    benchmark, records = questions or (options.data.benchmark, options.data.records())
     clips = group_by_clip(records, options.limit)
     asked = [record for _, questions in clips for record in questions]
     model, processor = load_model(options.model, dtype=options.dtype)
+    _warn_of_cut_answers(console, processor, asked, options.description_tokens)
     with _progress(console, len(asked) * len(cells)) as advance:
         module = EvaluationModule(
             model,
@@ -155,7 +164,7 @@ def run_evaluation(options: EvaluationOptions, command: str | None = None, conso
             on_progress=advance,
         )
         _trainer(options).test(module, clip_loader(clips, options.batch_size), verbose=False)
-    results = module.results(options.model, options.data.benchmark, options.seed)
+    results = module.results(options.model, benchmark, options.seed)
     _print(console, results, module)
     _write(Path(options.output), results, module)
     if options.update_card and any(cell.policy == CALIBRATED for cell in cells) and Path(options.compressor).is_dir():
@@ -198,6 +207,14 @@ def _load_compressor(options: EvaluationOptions) -> KVCompressor:
     if compressor.weights is None:
         raise InputError("holds no learned weights", source=name, field="compressor")
     return compressor
+
+
+def _warn_of_cut_answers(console: Console, processor: Any, asked: Sequence[Record], limit: int) -> None:
+    answers = [record.answer for record in asked if record.protocol == "description"]
+    longest = max((len(ids) for ids in processor.tokenizer(answers)["input_ids"]), default=0) if answers else 0
+    if longest > limit:
+        message = f"warning: descriptions are cut at {limit} tokens (description_tokens); the longest has {longest}"
+        console.print(message, highlight=False, soft_wrap=True)
 
 
 def _trainer(options: EvaluationOptions) -> Trainer:

@@ -20,8 +20,12 @@ PITCH_HZ = (250.0, 600.0, 1300.0, 2600.0)
 RGB = np.array([[0.9, 0.1, 0.1], [0.1, 0.8, 0.15], [0.15, 0.2, 0.95], [0.95, 0.9, 0.1], [0.65, 0.1, 0.75], [1, 1, 1]])
 
 
-def render_frames(script: ClipScript, rng: np.random.Generator, blank: bool = False) -> np.ndarray:
-    """Pictures of a clip, two a slot: uint8 [2 * slots, 84, 84, 3]. `blank`: noise without the shapes."""
+def render_frames(script: ClipScript, rng: np.random.Generator, blank: bool = False, noise: float = 1.0) -> np.ndarray:
+    """Pictures of a clip, two a slot: uint8 [2 * slots, 84, 84, 3].
+
+    Args:
+        blank: noise without the shapes; noise: factor on its deviation.
+    """
     grey = rng.uniform(0.3, 0.5, (script.slots, 1, 1, 1)) + rng.normal(0, 0.03, (script.slots, 1, 1, 3))
     pictures = np.broadcast_to(grey, (script.slots, SIDE, SIDE, 3)).astype(np.float32)
     for slot, (shape, colour) in script.shapes.items():
@@ -35,7 +39,7 @@ def render_frames(script: ClipScript, rng: np.random.Generator, blank: bool = Fa
             inside = _silhouette(shape, centre, radius, size)
             pictures[slot, top : top + size, left : left + size][inside] = tint
     frames = np.repeat(pictures, 2, axis=0)
-    frames += 0.06 * rng.standard_normal((2 * script.slots, SIDE, SIDE, 1), dtype=np.float32)
+    frames += 0.06 * noise * rng.standard_normal((2 * script.slots, SIDE, SIDE, 1), dtype=np.float32)
     return (np.clip(frames, 0, 1) * 255).astype(np.uint8)
 
 
@@ -58,11 +62,14 @@ def _silhouette(shape: int, centre: np.ndarray, radius: float, size: int) -> np.
     return (abs(dy) < 0.35 * radius) & (abs(dx) < radius)
 
 
-def render_audio(script: ClipScript, rng: np.random.Generator, silent: bool = False) -> np.ndarray:
-    """Sound of a clip, mono at 16 kHz: float32 [16000 * slots] within -1..1. `silent`: digital silence."""
-    track = rng.uniform(0.003, 0.009, (script.slots, 1)).astype(np.float32) * rng.standard_normal(
-        (script.slots, SAMPLING_RATE), dtype=np.float32
-    )
+def render_audio(script: ClipScript, rng: np.random.Generator, silent: bool = False, noise: float = 1.0) -> np.ndarray:
+    """Sound of a clip, mono at 16 kHz: float32 [16000 * slots] within -1..1.
+
+    Args:
+        silent: digital silence; noise: factor on the deviation of the background.
+    """
+    loudness = noise * rng.uniform(0.003, 0.009, (script.slots, 1))
+    track = loudness.astype(np.float32) * rng.standard_normal((script.slots, SAMPLING_RATE), dtype=np.float32)
     for slot, (timbre, pitch) in script.sounds.items():
         track[slot] += _tone(timbre, pitch, rng)
     return np.zeros(track.size, np.float32) if silent else np.clip(track.reshape(-1), -1, 1)

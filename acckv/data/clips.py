@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,20 @@ FORMAT = 1
 """Version of the generator: raised when equal settings no longer give equal files."""
 SOUNDS = ("events", "silence", "none")
 PICTURES = ("events", "blank")
+ABOUT = ("all", "Visual", "Audio")
 CLIPS_A_JOB = 8
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "long2": {"slots": 32},
+    "long4": {"slots": 64},
+    "crowded": {"both": 3, "video_only": 3, "audio_only": 3},
+    "noisy": {"noise": 3.0},
+    "swapped": {"swap": True},
+    "silent": {"sound": "silence", "about": "Visual"},
+    "blank": {"picture": "blank", "about": "Audio"},
+}
+"""Settings of the sets that ask for more than training showed: clips two and four times as long, with every shape and
+sound there is, with three times the noise, with the sound of another clip, in silence, and without pictures."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,10 @@ class ClipSettings:
         both: slots with a shape and a sound; `video_only`, `audio_only`: slots with one of them.
         sound: "events", digital "silence", or "none" (no sound track). Questions stay the same: a control.
         picture: "events", or "blank" (no shapes).
+        noise: factor on the noise of pictures and sound.
+        swap: each clip has the sound track of the next one (the last that of the first), and the questions are about
+            what is then seen and heard together. Both halves belong to the split.
+        about: ask about "all", or only what is seen ("Visual") or heard ("Audio"), and nothing twice.
     """
 
     split: str
@@ -61,21 +78,44 @@ class ClipSettings:
     audio_only: int = 2
     sound: str = "events"
     picture: str = "events"
+    noise: float = 1.0
+    swap: bool = False
+    about: str = "all"
 
     def __post_init__(self) -> None:
-        choices = {"split": SPLITS, "sound": SOUNDS, "picture": PICTURES}
+        choices = {"split": SPLITS, "sound": SOUNDS, "picture": PICTURES, "about": ABOUT}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise InputError(f"{getattr(self, field)!r} is not one of {', '.join(allowed)}", field=field)
-        if self.n_clips < 1:
-            raise InputError("at least one clip is needed", field="n_clips")
+        if self.n_clips < 1 + self.swap:
+            raise InputError(f"at least {1 + self.swap} needed", field="n_clips")
+        if self.noise < 0:
+            raise InputError("cannot be negative", field="noise")
         if not 0 <= self.descriptions_per_clip <= len(DESCRIPTION_TYPES):
             raise InputError(f"0 to {len(DESCRIPTION_TYPES)} descriptions a clip", field="descriptions_per_clip")
         if self.questions_per_clip < 0:
             raise InputError("cannot be negative", field="questions_per_clip")
 
     def script(self, index: int) -> ClipScript:
-        """The events of clip `index`."""
+        """The events of clip `index`, as they are seen and heard."""
+        script = self.drawn(index)
+        return replace(script, sounds=self.drawn(self.sound_of(index)).sounds) if self.swap else script
+
+    def sound_of(self, index: int) -> int:
+        """The clip whose sound track clip `index` has."""
+        return (index + 1) % self.n_clips if self.swap else index
+
+    def kinds(self, index: int) -> list[tuple[str, str]]:
+        """Types of the questions about clip `index`, one-word ones first."""
+        single, descriptions = (
+            [kind for kind in kinds if self.about in ("all", kind[0])]
+            for kinds in (SINGLE_TYPES, DESCRIPTION_TYPES[: self.descriptions_per_clip])
+        )
+        start = index * self.questions_per_clip
+        return [single[(start + k) % len(single)] for k in range(self.questions_per_clip)] + descriptions
+
+    def drawn(self, index: int) -> ClipScript:
+        """The events that were drawn for clip `index`; it belongs to the split."""
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         return draw_script(rng, self.split, self.slots, self.both, self.video_only, self.audio_only)
 
@@ -149,12 +189,12 @@ def make_questions(settings: ClipSettings) -> list[dict[str, Any]]:
     for index in range(settings.n_clips):
         script = settings.script(index)
         rng = np.random.default_rng([settings.seed, SPLITS.index(settings.split), index, 1])
-        start = index * settings.questions_per_clip
-        kinds = [SINGLE_TYPES[(start + k) % len(SINGLE_TYPES)] for k in range(settings.questions_per_clip)]
-        for kind in (*kinds, *DESCRIPTION_TYPES[: settings.descriptions_per_clip]):
+        asked = set()
+        for kind in settings.kinds(index):
             question = ask(script, kind, rng)
-            if question is None:
+            if question is None or (settings.about != "all" and question.text in asked):
                 continue
+            asked.add(question.text)
             records.append(
                 {
                     "video_id": settings.video_id(index),
@@ -172,7 +212,10 @@ def make_questions(settings: ClipSettings) -> list[dict[str, Any]]:
 def is_complete(folder: Path, settings: ClipSettings) -> bool:
     """Whether `folder` holds every file of a split of these settings, each with the size it was written with."""
     manifest = _manifest(folder)
-    if manifest is None or manifest.get("format") != FORMAT or manifest.get("settings") != asdict(settings):
+    if manifest is None or manifest.get("format") != FORMAT or not isinstance(manifest.get("settings"), dict):
+        return False
+    # A manifest that is older than an option was written with its default.
+    if {**asdict(ClipSettings("test", 1)), **manifest["settings"]} != asdict(settings):
         return False
     return all(_size(folder / name) == size for name, size in manifest["files"].items())
 
@@ -194,12 +237,21 @@ def _write_videos(folder: Path, settings: ClipSettings, workers: int, progress: 
 
 def _write_some(folder: Path, settings: ClipSettings, indices: Sequence[int]) -> int:
     for index in indices:
-        script = settings.script(index)
-        rng = np.random.default_rng([settings.seed, SPLITS.index(settings.split), index, 2])
-        frames = render_frames(script, rng, blank=settings.picture == "blank")
-        audio = None if settings.sound == "none" else render_audio(script, rng, silent=settings.sound == "silence")
+        frames, audio = _render(settings, index)
+        if settings.swap:
+            _, audio = _render(settings, settings.sound_of(index))
         write_mp4(folder / f"{settings.video_id(index)}.mp4", frames, audio)
     return len(indices)
+
+
+def _render(settings: ClipSettings, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pictures and sound of a clip as it was drawn."""
+    script = settings.drawn(index)
+    rng = np.random.default_rng([settings.seed, SPLITS.index(settings.split), index, 2])
+    frames = render_frames(script, rng, blank=settings.picture == "blank", noise=settings.noise)
+    if settings.sound == "none":
+        return frames, None
+    return frames, render_audio(script, rng, silent=settings.sound == "silence", noise=settings.noise)
 
 
 def _refuse_foreign_files(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -112,6 +112,49 @@ def plot_budgets(path: str | Path, budgets: Mapping[float, Tensor], full: Tensor
         axes.set_xlabel(f"brightest: {top:.3g} %", fontsize=8)
     panels[0].set_ylabel("layer")
     figure.suptitle(f"{title}: kept share of a layer's entries in %", fontsize=11, x=0.01, ha="left")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=_DPI, format="png")
+
+
+def plot_budget_history(path: str | Path, steps: Sequence[int], ratios: Sequence[float], shares: Tensor) -> None:
+    """Write a PNG: the learned budget of each layer over training, a row a modality, a column a ratio (log axis).
+
+    Args:
+        path: the file.
+        steps: that were noted.
+        ratios: kept shares.
+        shares: [steps, ratios, layers, 2] times the preset's budget (video, audio).
+    """
+    layers = shares.shape[2]
+    size = (1.4 + 2.1 * len(ratios), 4.6)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(2, len(ratios), sharex=True, sharey=True, squeeze=False)
+    ramp = matplotlib.colormaps["viridis"]
+    for row, modality in enumerate(("video", "audio")):
+        for column, ratio in enumerate(ratios):
+            axes = panels[row, column]
+            for layer in range(layers):
+                values = shares[:, column, layer, row].double().clamp_min(1e-3).tolist()
+                colour = ramp(layer / max(1, layers - 1) * 0.92)
+                axes.plot(steps, values, color=colour, linewidth=1.2, label=f"{layer}")
+            axes.set_yscale("log")
+            axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+            axes.spines[["top", "right"]].set_visible(False)
+            if row == 0:
+                axes.set_title(f"ratio {ratio:g}", fontsize=10)
+            else:
+                axes.set_xlabel("step", fontsize=9)
+        panels[row, 0].set_ylabel(f"{modality}, x preset", fontsize=9)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    shown = _layer_ticks(layers)
+    figure.legend(
+        [handles[layer] for layer in shown],
+        [labels[layer] for layer in shown],
+        title="layer",
+        loc="outside right upper",
+        frameon=False,
+        fontsize=8,
+    )
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, format="png")
 

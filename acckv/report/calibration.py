@@ -1,0 +1,136 @@
+"""The report of a calibration (`report.md`), and the history of its budgets (`budgets.csv`)."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from acckv.report.files import whole_file
+from acckv.report.results import CONTROL, FULL, Results
+from acckv.report.table import control_warning
+
+MODALITIES = ("video", "audio")
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run was.
+
+    Attributes:
+        model: base model; when: "context" or "prompt".
+        steps: optimiser steps done, of `planned`.
+        temperature: of the gates at the end, in standard deviations of the score; it falls from `temperature_start` to
+            `temperature_end`.
+        ratio_range: least and largest kept share that was trained.
+    """
+
+    model: str
+    when: str
+    steps: int
+    planned: int
+    temperature: float
+    temperature_start: float
+    temperature_end: float
+    ratio_range: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class KeptShares:
+    """What is kept: ratio -> [layers, 2] entries (video, audio), mean over some clips, of [2] entries that exist."""
+
+    entries: Mapping[float, Tensor]
+    full: Tensor
+
+
+def render_report(facts: RunFacts, kept: KeptShares, results: Results | None, plots: tuple[str, str]) -> str:
+    """The report as Markdown.
+
+    Args:
+        results: of the closing evaluation; None says that there was none.
+        plots: file names of the kept shares and of their history.
+    """
+    low, high = facts.ratio_range
+    parts = [
+        f"# Calibration of {facts.model}",
+        f"{facts.steps} of {facts.planned} optimiser steps, `when: {facts.when}`, ratios {low:g} to {high:g}.",
+        *(f"> **{warning}**" for warning in _warnings(facts, results)),
+        "## Accuracy over ratios",
+        *_accuracy(results),
+        "## Share of kept entries by layer and modality",
+        "In % of the layer's entries of that modality, merged entries included, on validation clips.",
+        _kept_table(kept),
+        f"![kept share of each layer's video and audio entries]({plots[0]})",
+        "## How the learned budgets moved",
+        "Times the training-free preset's budget, by optimiser step; the numbers are in `budgets.csv`.",
+        f"![learned budgets over steps]({plots[1]})",
+        "## Gates",
+        f"Temperature {facts.temperature_start:g} at the start, {facts.temperature:.4g} at the end, in standard "
+        "deviations of the score. The export selects hard, which is temperature 0.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_budget_history(
+    path: str | Path,
+    steps: Sequence[int],
+    temperatures: Sequence[float],
+    ratios: Sequence[float],
+    shares: Sequence[Tensor],
+) -> None:
+    """Write a CSV with a line for each step, ratio, layer and modality.
+
+    Args:
+        shares: of each step, [ratios, layers, 2] times the preset's budget.
+    """
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("step", "temperature", "ratio", "layer", "modality", "share"))
+        for step, temperature, share in zip(steps, temperatures, shares, strict=True):
+            for place, ratio in enumerate(ratios):
+                for layer, values in enumerate(share[place].tolist()):
+                    for modality, value in zip(MODALITIES, values, strict=True):
+                        writer.writerow((step, f"{temperature:.6g}", f"{ratio:g}", layer, modality, f"{value:.6g}"))
+
+
+def _warnings(facts: RunFacts, results: Results | None) -> list[str]:
+    warnings = []
+    if results is not None and (warning := control_warning(results)) is not None:
+        warnings.append(warning)
+    if facts.temperature > 1.01 * facts.temperature_end:
+        warnings.append(
+            f"warning: training ended before the gates were hard (temperature {facts.temperature:.3g}, planned "
+            f"{facts.temperature_end:g}); what was trained is not quite what is shipped"
+        )
+    return warnings
+
+
+def _accuracy(results: Results | None) -> list[str]:
+    if results is None:
+        return ["Not measured: the closing evaluation was switched off (`evaluation.clips: 0`)."]
+    head = f"`{results.benchmark}`, {results.rows[0].n} questions. In brackets 95 % intervals over clips."
+    lines = ["| policy | ratio | accuracy | of full | kept entries |", "|---|---|---|---|---|"]
+    for row in results.rows:
+        name = {CONTROL: "every entry evicted (control)", FULL: "full cache"}.get(row.policy, row.policy)
+        low, high = row.ci95
+        relative = "-" if row.relative is None else f"{row.relative:.1%}"
+        accuracy = f"{row.accuracy:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+        entries = f"{row.kept_entries:.1f} / {row.full_entries:.0f}"
+        lines.append(f"| {name} | {row.ratio:g} | {accuracy} | {relative} | {entries} |")
+    return [head, "\n".join(lines)]
+
+
+def _kept_table(kept: KeptShares) -> str:
+    columns = [(ratio, place) for ratio in kept.entries for place in range(len(MODALITIES))]
+    lines = [
+        "| layer | " + " | ".join(f"{MODALITIES[place]} at {ratio:g}" for ratio, place in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    full = kept.full.clamp_min(1e-9)
+    for layer in range(len(next(iter(kept.entries.values())))):
+        shares = [100 * float(kept.entries[ratio][layer, place] / full[place]) for ratio, place in columns]
+        lines.append(f"| {layer} | " + " | ".join(f"{share:.1f}" for share in shares) + " |")
+    return "\n".join(lines)

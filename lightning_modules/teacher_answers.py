@@ -1,0 +1,179 @@
+"""Answers of the frozen model to generic prompts, for clips that come without questions."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from acckv import CompressionConfig, KVCompressor
+from acckv.adapters import load_model
+from acckv.data.encoding import encode, question_suffix
+from acckv.data.media import Media, read_media
+from acckv.data.records import Record
+from acckv.errors import InputError
+from acckv.ragged import left_padded
+from acckv.report.files import whole_file
+
+FORMAT = 1
+FILE = "answers.json"
+PROMPTS = (
+    "Describe what is seen and heard in this clip, in order.",
+    "What happens first, and what happens after it?",
+    "Which objects and people are visible, and what do they look like?",
+    "Which sounds are heard, when, and what makes them?",
+    "What is seen while the loudest sound is heard?",
+    "Summarise the clip in one sentence.",
+)
+"""Asked of every clip unless other prompts are given."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """What answers depend on besides the clip.
+
+    Attributes:
+        model: 'tiny', a folder or a hub id; dtype: that it runs in.
+        prompts: asked of every clip, each in a conversation of its own.
+        max_new_tokens: longest answer.
+    """
+
+    model: str
+    dtype: str
+    prompts: tuple[str, ...]
+    max_new_tokens: int
+
+
+class AnswerFile:
+    """Answers by clip in one JSON file, replaced as a whole, so that a run that was cut off goes on where it was.
+
+    A clip that has changed since (size or time of the last change), and all clips under other settings, are answered
+    anew.
+
+    Raises:
+        InputError: the file is there and holds something else.
+    """
+
+    def __init__(self, path: Path, settings: AnswerSettings) -> None:
+        self.path, self.settings = path, settings
+        self.clips: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            self._read()
+
+    def missing(self, videos: Sequence[Path]) -> list[Path]:
+        """Those that have no answers yet."""
+        return [video for video in videos if not self._has(video)]
+
+    def add(self, video: Path, sound: bool, answers: list[str]) -> None:
+        self.clips[str(video)] = {**_stamp(video), "sound": sound, "answers": answers}
+
+    def save(self) -> None:
+        values = {"format": FORMAT, "settings": self._settings(), "clips": self.clips}
+        with whole_file(self.path) as temporary:
+            temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def records(self, videos: Sequence[Path]) -> list[Record]:
+        """A question and answer for every clip and prompt.
+
+        Raises:
+            InputError: a clip has no answers.
+        """
+        records = []
+        for video in videos:
+            if not self._has(video):
+                raise InputError("was added or changed since its answers were made; start anew", source=video)
+            for number, (prompt, answer) in enumerate(
+                zip(self.settings.prompts, self.clips[str(video)]["answers"], strict=True)
+            ):
+                groups = (f"prompt {number + 1}",)
+                records.append(Record(f"{video}#{number}", video, None, prompt, None, answer, groups, "description"))
+        return records
+
+    def sounds(self, videos: Sequence[Path]) -> list[bool]:
+        """Whether each clip has a sound track."""
+        return [bool(self.clips[str(video)]["sound"]) for video in videos]
+
+    def _has(self, video: Path) -> bool:
+        found = self.clips.get(str(video), {})
+        return {name: found.get(name) for name in ("size", "changed")} == _stamp(video)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**asdict(self.settings), "prompts": list(self.settings.prompts)}
+
+    def _read(self) -> None:
+        try:
+            values = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"holds no answers ({error}); remove it", source=self.path) from error
+        if not isinstance(values, dict) or values.get("format") != FORMAT or not isinstance(values.get("clips"), dict):
+            raise InputError("holds no answers of this version; remove it", source=self.path)
+        if values.get("settings") == self._settings():
+            self.clips = values["clips"]
+
+
+def answer_clips(file: AnswerFile, videos: Sequence[Path], batch_size: int, device: torch.device | str) -> None:
+    """Let the frozen model answer every prompt about every clip that has no answers yet, greedily, with its full cache.
+
+    The file is saved after each batch.
+
+    Raises:
+        InputError: a video cannot be read; it names the file.
+    """
+    waiting = file.missing(videos)
+    if not waiting:
+        return
+    settings = file.settings
+    model, processor = load_model(settings.model, settings.dtype, str(device))
+    _warn_of_unknown_words(processor, settings.prompts)
+    batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
+    with KVCompressor(CompressionConfig(policy="full"))(model) as session:
+        for batch in track(batches, description=f"answering about {len(waiting)} clips", transient=True):
+            media = [read_media(video) for video in batch]
+            for sound in (True, False):
+                chosen = [clip for clip in media if (clip.audio is not None) == sound]
+                if chosen:
+                    for clip, answers in zip(chosen, _answers(session, processor, chosen, settings), strict=True):
+                        file.add(clip.path, sound, answers)
+            file.save()
+
+
+def _answers(session: Any, processor: Any, clips: list[Media], settings: AnswerSettings) -> list[list[str]]:
+    """By clip and prompt."""
+    device = session.model.device
+    inputs = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in encode(processor, clips).items()
+    }
+    tokenizer = processor.tokenizer
+    ids, mask = left_padded([question_suffix(processor, prompt) for prompt in settings.prompts], tokenizer.pad_token_id)
+    new = session.answer(
+        session.compress(**inputs),
+        ids.repeat(len(clips), 1).to(device),
+        mask.repeat(len(clips), 1).to(device),
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    texts = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    count = len(settings.prompts)
+    return [texts[start : start + count] for start in range(0, len(texts), count)]
+
+
+def _warn_of_unknown_words(processor: Any, prompts: Sequence[str]) -> None:
+    unknown = processor.tokenizer.unk_token_id
+    for prompt in prompts:
+        if unknown is not None and unknown in question_suffix(processor, prompt):
+            _log.warning("data.prompts: the model's vocabulary lacks words of %r", prompt)
+
+
+def _stamp(video: Path) -> dict[str, int]:
+    status = video.stat()
+    return {"size": status.st_size, "changed": status.st_mtime_ns}
