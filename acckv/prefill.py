@@ -54,7 +54,9 @@ class Prefill:
             InputError: the decoder has layers that are not compressed (sliding windows).
         """
         if len(self._layers) < len(self.cache.layers):
-            raise InputError("with sliding-window layers cannot be kept by row", field="prefill")
+            raise InputError(
+                "has sliding-window layers, so that it cannot be kept by row; keep its embeddings", field="prefill"
+            )
         parts = []
         for row, embedded in enumerate(self.embedded.rows()):
             one, length = slice(row, row + 1), embedded.embeds.shape[1]

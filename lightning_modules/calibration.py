@@ -38,6 +38,7 @@ class CalibrationModule(LightningModule):
         preset: training-free method that the weights start from and are residuals of: 'context' or 'paper'.
         ratio_min: least kept share drawn at a step.
         ratio_max: largest kept share drawn at a step.
+        full_share: share of the steps in which the student reads the full cache, so that LoRA costs nothing there.
         temperature_start: of the gates, in standard deviations of the score.
         temperature_end: of the gates at the end; small, so that what is trained is what is shipped.
         anneal: share of the training in which the temperature falls; it then stays at its end.
@@ -66,6 +67,7 @@ class CalibrationModule(LightningModule):
         preset: str = "context",
         ratio_min: float = 0.02,
         ratio_max: float = 0.5,
+        full_share: float = 0.1,
         temperature_start: float = 0.5,
         temperature_end: float = 0.005,
         anneal: float = 0.6,
@@ -91,6 +93,8 @@ class CalibrationModule(LightningModule):
                 raise InputError(f"{value} is not above 0 and at most 1", field=f"model.{name}")
         if ratio_min > ratio_max:
             raise InputError(f"{ratio_min} is more than ratio_max, {ratio_max}", field="model.ratio_min")
+        if not 0 <= full_share < 1:
+            raise InputError(f"{full_share} is not at least 0 and below 1", field="model.full_share")
         if not 0 < temperature_end <= temperature_start:
             raise InputError("needs 0 < temperature_end <= temperature_start", field="model.temperature_end")
         if not 0 < anneal <= 1:
@@ -166,18 +170,19 @@ class CalibrationModule(LightningModule):
         return start * (end / start) ** min(self.progress() / self.options.anneal, 1.0)
 
     def draw_ratio(self, number: int) -> float:
-        """The ratio of a batch: log-uniform between the bounds, a pure function of the batch's number."""
+        """The ratio of a batch: 1, or log-uniform between the bounds; a pure function of the batch's number."""
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
         low, high = math.log(self.options.ratio_min), math.log(self.options.ratio_max)
-        return math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
+        ratio, kind = torch.rand(2, generator=generator).tolist()
+        return 1.0 if kind < self.options.full_share else math.exp(low + (high - low) * ratio)
 
     def training_step(self, batch: CalibrationBatch, batch_idx: int) -> Tensor:
         ratio, temperature = self.draw_ratio(batch.number), self.temperature()
         kl, plans = self.distill(batch, ratio, temperature)
-        kept = sum(plan.log_gates.detach().exp().sum() / plan.log_gates[..., 0].numel() for plan in plans) / len(plans)
-        entries = float(plans[0].log_gates.shape[-1])
-        self.log_dict({"train/ratio": ratio, "train/temperature": temperature, "train/kept": kept / entries})
-        self.log("kept", kept / entries, prog_bar=True, logger=False)
+        kept = [float(plan.log_gates.detach().exp().mean()) for plan in plans or []] or [1.0]
+        share = sum(kept) / len(kept)
+        self.log_dict({"train/ratio": ratio, "train/temperature": temperature, "train/kept": share})
+        self.log("kept", share, prog_bar=True, logger=False)
         # Weights that nothing reads (of a modality that is not there, of a step that the preset leaves out) get zeros
         # as gradients: DDP waits for one from each.
         unread = cast(Tensor, sum(0.0 * weight.sum() for weight in self.compressor.parameters()))
@@ -194,24 +199,27 @@ class CalibrationModule(LightningModule):
 
     def distill(
         self, batch: CalibrationBatch, ratio: float, temperature: float | None
-    ) -> tuple[Tensor, list[LayerPlan]]:
-        """KL(teacher || student) over the answer tokens of a batch, in nats a token.
+    ) -> tuple[Tensor, list[LayerPlan] | None]:
+        """KL(teacher || student) over the answer tokens of a batch, in nats a token, and the student's plans.
 
         Args:
+            ratio: kept share; at 1 the student reads the full cache, as a session does, and there is no plan.
             temperature: None for the hard selection.
         """
         session, turns = self.live, batch.turns
         scope_all = self.options.lora_scope == "all" and session.attached is not None
         training = torch.is_grad_enabled()
         with lora.disabled(session.adapter):
-            prefill = session.prefill(batch.embedded, self.compressor.policy.rows, **batch.inputs)
+            prefill = batch.prefill
+            if prefill is None:
+                prefill = session.prefill(batch.embedded, self.compressor.policy.rows, **batch.inputs)
             if batch.keep is not None:
-                batch.keep(prefill.embedded.rows())
+                batch.keep(prefill)
             with torch.no_grad():
                 teacher = self._logits(prefill, None, turns)
         if scope_all:
             prefill = session.prefill(prefill.embedded, self.compressor.policy.rows, gradients=training)
-        plans = session.plan(prefill, ratio, temperature)
+        plans = None if self.compressor.keeps_all(ratio) else session.plan(prefill, ratio, temperature)
         student = self._logits(prefill, plans, turns)
         counted = turns.weight > 0
         weight = turns.weight[counted]

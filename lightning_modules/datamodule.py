@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +24,12 @@ from acckv.data.music_avqa import load_music_avqa
 from acckv.data.records import Record
 from acckv.data.video_folder import hold_out, list_videos
 from acckv.errors import InputError
+from acckv.prefill import Prefill
 from acckv.ragged import DecoderInputs
 from lightning_modules.teacher_answers import FILE as ANSWERS_FILE
 from lightning_modules.teacher_answers import PROMPTS, AnswerFile, AnswerSettings, answer_clips
+
+Keep = Literal["nothing", "embeddings", "prefill"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class CalibrationBatch:
     Attributes:
         inputs: for the model, up to where the cache is compressed; empty where `embedded` is given.
         embedded: the same as it enters the decoder, from an earlier visit of the clips.
-        keep: takes each row's decoder inputs for later visits; None where nothing is kept.
+        prefill: the full-cache prefill of the base model, from an earlier visit.
+        keep: takes that prefill for later visits; None where nothing is kept.
         turns: what is answered afterwards.
         number: of the optimiser step in the whole training; every random draw of a step comes from it, so that
             batches that are accumulated share them.
@@ -45,7 +50,8 @@ class CalibrationBatch:
     turns: PackedTurns
     number: int
     embedded: DecoderInputs | None = None
-    keep: Callable[[list[DecoderInputs]], None] | None = None
+    prefill: Prefill | None = None
+    keep: Callable[[Prefill], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,19 +70,18 @@ class ClipDataset(Dataset[CalibrationItem]):
     Args:
         records: questions; those with the same video make one item.
         turns: questions drawn for each visit of a clip (one with `when: prompt`); 0 takes all.
-        keep_contexts: hold what the encoders made of a clip in memory after its first visit.
+        keep: what is held in memory of a clip after its first visit; nothing with `when: prompt`.
     """
 
-    def __init__(
-        self, records: list[Record], processor: Any, when: When, turns: int, seed: int, keep_contexts: bool
-    ) -> None:
+    def __init__(self, records: list[Record], processor: Any, when: When, turns: int, seed: int, keep: Keep) -> None:
         self.clips: dict[Path, list[Record]] = {}
         for record in records:
             self.clips.setdefault(record.video, []).append(record)
         self.paths = list(self.clips)
         self.processor, self.when, self.turns, self.seed = processor, when, turns, seed
-        self.keeps = keep_contexts and when == "context"
-        self.kept: dict[Path, DecoderInputs] = {}
+        self.keep: Keep = keep if when == "context" else "nothing"
+        self.embedded: dict[Path, DecoderInputs] = {}
+        self.prefills: dict[Path, Prefill] = {}
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -104,16 +109,21 @@ class ClipDataset(Dataset[CalibrationItem]):
     def collate(self, items: list[CalibrationItem]) -> CalibrationBatch:
         turns, number = pack_turns([item.turns for item in items]), items[0].number
         paths = [item.path for item in items]
-        if all(path in self.kept for path in paths):
-            embedded = DecoderInputs.stack([self.kept[path] for path in paths])
+        if all(path in self.prefills for path in paths):
+            return CalibrationBatch({}, turns, number, prefill=Prefill.stack([self.prefills[path] for path in paths]))
+        if all(path in self.embedded for path in paths):
+            embedded = DecoderInputs.stack([self.embedded[path] for path in paths])
             return CalibrationBatch({}, turns, number, embedded)
         questions = [item.question for item in items if item.question is not None]
         inputs = encode(self.processor, [read_media(path) for path in paths], questions or None)
+        keep = None if self.keep == "nothing" else partial(self._keep, paths)
+        return CalibrationBatch(inputs, turns, number, keep=keep)
 
-        def keep(rows: list[DecoderInputs]) -> None:
-            self.kept.update(zip(paths, rows, strict=True))
-
-        return CalibrationBatch(inputs, turns, number, None, keep if self.keeps else None)
+    def _keep(self, paths: list[Path], prefill: Prefill) -> None:
+        if self.keep == "prefill":
+            self.prefills.update(zip(paths, prefill.rows(), strict=True))
+        else:
+            self.embedded.update(zip(paths, prefill.embedded.rows(), strict=True))
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -190,8 +200,9 @@ class AVDataModule(LightningDataModule):
         dtype: of the model that answers them; linked to the model's.
         batch_size: clips a step and process.
         turns: questions about each clip in a step; 0 takes all.
-        keep_contexts: hold each clip's encoded media in memory after its first visit: it is not decoded and encoded
-            again, at hidden size x tokens x 4 bytes a clip.
+        keep: what is held in memory of a clip after its first visit. 'embeddings': it is not decoded and encoded again
+            (hidden size x tokens numbers a clip). 'prefill': the base model's prefill is not run again either (its
+            keys and values too), so that a step costs its questions and answers alone.
         seed: of the clips and of the order.
     """
 
@@ -214,7 +225,7 @@ class AVDataModule(LightningDataModule):
         dtype: str = "float32",
         batch_size: int = 8,
         turns: int = 0,
-        keep_contexts: bool = True,
+        keep: Keep = "embeddings",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -262,7 +273,7 @@ class AVDataModule(LightningDataModule):
         processor = AutoProcessor.from_pretrained(name)
         for split in ("train", "validation"):
             self.datasets[split] = ClipDataset(
-                self.records(split), processor, options.when, options.turns, options.seed, options.keep_contexts
+                self.records(split), processor, options.when, options.turns, options.seed, options.keep
             )
 
     def records(self, split: str) -> list[Record]:

@@ -146,22 +146,37 @@ def test_the_teacher_is_the_base_model(cache: Path) -> None:
     assert (student_after - student).abs().max() > 1e-2 and float(kl) > 1e-3
 
 
-def test_a_second_visit_starts_from_kept_embeddings(cache: Path) -> None:
-    """Rows kept apart and stacked again, with padding between them, give the prefill of the first visit."""
+@pytest.mark.parametrize("keep", ["embeddings", "prefill"])
+def test_a_second_visit_starts_from_what_was_kept(cache: Path, keep: Any) -> None:
+    """Rows kept apart and stacked again in another order, give the loss of the first visit."""
+    module = CalibrationModule(lora_rank=0)
+    module.configure_model()
+    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache), keep=keep)
+    data.setup()
+    dataset = data.datasets["validation"]
+    items = [dataset[(index, 0)] for index in range(2)]
+    first = dataset.collate(items)
+    assert first.embedded is None and first.prefill is None and first.inputs
+    with torch.no_grad():
+        kl, _ = module.distill(first, 0.1, None)
+        second = dataset.collate(items[::-1])
+        assert not second.inputs
+        assert (second.embedded is None) == (keep == "prefill") == (second.prefill is not None)
+        again, _ = module.distill(second, 0.1, None)
+    module.teardown("fit")
+    assert float(kl) == pytest.approx(float(again), abs=1e-6)
+
+
+def test_rows_of_embeddings_are_stacked_with_padding(cache: Path) -> None:
+    """A shorter row beside a longer one gives the prefill of the row alone."""
     module = CalibrationModule(lora_rank=0)
     module.configure_model()
     data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
     data.setup()
     dataset = data.datasets["validation"]
-    items = [dataset[(index, 0)] for index in range(2)]
-    first = dataset.collate(items)
-    assert first.embedded is None and first.inputs
+    batch = dataset.collate([dataset[(index, 0)] for index in range(2)])
     with torch.no_grad():
-        kl, _ = module.distill(first, 0.1, None)
-        second = dataset.collate(items)
-        assert second.embedded is not None and not second.inputs
-        again, _ = module.distill(second, 0.1, None)
-        rows = second.embedded.rows()
+        rows = module.live.prefill(**batch.inputs).embedded.rows()
         shorter = DecoderInputs(
             rows[1].embeds[:, 5:], rows[1].position_ids[..., 5:], ModalityMap(rows[1].labels.labels[:, 5:])
         )
@@ -169,7 +184,6 @@ def test_a_second_visit_starts_from_kept_embeddings(cache: Path) -> None:
         prefill = module.live.prefill(ragged)
         alone = module.live.prefill(shorter)
     module.teardown("fit")
-    assert float(kl) == pytest.approx(float(again), abs=1e-6)
     assert torch.allclose(prefill.cache.layers[-1].keys[1:, :, 5:], alone.cache.layers[-1].keys, atol=1e-4)
 
 
@@ -224,8 +238,8 @@ def test_options_are_checked() -> None:
         CalibrationModule(ratio_min=0.5, ratio_max=0.1)
     with pytest.raises(InputError, match=r"data\.train_questions: is needed"):
         AVDataModule(source="music_avqa")
-    with pytest.raises(InputError, match=r"lora_targets: 'gate_proj' is not one of"):
-        CalibrationModule(lora_targets=("gate_proj",)).configure_model()
+    with pytest.raises(InputError, match=r"lora_targets: 'qkv' is not one of q_proj, .*, down_proj"):
+        CalibrationModule(lora_targets=("qkv",)).configure_model()
 
 
 @pytest.mark.slow
