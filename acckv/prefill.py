@@ -47,6 +47,28 @@ class Prefill:
     logits: Tensor | None
     repetition: list[Tensor] = field(default_factory=list)
 
+    def to(self, device: torch.device) -> Prefill:
+        """The same on a device (layers that are compressed, as of :meth:`rows`)."""
+        if self.next_position.device == device:
+            return self
+
+        def moved(observations: list[Observation]) -> list[Observation]:
+            names = ("queries", "row_positions", "row_valid", "real")
+            return [replace(seen, **{name: getattr(seen, name).to(device) for name in names}) for seen in observations]
+
+        embedded, next_position = self.embedded.to(device), self.next_position.to(device)
+        held = [(layer.keys.to(device), layer.values.to(device)) for layer in self._layers]
+        return replace(
+            self,
+            cache=_full_cache(held, embedded.labels, next_position),
+            labels=embedded.labels,
+            observations=moved(self.observations),
+            probes=None if self.probes is None else moved(self.probes),
+            next_position=next_position,
+            embedded=embedded,
+            repetition=[peak.to(device) for peak in self.repetition],
+        )._share_entries()
+
     def rows(self) -> list[Prefill]:
         """Each row by itself, without its padding, in memory of its own: what a data set keeps of a clip.
 

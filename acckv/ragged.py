@@ -37,6 +37,12 @@ class DecoderInputs:
         """int64 ``[batch, 1]``: where text after these tokens goes on."""
         return next_position(self.position_ids)
 
+    def to(self, device: torch.device) -> DecoderInputs:
+        """The same on a device."""
+        others = {name: tensor.to(device) for name, tensor in self.others.items()}
+        labels = ModalityMap(self.labels.labels.to(device))
+        return DecoderInputs(self.embeds.to(device), self.position_ids.to(device), labels, others)
+
     def rows(self) -> list[DecoderInputs]:
         """Each row by itself, without its padding, in memory of its own."""
         parts = []

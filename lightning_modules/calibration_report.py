@@ -114,8 +114,7 @@ class CalibrationReport(Callback):
         """What the export keeps of the first validation batch."""
         batch = first_batch(trainer, module)
         with KVCompressor.from_pretrained(folder)(module.model, module.processor) as session:
-            rows = session.compressor.policy.rows
-            prefill = session.prefill(batch.embedded, rows, **batch.inputs)
+            prefill = batch.prefilled(session, session.compressor.policy.rows)
             caches = {ratio: session.compress(prefill, ratio) for ratio in sorted(self.ratios, reverse=True)}
         entries = {ratio: cache.kept_entries().double().cpu() for ratio, cache in caches.items()}
         return KeptShares(entries, next(iter(caches.values())).full_entries().double().cpu())

@@ -71,7 +71,7 @@ class ExportCompressor(Callback):
         for row, length in enumerate(lengths.tolist()):
             ids[row, width - length :] = turns.ids[row, :length]
             mask[row, width - length :] = 1
-        prefill = session.prefill(batch.embedded, session.compressor.policy.rows, **batch.inputs)
+        prefill = batch.prefilled(session, session.compressor.policy.rows)
         return session.answer(session.compress(prefill), ids, mask, **inputs)
 
 

@@ -24,11 +24,14 @@ from acckv.data.music_avqa import load_music_avqa
 from acckv.data.records import Record
 from acckv.data.video_folder import hold_out, list_videos
 from acckv.errors import InputError
+from acckv.policies.base import Rows
 from acckv.prefill import Prefill
 from acckv.ragged import DecoderInputs
+from acckv.session import Session
 from lightning_modules.teacher_answers import FILE as ANSWERS_FILE
 from lightning_modules.teacher_answers import PROMPTS, AnswerFile, AnswerSettings, answer_clips
 
+HOST = torch.device("cpu")
 Keep = Literal["nothing", "embeddings", "prefill"]
 
 
@@ -52,6 +55,12 @@ class CalibrationBatch:
     embedded: DecoderInputs | None = None
     prefill: Prefill | None = None
     keep: Callable[[Prefill], None] | None = None
+
+    def prefilled(self, session: Session, rows: Rows) -> Prefill:
+        """A prefill of the contexts in a session: the one of an earlier visit, where it is the session's own."""
+        if self.prefill is None:
+            return session.prefill(self.embedded, rows, **self.inputs)
+        return session.prefill(self.prefill.embedded, rows) if session.adapts_prompt else self.prefill
 
 
 @dataclass(frozen=True)
@@ -121,9 +130,9 @@ class ClipDataset(Dataset[CalibrationItem]):
 
     def _keep(self, paths: list[Path], prefill: Prefill) -> None:
         if self.keep == "prefill":
-            self.prefills.update(zip(paths, prefill.rows(), strict=True))
+            self.prefills.update(zip(paths, [row.to(HOST) for row in prefill.rows()], strict=True))
         else:
-            self.embedded.update(zip(paths, prefill.embedded.rows(), strict=True))
+            self.embedded.update(zip(paths, [row.to(HOST) for row in prefill.embedded.rows()], strict=True))
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -362,4 +371,6 @@ class AVDataModule(LightningDataModule):
         inputs = {
             name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.inputs.items()
         }
-        return replace(batch, inputs=inputs, turns=batch.turns.to(device))
+        embedded = None if batch.embedded is None else batch.embedded.to(device)
+        prefill = None if batch.prefill is None else batch.prefill.to(device)
+        return replace(batch, inputs=inputs, turns=batch.turns.to(device), embedded=embedded, prefill=prefill)
