@@ -19,7 +19,7 @@ from acckv.errors import InputError
 from acckv.lora import LoraWeights
 from acckv.weights import CalibratedWeights
 
-FORMAT = 1
+FORMAT = 2
 CONFIG, WEIGHTS, ADAPTER, CARD = "config.json", "model.safetensors", "adapter", "README.md"
 _REQUIRED = ("format", "compression", "base", "lora_scope", "has_weights", "has_lora")
 _BASE = ("name", "layers", "query_heads", "kv_heads", "head_size")

@@ -98,6 +98,12 @@ class CompressionConfig:
     probe_queries: int = field(
         default=4, metadata={"help": "Learned probe queries a query head (calibrated compressors only); 0 to 16."}
     )
+    neighbours: int = field(
+        default=8,
+        metadata={
+            "help": "Entries on either side that a learned score competes with (calibrated compressors only); 0 to 64."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the random policy."})
 
     def __post_init__(self) -> None:
@@ -112,6 +118,7 @@ class CompressionConfig:
             ("coverage", 0.0, 1.0),
             ("layer_floor", 0.0, 1.0),
             ("probe_queries", 0, 16),
+            ("neighbours", 0, 64),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
@@ -122,6 +129,7 @@ class CompressionConfig:
             ("sinks", 0),
             ("dense_layers", 1),
             ("horizon", 1),
+            ("neighbours", 0),
             ("seed", 0),
         ):
             value = getattr(self, name)

@@ -154,3 +154,35 @@ def standardise(score: Tensor, members: Tensor, widest: float = torch.inf, eps: 
         deviation = (centred.square().sum(-1, keepdim=True) / count + eps**2).sqrt()
         result = result + centred / (deviation + eps).clamp(max=widest)
     return result
+
+
+def redundancy(score: Tensor, values: Tensor, members: Tensor, width: int, softness: float = 0.2) -> Tensor:
+    """How much of each entry its neighbours hold already: what makes the second best of one event worth little.
+
+    An entry counts every neighbour of its modality that scores higher, by how similar their values are (cosine, after
+    the mean of the modality is taken off, and not below 0). "Higher" is soft, so that scores get gradients.
+
+    Args:
+        score: ``[B, K or 1, N]`` in standard deviations; values: ``[B, K, N, D]``, of all heads together where the
+            heads share a score; members: bool ``[B, 2, N]``.
+        width: neighbours on either side, in entries. Memory is tokens x size, one neighbour at a time.
+        softness: of "higher".
+
+    Returns:
+        ``[B, K or 1, N]``, 0 to twice `width`.
+    """
+    if score.shape[1] < values.shape[1]:
+        values = values.transpose(1, 2).flatten(2)[:, None]
+    features = torch.zeros_like(values, dtype=torch.float32)
+    for modality in range(members.shape[1]):
+        mask = members[:, modality, None, :, None]
+        mean = (values * mask).sum(2, keepdim=True) / mask.sum(2, keepdim=True).clamp_min(1)
+        features = features + (values - mean) * mask
+    features = F.normalize(features, dim=-1)
+    total = torch.zeros_like(score)
+    for step in range(1, min(width, score.shape[-1] - 1) + 1):
+        together = (members[..., :-step] & members[..., step:]).any(dim=1)[:, None]
+        similar = (features[:, :, :-step] * features[:, :, step:]).sum(-1).clamp_min(0) * together
+        earlier_wins = torch.sigmoid((score[..., :-step] - score[..., step:]) / softness)
+        total = total + F.pad(similar * earlier_wins, (step, 0)) + F.pad(similar * (1 - earlier_wins), (0, step))
+    return total

@@ -11,6 +11,16 @@ from torch import Tensor, nn
 REFERENCE_RATIO = 0.1
 #: Order of the last axis of `signal_mix`.
 SIGNALS = ("attention", "key_diversity", "probe", "saliency")
+#: What can be learned, or left at the preset, together.
+WEIGHT_GROUPS = {
+    "budgets": ("layer_budget", "modality_budget"),
+    "gains": ("redistribution", "modality_gain"),
+    "probes": ("probe_queries", "signal_mix"),
+    "scorer": ("saliency", "saliency_bias"),
+    "redundancy": ("redundancy",),
+    "merging": ("merge_bias", "merge_gain"),
+    "alignment": ("alignment_weight", "alignment_threshold"),
+}
 
 
 class CalibratedWeights(nn.Module):
@@ -28,6 +38,7 @@ class CalibratedWeights(nn.Module):
         saliency: ``[L, 2, K, 2 * D]`` linear scorer on an entry's own (key, value), one for each modality.
         saliency_bias: ``[L, 2, K]``.
         signal_mix: ``[L, 4]`` added to the preset's mix of SIGNALS.
+        redundancy: ``[L, 2]`` by modality, what a score loses for what better neighbours hold already.
         merge_bias, merge_gain: ``[L, K, 2]`` log mass and relative value gain of merged entries.
         alignment_weight, alignment_threshold: ``[L]``.
     """
@@ -48,6 +59,7 @@ class CalibratedWeights(nn.Module):
         self.saliency = zeros(layers, 2, kv_heads, 2 * head_size)
         self.saliency_bias = zeros(layers, 2, kv_heads)
         self.signal_mix = zeros(layers, len(SIGNALS))
+        self.redundancy = zeros(layers, 2)
         self.merge_bias = zeros(layers, kv_heads, 2)
         self.merge_gain = zeros(layers, kv_heads, 2)
         self.alignment_weight = zeros(layers)

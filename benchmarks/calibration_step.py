@@ -29,8 +29,7 @@ from lightning_modules.datamodule import AVDataModule, CalibrationBatch
 
 def calibration_step(module: CalibrationModule, batch: CalibrationBatch) -> None:
     """One distillation step of scope 'after', soft selection, at ratio 0.1."""
-    loss, _ = module.distill(batch, 0.1, 0.2)
-    loss.backward()
+    module.distill(batch, 0.1, 0.2).loss.backward()
 
 
 def fine_tuning_step(module: CalibrationModule, batch: CalibrationBatch) -> None:

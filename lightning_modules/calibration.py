@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor
 
@@ -14,14 +14,30 @@ from acckv import lora
 from acckv.adapters import find_adapter, load_model
 from acckv.compressor import KVCompressor
 from acckv.config import CompressionConfig, LoraScope, When
+from acckv.data.batching import PackedTurns
 from acckv.errors import InputError
 from acckv.lora import LoraWeights, lora_config
 from acckv.pipeline import LayerPlan
 from acckv.session import Prefill, Session
 from acckv.simulation import enable_checkpointing
-from acckv.weights import CalibratedWeights
+from acckv.weights import WEIGHT_GROUPS, CalibratedWeights
 from lightning_modules.datamodule import CalibrationBatch
+from lightning_modules.losses import Divergence, Match, divergence, mismatch, outputs_of
 from lightning_modules.step_mean import StepMean
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What came of a batch.
+
+    Attributes:
+        kl: KL(teacher || student) over the answer tokens, in nats a token; loss: what is minimised.
+        plans: the student's, None where it read the full cache.
+    """
+
+    kl: Tensor
+    loss: Tensor
+    plans: list[LayerPlan] | None
 
 
 class CalibrationModule(LightningModule):
@@ -36,6 +52,13 @@ class CalibrationModule(LightningModule):
         base_model: 'tiny' (packaged), a folder or a hub id.
         when: compress after the media ('context') or after the whole prompt ('prompt').
         preset: training-free method that the weights start from and are residuals of: 'context' or 'paper'.
+        overrides: options of the preset that are to be others, such as ``{integration: true}``.
+        divergence: KL(teacher || student) is 'forward': the student covers all that the teacher may say. 'reverse': it
+            says nothing that the teacher would not.
+        match: what else is brought close to the teacher's in every layer: 'hidden' states, 'attention' outputs or None.
+        match_weight: of that term, a share of the teacher's mean square.
+        learn: groups of weights that are trained, of budgets, gains, probes, scorer, merging and alignment; the others
+            stay at the preset.
         ratio_min: least kept share drawn at a step.
         ratio_max: largest kept share drawn at a step.
         full_share: share of the steps in which the student reads the full cache, so that LoRA costs nothing there.
@@ -47,7 +70,7 @@ class CalibrationModule(LightningModule):
         lora_targets: linear layers of the decoder that LoRA adapts, by name.
         lora_scope: 'after' adapts tokens after compression only, 'all' the prompt too.
         lr_budget: peak learning rate of the layer and modality budgets.
-        lr_score: peak learning rate of the saliency scorer and the signal mix.
+        lr_score: peak learning rate of the saliency scorer, the signal mix and the redundancy.
         lr_lora: peak learning rate of LoRA.
         lr_other: peak learning rate of all other weights.
         warmup: steps of linear warm-up; a cosine to 5 % follows.
@@ -65,6 +88,11 @@ class CalibrationModule(LightningModule):
         base_model: str = "tiny",
         when: When = "context",
         preset: str = "context",
+        overrides: dict[str, Any] | None = None,
+        divergence: Divergence = "forward",
+        match: Match | None = None,
+        match_weight: float = 1.0,
+        learn: tuple[str, ...] = tuple(WEIGHT_GROUPS),
         ratio_min: float = 0.02,
         ratio_max: float = 0.5,
         full_share: float = 0.1,
@@ -93,6 +121,11 @@ class CalibrationModule(LightningModule):
                 raise InputError(f"{value} is not above 0 and at most 1", field=f"model.{name}")
         if ratio_min > ratio_max:
             raise InputError(f"{ratio_min} is more than ratio_max, {ratio_max}", field="model.ratio_min")
+        for name in learn:
+            if name not in WEIGHT_GROUPS:
+                raise InputError(f"{name!r} is not one of {', '.join(WEIGHT_GROUPS)}", field="model.learn")
+        if not learn and lora_rank <= 0:
+            raise InputError("is empty, and there is no LoRA either", field="model.learn")
         if not 0 <= full_share < 1:
             raise InputError(f"{full_share} is not at least 0 and below 1", field="model.full_share")
         if not 0 < temperature_end <= temperature_start:
@@ -101,9 +134,8 @@ class CalibrationModule(LightningModule):
             raise InputError(f"{anneal} is not above 0 and at most 1", field="model.anneal")
         self.save_hyperparameters()
         self.strict_loading = False  # a checkpoint holds what was trained, not the frozen model
-        self.compression = CompressionConfig.preset(
-            preset, when=when, layer_floor=layer_floor, probe_queries=probe_queries, ratio=0.1
-        )
+        options = {"when": when, "layer_floor": layer_floor, "probe_queries": probe_queries, "ratio": 0.1}
+        self.compression = CompressionConfig.preset(preset, **{**options, **(overrides or {})})
         self.session: Session | None = None
         self.step_mean = StepMean()
 
@@ -123,6 +155,9 @@ class CalibrationModule(LightningModule):
         weights = CalibratedWeights(
             sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], options.probe_queries
         )
+        learned = [name for group in options.learn for name in WEIGHT_GROUPS[group]]
+        for name, weight in weights.named_parameters():
+            weight.requires_grad_(name in learned)
         adapter_weights = None
         if options.lora_rank > 0:
             alpha = options.lora_alpha or 2.0 * options.lora_rank
@@ -178,36 +213,34 @@ class CalibrationModule(LightningModule):
 
     def training_step(self, batch: CalibrationBatch, batch_idx: int) -> Tensor:
         ratio, temperature = self.draw_ratio(batch.number), self.temperature()
-        kl, plans = self.distill(batch, ratio, temperature)
-        kept = [float(plan.log_gates.detach().exp().mean()) for plan in plans or []] or [1.0]
+        done = self.distill(batch, ratio, temperature)
+        kept = [float(plan.log_gates.detach().exp().mean()) for plan in done.plans or []] or [1.0]
         share = sum(kept) / len(kept)
         self.log_dict({"train/ratio": ratio, "train/temperature": temperature, "train/kept": share})
         self.log("kept", share, prog_bar=True, logger=False)
         # Weights that nothing reads (of a modality that is not there, of a step that the preset leaves out) get zeros
         # as gradients: DDP waits for one from each.
         unread = cast(Tensor, sum(0.0 * weight.sum() for weight in self.compressor.parameters()))
-        return self.step_mean.add(batch.turns.weight.sum(), kl, kl=kl) + unread
+        return self.step_mean.add(batch.turns.weight.sum(), done.loss, kl=done.kl) + unread
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.log_dict(self.step_mean.finish(self), prog_bar=True, on_step=True, on_epoch=False)
 
     def validation_step(self, batch: CalibrationBatch, batch_idx: int) -> None:
         for ratio in self.options.validation_ratios:
-            kl, _ = self.distill(batch, ratio, None)
+            kl = self.distill(batch, ratio, None).kl
             self.log(f"val/kl@{ratio:g}", kl, batch_size=len(batch.turns.ids), sync_dist=True)
             self.log("val/kl", kl, batch_size=len(batch.turns.ids), sync_dist=True, prog_bar=True)
 
-    def distill(
-        self, batch: CalibrationBatch, ratio: float, temperature: float | None
-    ) -> tuple[Tensor, list[LayerPlan] | None]:
-        """KL(teacher || student) over the answer tokens of a batch, in nats a token, and the student's plans.
+    def distill(self, batch: CalibrationBatch, ratio: float, temperature: float | None) -> Distillation:
+        """Let teacher and student answer a batch.
 
         Args:
             ratio: kept share; at 1 the student reads the full cache, as a session does, and there is no plan.
             temperature: None for the hard selection.
         """
-        session, turns = self.live, batch.turns
-        scope_all = self.options.lora_scope == "all" and session.attached is not None
+        session, turns, options = self.live, batch.turns, self.options
+        scope_all = options.lora_scope == "all" and session.attached is not None
         training = torch.is_grad_enabled()
         with lora.disabled(session.adapter):
             prefill = batch.prefill
@@ -215,19 +248,31 @@ class CalibrationModule(LightningModule):
                 prefill = session.prefill(batch.embedded, self.compressor.policy.rows, **batch.inputs)
             if batch.keep is not None:
                 batch.keep(prefill)
-            with torch.no_grad():
+            with torch.no_grad(), outputs_of(self._matched()) as expected:
                 teacher = self._logits(prefill, None, turns)
         if scope_all:
             prefill = session.prefill(prefill.embedded, self.compressor.policy.rows, gradients=training)
         plans = None if self.compressor.keeps_all(ratio) else session.plan(prefill, ratio, temperature)
-        student = self._logits(prefill, plans, turns)
+        with outputs_of(self._matched()) as found:
+            student = self._logits(prefill, plans, turns)
         counted = turns.weight > 0
         weight = turns.weight[counted]
-        expected, found = (logits[counted].float().log_softmax(-1) for logits in (teacher, student))
-        kl = F.kl_div(found, expected, log_target=True, reduction="none").sum(-1)
-        return (kl * weight).sum() / weight.sum(), plans
+        kl = divergence(teacher[counted], student[counted], weight)
+        loss = kl
+        if options.divergence == "reverse":
+            loss = divergence(teacher[counted], student[counted], weight, "reverse")
+        if options.match is not None:
+            loss = loss + options.match_weight * mismatch(expected, found, counted)
+        return Distillation(kl, loss, plans)
 
-    def _logits(self, prefill: Prefill, plans: list[LayerPlan] | None, turns: Any) -> Tensor:
+    def _matched(self) -> list[torch.nn.Module]:
+        """Modules whose outputs are matched."""
+        adapter = self.live.adapter
+        if self.options.match is None:
+            return []
+        return list(adapter.decoder.layers) if self.options.match == "hidden" else adapter.decoder_attention
+
+    def _logits(self, prefill: Prefill, plans: list[LayerPlan] | None, turns: PackedTurns) -> Tensor:
         session = self.live
         return session.simulate(
             prefill,
@@ -242,9 +287,12 @@ class CalibrationModule(LightningModule):
     def configure_optimizers(self) -> Any:
         options = self.options
         weights = cast(CalibratedWeights, self.compressor.weights)
-        rates = {"budget": options.lr_budget, "saliency": options.lr_score, "signal_mix": options.lr_score}
+        score_parts = ("saliency", "signal_mix", "redundancy")
+        rates = {"budget": options.lr_budget, **dict.fromkeys(score_parts, options.lr_score)}
         groups: dict[float, list[Any]] = {}
         for name, parameter in weights.named_parameters():
+            if not parameter.requires_grad:
+                continue
             rate = next((rate for part, rate in rates.items() if part in name), options.lr_other)
             groups.setdefault(rate, []).append(parameter)
         adapted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -212,7 +212,8 @@ class AVDataModule(LightningDataModule):
         keep: what is held in memory of a clip after its first visit. 'embeddings': it is not decoded and encoded again
             (hidden size x tokens numbers a clip). 'prefill': the base model's prefill is not run again either (its
             keys and values too), so that a step costs its questions and answers alone.
-        seed: of the clips and of the order.
+        seed: of the order, and of the questions drawn.
+        clips_seed: of the generated clips.
     """
 
     def __init__(
@@ -236,6 +237,7 @@ class AVDataModule(LightningDataModule):
         turns: int = 0,
         keep: Keep = "embeddings",
         seed: int = 0,
+        clips_seed: int = 0,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -277,6 +279,8 @@ class AVDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         from acckv.tiny import TINY_MODEL
 
+        if self.datasets:  # what was kept of the clips stays
+            return
         options = self.options
         name = TINY_MODEL if options.base_model == "tiny" else options.base_model
         processor = AutoProcessor.from_pretrained(name)
@@ -306,8 +310,14 @@ class AVDataModule(LightningDataModule):
         if options.source == "music_avqa":
             file = Path(options[f"{split}_questions"])
             return load_music_avqa(file, Path(options.video_root) if options.video_root else file.parent)
-        file = write_clips(options.cache_dir, split, options[f"{split}_clips"], seed=options.seed)
+        file = write_clips(options.cache_dir, split, options[f"{split}_clips"], seed=options.clips_seed)
         return load_music_avqa(file, video_folder(file))
+
+    def reorder(self, seed: int) -> None:
+        """Another order, and other draws of questions; what was kept of the clips stays."""
+        self.hparams["seed"] = seed
+        for dataset in self.datasets.values():
+            dataset.seed = seed
 
     @property
     def benchmark(self) -> str:
@@ -317,7 +327,7 @@ class AVDataModule(LightningDataModule):
             return f"the model's own answers about held-out clips of {Path(options.folder).name}"
         if options.source == "music_avqa":
             return Path(options.validation_questions).name
-        return f"generated-clips/validation ({options.validation_clips} clips, seed {options.seed})"
+        return f"generated-clips/validation ({options.validation_clips} clips, seed {options.clips_seed})"
 
     def videos(self, split: str) -> list[Path]:
         """The videos of "train" or "validation" (source 'folder')."""

@@ -10,7 +10,7 @@ from acckv.focusing import focus
 from acckv.modality import ModalityMap
 from acckv.pipeline import LayerScore
 from acckv.policies.base import Policy, Rows
-from acckv.scoring import Observation, heavy_hitter_score, key_diversity, standardise
+from acckv.scoring import Observation, heavy_hitter_score, key_diversity, redundancy, standardise
 from acckv.weights import SIGNALS, CalibratedWeights
 
 
@@ -52,7 +52,12 @@ class AccKV(Policy):
         # One selection for all heads sees all heads: a sum, so that the scorer is linear in the whole (key, value).
         saliency = saliency.sum(dim=1, keepdim=True) if self.config.share_heads else saliency
         # Never less than unit deviation: training would else meet the gates' temperature by scores that grow flat.
-        return LayerScore(standardise(score + (1 + mix[3]) * saliency, members, widest=1.0), shares)
+        score = standardise(score + (1 + mix[3]) * saliency, members, widest=1.0)
+        if self.config.neighbours:
+            held = redundancy(score, observation.values, members, self.config.neighbours)
+            loss = torch.einsum("m,bmn->bn", weights.redundancy[layer], members.to(score.dtype))[:, None] * held
+            score = standardise(score - loss, members, widest=1.0)
+        return LayerScore(score, shares)
 
     def _signals(self, layer: int, observation: Observation, labels: ModalityMap) -> dict[str, Tensor]:
         """Every score that the config or the learned mix reads, by name, each ``[B, K, N]``."""

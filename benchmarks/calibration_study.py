@@ -1,0 +1,339 @@
+"""What calibration buys: the table over seeds, and what each part of it is worth.
+
+    python -m benchmarks.calibration_study --output runs/study --only default
+    python -m benchmarks.calibration_study --output runs/study --only ablations --steps 400
+
+Every variant is `configs/calib.yaml` with a few options changed. It is trained, exported and evaluated on the same test
+clips, into a folder of its own; a variant whose evaluation is there already is not run again, so that a study can be
+stopped, and parts of it run side by side. Then `study.json`, a table and `study.png` are made of all that is there.
+Clips are encoded once for all variants of a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning import Trainer, seed_everything
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from acckv.metrics import PairedComparison
+from acckv.report.files import whole_file
+from acckv.report.results import CONTROL, FULL, PREDICTIONS_FILE, RESULTS_FILE
+from acckv.weights import WEIGHT_GROUPS
+from benchmarks.generalisation import paired, read_scores
+from lightning_modules.calibration import CalibrationModule
+from lightning_modules.callbacks import ExportCompressor
+from lightning_modules.datamodule import AVDataModule
+from lightning_modules.doors import quiet_libraries
+from lightning_modules.evaluation_data import EvaluationData
+from lightning_modules.evaluation_run import CALIBRATED, POLICIES, EvaluationOptions, run_evaluation
+
+FORMAT = 1
+CONFIG = Path("configs/calib.yaml")
+RATIOS = (0.5, 0.2, 0.1, 0.05, 0.02)
+FILE, PLOT, TIMES_FILE = "study.json", "study.png", "times.json"
+GROUPS = tuple(WEIGHT_GROUPS)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A calibration that differs from the default.
+
+    Attributes:
+        name: of its folder; label: in tables; options: of the module that are changed.
+    """
+
+    name: str
+    label: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _up_to(group: str, **options: Any) -> dict[str, Any]:
+    """Only the weights up to a group learn, and no LoRA."""
+    return {"learn": GROUPS[: GROUPS.index(group) + 1], "lora_rank": 0, **options}
+
+
+def _without(group: str) -> tuple[str, ...]:
+    return tuple(name for name in GROUPS if name != group)
+
+
+MERGING = {"overrides": {"integration": True}}
+STUDIES: dict[str, tuple[Variant, ...]] = {
+    "default": (Variant("default", "default"),),
+    "ablations": (
+        Variant("budgets", "budgets only", _up_to("budgets")),
+        Variant("gains", "+ gains", _up_to("gains")),
+        Variant("probes", "+ probes", _up_to("probes")),
+        Variant("scorer", "+ scorer", _up_to("scorer")),
+        Variant("merging", "+ merge weights (merging on)", _up_to("merging", **MERGING)),
+        Variant("alignment", "+ alignment (merging on)", _up_to("alignment", **MERGING)),
+        Variant("lora_merging", "+ LoRA (merging on)", MERGING),
+        Variant("lora", "all, merging off (the default)"),
+        Variant("no_budgets", "default without learned budgets (focusing)", {"learn": _without("budgets")}),
+        Variant("no_gains", "default without gains and redistribution", {"learn": _without("gains")}),
+        Variant("no_alignment", "default without cross-calibration", {"learn": _without("alignment")}),
+        Variant("no_scorer", "default without the scorer", {"learn": _without("scorer")}),
+    ),
+    "scopes": (
+        Variant("rank0", "weights only (rank 0)", {"lora_rank": 0}),
+        Variant("attention", "LoRA on attention alone", {"lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj")}),
+        Variant("all", "LoRA of scope 'all'", {"lora_scope": "all"}),
+    ),
+    "ratios": tuple(
+        Variant(f"at{ratio:g}", f"trained at {ratio:g} alone", {"ratio_min": ratio, "ratio_max": ratio})
+        for ratio in (0.2, 0.1, 0.05, 0.02)
+    ),
+    "losses": (
+        Variant("reverse", "reverse KL", {"divergence": "reverse"}),
+        Variant("hidden", "KL and hidden states", {"match": "hidden"}),
+        Variant("attention_output", "KL and attention outputs", {"match": "attention"}),
+    ),
+    "selection": (
+        Variant("by_head", "each KV head selects", {"overrides": {"share_heads": False}}),
+        Variant("soft", "gates end at 0.04", {"temperature_end": 0.04}),
+        Variant("no_probes", "no probe queries", {"learn": _without("probes"), "probe_queries": 0}),
+    ),
+}
+
+
+class Study:
+    """Trains and evaluates variants into one folder.
+
+    Args:
+        given: of the command line.
+    """
+
+    def __init__(self, given: argparse.Namespace, console: Console) -> None:
+        self.given, self.console = given, console
+        self.config: dict[str, Any] = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+        self.data = AVDataModule(**{**self.config["data"], "keep": "prefill", "cache_dir": given.cache_dir})
+
+    def run(self, variant: Variant, seed: int) -> None:
+        """Train, export and evaluate, unless it was done."""
+        folder = self.given.output / variant.name / f"seed{seed}"
+        if (folder / RESULTS_FILE).is_file():
+            return
+        self.console.print(f"{variant.label}, seed {seed}", highlight=False)
+        seed_everything(seed, verbose=False)
+        self.data.reorder(seed)
+        given = self.config["model"] | variant.options | {"seed": seed}
+        module = CalibrationModule(**given)
+        trainer = Trainer(
+            accelerator=self.config["trainer"]["accelerator"],
+            devices=1,
+            max_epochs=1,
+            max_steps=self.given.steps or self.config["trainer"]["max_steps"],
+            gradient_clip_val=self.config["trainer"]["gradient_clip_val"],
+            limit_val_batches=0,
+            default_root_dir=folder,
+            callbacks=[ExportCompressor()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        start = time.monotonic()
+        trainer.fit(module, self.data)
+        took = time.monotonic() - start
+        self.evaluate(folder, [CALIBRATED], [1.0, *RATIOS, 0.0], folder / "export")
+        with whole_file(folder / TIMES_FILE) as file:
+            file.write_text(json.dumps({"steps": trainer.global_step, "training_seconds": round(took)}) + "\n")
+
+    def evaluate(self, folder: Path, policies: Sequence[str], ratios: Sequence[float], compressor: Path) -> None:
+        """Evaluate on the test clips; the results come last, so that they mark the variant as done."""
+        given = self.given
+        run_evaluation(
+            EvaluationOptions(
+                compressor=str(compressor),
+                policies=list(policies),
+                ratios=list(ratios),
+                output=str(folder),
+                data=EvaluationData(clips=given.clips, seed=given.clips_seed, cache_dir=given.cache_dir),
+                update_card=False,
+            ),
+            console=Console(quiet=True),
+        )
+
+    def training_free(self) -> Path:
+        """Every training-free policy on the same questions."""
+        folder = self.given.output / "training_free"
+        if not (folder / RESULTS_FILE).is_file():
+            self.console.print("training-free policies")
+            names = [name for name in POLICIES if name not in (FULL, CALIBRATED)]
+            self.evaluate(folder, names, RATIOS, folder)
+        return folder
+
+
+@dataclass(frozen=True)
+class Line:
+    """A variant at a ratio, mean over its seeds; 95 % intervals over clips, whose scores are means over seeds.
+
+    Attributes:
+        seeds: accuracy of each; accuracy: their mean; relative: as a share of the full cache's.
+        best: the best training-free policy at this ratio; lead: over it, paired by clip. None at ratio 1 and 0.
+        training_seconds: mean over seeds.
+    """
+
+    variant: str
+    label: str
+    ratio: float
+    questions: int
+    steps: int
+    training_seconds: float
+    seeds: list[float]
+    accuracy: float
+    relative: float
+    relative_ci95: tuple[float, float]
+    best: str | None
+    lead: float | None
+    lead_ci95: tuple[float, float] | None
+
+
+Scores = dict[str, tuple[float, int]]
+
+
+def lines_of(output: Path, variant: Variant, rivals: dict[tuple[str, float], Scores]) -> list[Line]:
+    """Every ratio of a variant, over the seeds that are there."""
+    folders = sorted(path.parent for path in (output / variant.name).glob(f"seed*/{RESULTS_FILE}"))
+    if not folders:
+        return []
+    runs = [read_scores(folder / PREDICTIONS_FILE) for folder in folders]
+    times = [json.loads((folder / TIMES_FILE).read_text()) for folder in folders]
+    lines = []
+    for ratio in (1.0, *RATIOS, 0.0):
+        each = [run[CALIBRATED, ratio] for run in runs]
+        mean = {key: (sum(run[key][0] for run in each) / len(each), clip) for key, (_, clip) in each[0].items()}
+        share = _compared(mean, runs[0][FULL, 1.0])
+        names = [name for name, at in rivals if at == ratio and name not in (FULL, CONTROL)]
+        best = max(names, key=lambda name: _mean(rivals[name, ratio]), default=None)
+        lead = None if best is None else _compared(mean, rivals[best, ratio])
+        lines.append(
+            Line(
+                variant=variant.name,
+                label=variant.label,
+                ratio=ratio,
+                questions=len(mean),
+                steps=times[0]["steps"],
+                training_seconds=sum(took["training_seconds"] for took in times) / len(times),
+                seeds=[_mean(run) for run in each],
+                accuracy=_mean(mean),
+                relative=float(share.compute()["relative"]),
+                relative_ci95=tuple(share.relative_interval() or (0.0, 0.0)),  # type: ignore[arg-type]
+                best=best,
+                lead=None if lead is None else float(lead.compute()["difference"]),
+                lead_ci95=None if lead is None else tuple(lead.difference_interval()),  # type: ignore[arg-type]
+            )
+        )
+    return lines
+
+
+def _compared(ours: Scores, theirs: Scores) -> PairedComparison:
+    comparison = PairedComparison()
+    comparison.update(*paired(ours, theirs))
+    return comparison
+
+
+def _mean(scores: Scores) -> float:
+    return sum(score for score, _ in scores.values()) / len(scores)
+
+
+def table(lines: Sequence[Line]) -> Table:
+    """A row a variant: accuracy as a share of the full cache's, in %."""
+    made = Table(title="share of the full cache's accuracy in %, 95 % interval over clips", box=box.SIMPLE_HEAD)
+    for name in ("", "seeds", "steps", "minutes", *(f"{ratio:g}" for ratio in (1.0, *RATIOS, 0.0))):
+        made.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name in dict.fromkeys(line.variant for line in lines):
+        rows = [line for line in lines if line.variant == name]
+        first = rows[0]
+        cells = [
+            f"{100 * r.relative:.1f} ({100 * r.relative_ci95[0]:.1f}-{100 * r.relative_ci95[1]:.1f})" for r in rows
+        ]
+        made.add_row(first.label, str(len(first.seeds)), str(first.steps), f"{first.training_seconds / 60:.0f}", *cells)
+    return made
+
+
+def plot(path: Path, lines: Sequence[Line], rivals: dict[tuple[str, float], Scores]) -> None:
+    """Write a PNG: the default against the training-free policies over ratios, and the variants beside one another."""
+    variants = [name for name in dict.fromkeys(line.variant for line in lines) if name != "default"]
+    figure = Figure(figsize=(13, max(4.5, 1.2 + 0.3 * len(variants))), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 4))
+    policies = [name for name in dict.fromkeys(name for name, _ in rivals) if name not in (FULL, CONTROL)]
+    for name in policies:
+        left.plot(RATIOS, [100 * _mean(rivals[name, ratio]) for ratio in RATIOS], color="#bbbbbb", linewidth=1)
+    strongest = {ratio: max(policies, key=lambda name: _mean(rivals[name, ratio])) for ratio in RATIOS}
+    best = [100 * _mean(rivals[strongest[ratio], ratio]) for ratio in RATIOS]
+    left.plot(RATIOS, best, "s--", color="#0072B2", markersize=4, label="best training-free at each ratio")
+    shown = [line for line in lines if line.variant == "default" and line.ratio in RATIOS]
+    if shown:
+        for values in zip(*(line.seeds for line in shown), strict=True):
+            left.plot(RATIOS, [100 * value for value in values], color="#D55E00", linewidth=0.8, alpha=0.5)
+        left.plot(RATIOS, [100 * line.accuracy for line in shown], "o-", color="#D55E00", label=CALIBRATED)
+    left.set_xscale("log")
+    left.set_xticks(RATIOS, [f"{ratio:g}" for ratio in RATIOS])
+    left.minorticks_off()
+    left.set_xlabel("kept share of audio and video entries")
+    left.set_ylabel("accuracy in %")
+    left.legend(frameon=False, loc="lower right")
+    for ratio, colour in ((0.1, "#009E73"), (0.05, "#D55E00"), (0.02, "#CC79A7")):
+        rows = [line for line in lines if line.ratio == ratio and line.variant != "default"]
+        places = [variants.index(line.variant) for line in rows]
+        values = [100 * line.relative for line in rows]
+        spread = [[100 * abs(line.relative - line.relative_ci95[side]) for line in rows] for side in (0, 1)]
+        right.errorbar(values, places, xerr=spread, fmt="o", color=colour, markersize=4, label=f"ratio {ratio:g}")
+    right.set_yticks(range(len(variants)), [next(v.label for v in lines if v.variant == name) for name in variants])
+    right.invert_yaxis()
+    right.set_xlabel("share of the full cache's accuracy in %")
+    right.legend(frameon=False, loc="lower left")
+    for axes in (left, right):
+        axes.grid(color="#e5e5e5", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of all variants")
+    parser.add_argument(
+        "--only", default=",".join(STUDIES), help=f"of {', '.join(STUDIES)}, separated by commas; or none"
+    )
+    parser.add_argument("--seeds", default="0", help="seeds of each variant, separated by commas")
+    parser.add_argument("--steps", type=int, help="of training; the default config's, if not given")
+    parser.add_argument("--clips", type=int, default=96, help="test clips, 11 questions each")
+    parser.add_argument("--clips-seed", type=int, default=1, help="of the test clips")
+    parser.add_argument("--cache-dir", default=None, help="of the generated clips")
+    given = parser.parse_args(arguments)
+    quiet_libraries()
+    console = Console(width=170)
+    names = [name for name in given.only.split(",") if name and name != "none"]
+    for name in names:
+        if name not in STUDIES:
+            parser.error(f"--only: {name!r} is not one of {', '.join(STUDIES)}")
+    study = Study(given, console)
+    for seed in (int(part) for part in given.seeds.split(",")):
+        for name in names:
+            for variant in STUDIES[name]:
+                study.run(variant, seed)
+    rivals = read_scores(study.training_free() / PREDICTIONS_FILE)
+    lines = [line for group in STUDIES.values() for v in group for line in lines_of(given.output, v, rivals)]
+    training_free = {f"{name}@{ratio:g}": _mean(scores) for (name, ratio), scores in rivals.items()}
+    values = {"format": FORMAT, "training_free": training_free, "rows": [asdict(line) for line in lines]}
+    with whole_file(given.output / FILE) as file:
+        file.write_text(json.dumps(values, indent=1) + "\n")
+    plot(given.output / PLOT, lines, rivals)
+    console.print(table(lines))
+
+
+if __name__ == "__main__":
+    main()

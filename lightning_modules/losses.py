@@ -1,0 +1,55 @@
+"""How far a student's answers are from its teacher's: over words, and over what its layers compute on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Divergence = Literal["forward", "reverse"]
+Match = Literal["hidden", "attention"]
+
+
+def divergence(teacher: Tensor, student: Tensor, weight: Tensor, kind: Divergence = "forward") -> Tensor:
+    """Weighted mean KL in nats: KL(teacher || student) where `kind` is 'forward', else KL(student || teacher).
+
+    Args:
+        teacher, student: logits ``[tokens, vocabulary]``; weight: ``[tokens]``.
+    """
+    expected, found = (logits.float().log_softmax(-1) for logits in (teacher, student))
+    pair = (found, expected) if kind == "forward" else (expected, found)
+    kl = F.kl_div(*pair, log_target=True, reduction="none").sum(-1)
+    return (kl * weight).sum() / weight.sum()
+
+
+def mismatch(teacher: list[Tensor], student: list[Tensor], counted: Tensor) -> Tensor:
+    """Mean square difference as a share of the teacher's mean square, mean over layers.
+
+    Args:
+        teacher, student: by layer ``[B, tokens, size]``; counted: bool ``[B, tokens]``.
+    """
+    shares = []
+    for one, other in zip(teacher, student, strict=True):
+        expected, found = one[counted].float(), other[counted].float()
+        shares.append((found - expected).square().mean() / expected.square().mean().clamp_min(1e-12))
+    return torch.stack(shares).mean()
+
+
+@contextmanager
+def outputs_of(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """What modules return while the context is open, in order of their calls; of a tuple the first."""
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        seen.append(output if isinstance(output, Tensor) else output[0])
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
