@@ -3,9 +3,9 @@
     python -m benchmarks.calibration_study --output runs/study --only default
     python -m benchmarks.calibration_study --output runs/study --only ablations --steps 400
 
-Every variant is `configs/calib.yaml` with a few options changed. It is trained, exported and evaluated on the same test
-clips, into a folder of its own; a variant whose evaluation is there already is not run again, so that a study can be
-stopped, and parts of it run side by side. Then `study.json`, a table and `study.png` are made of all that is there.
+Every variant is `configs/calib_full.yaml` with a few options changed. It is trained, exported and evaluated on the
+same test clips, into a folder of its own; a variant whose evaluation is there already is not run again, so that a study
+can be stopped, and parts of it run side by side. Then `study.json`, a table and `study.png` are made of all that is there.
 Clips are encoded once for all variants of a process.
 """
 
@@ -39,7 +39,6 @@ from lightning_modules.evaluation_data import EvaluationData
 from lightning_modules.evaluation_run import CALIBRATED, POLICIES, EvaluationOptions, run_evaluation
 
 FORMAT = 1
-CONFIG = Path("configs/calib.yaml")
 RATIOS = (0.5, 0.2, 0.1, 0.05, 0.02)
 FILE, PLOT, TIMES_FILE = "study.json", "study.png", "times.json"
 GROUPS = tuple(WEIGHT_GROUPS)
@@ -115,7 +114,7 @@ class Study:
 
     def __init__(self, given: argparse.Namespace, console: Console) -> None:
         self.given, self.console = given, console
-        self.config: dict[str, Any] = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+        self.config: dict[str, Any] = yaml.safe_load(given.config.read_text(encoding="utf-8"))
         self.data = AVDataModule(**{**self.config["data"], "keep": "prefill", "cache_dir": given.cache_dir})
 
     def run(self, variant: Variant, seed: int) -> None:
@@ -161,7 +160,7 @@ class Study:
                 data=EvaluationData(clips=given.clips, seed=given.clips_seed, cache_dir=given.cache_dir),
                 update_card=False,
             ),
-            console=Console(quiet=True),
+            console=Console(quiet=True, width=200),
         )
 
     def training_free(self) -> Path:
@@ -305,6 +304,7 @@ def plot(path: Path, lines: Sequence[Line], rivals: dict[tuple[str, float], Scor
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of all variants")
+    parser.add_argument("--config", type=Path, default=Path("configs/calib_full.yaml"), help="the default calibration")
     parser.add_argument(
         "--only", default=",".join(STUDIES), help=f"of {', '.join(STUDIES)}, separated by commas; or none"
     )

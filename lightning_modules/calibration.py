@@ -25,6 +25,9 @@ from lightning_modules.datamodule import CalibrationBatch
 from lightning_modules.losses import Divergence, Match, divergence, mismatch, outputs_of
 from lightning_modules.step_mean import StepMean
 
+#: Linear layers that LoRA adapts; a mixture of experts has only the first four by name.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class Distillation:
@@ -43,7 +46,7 @@ class Distillation:
 class CalibrationModule(LightningModule):
     """Learn the weights of METHOD's table and LoRA by distillation from the full cache of the same frozen model.
 
-    Each step draws a ratio log-uniformly, prefills the media once without gradients, lets the model answer with the
+    Each step draws a ratio, prefills the media once without gradients, lets the model answer with the
     full cache (teacher, LoRA off) and with gated entries (student), and minimises KL(teacher || student) over the
     answer tokens. The gates' temperature falls geometrically until they are nearly hard, so that what is trained is
     what is shipped.
@@ -61,6 +64,7 @@ class CalibrationModule(LightningModule):
             stay at the preset.
         ratio_min: least kept share drawn at a step.
         ratio_max: largest kept share drawn at a step.
+        ratio_power: 1 draws ratios log-uniformly; above 1, the tight ones more often.
         full_share: share of the steps in which the student reads the full cache, so that LoRA costs nothing there.
         temperature_start: of the gates, in standard deviations of the score.
         temperature_end: of the gates at the end; small, so that what is trained is what is shipped.
@@ -70,8 +74,9 @@ class CalibrationModule(LightningModule):
         lora_targets: linear layers of the decoder that LoRA adapts, by name.
         lora_scope: 'after' adapts tokens after compression only, 'all' the prompt too.
         lr_budget: peak learning rate of the layer and modality budgets.
-        lr_score: peak learning rate of the saliency scorer, the signal mix and the redundancy.
+        lr_score: peak learning rate of the saliency scorer and the signal mix.
         lr_lora: peak learning rate of LoRA.
+        lr_redundancy: peak learning rate of what an entry loses for its neighbours.
         lr_other: peak learning rate of all other weights.
         warmup: steps of linear warm-up; a cosine to 5 % follows.
         layer_floor: least share of the uniform budget that a layer keeps.
@@ -95,17 +100,19 @@ class CalibrationModule(LightningModule):
         learn: tuple[str, ...] = tuple(WEIGHT_GROUPS),
         ratio_min: float = 0.02,
         ratio_max: float = 0.5,
+        ratio_power: float = 1.6,
         full_share: float = 0.1,
         temperature_start: float = 0.5,
         temperature_end: float = 0.005,
         anneal: float = 0.6,
-        lora_rank: int = 8,
+        lora_rank: int = 16,
         lora_alpha: float | None = None,
-        lora_targets: tuple[str, ...] = ("q_proj", "v_proj"),
+        lora_targets: tuple[str, ...] = LORA_TARGETS,
         lora_scope: LoraScope = "after",
-        lr_budget: float = 0.05,
+        lr_budget: float = 0.02,
         lr_score: float = 0.02,
         lr_lora: float = 2e-3,
+        lr_redundancy: float = 0.05,
         lr_other: float = 0.01,
         warmup: int = 20,
         layer_floor: float = 0.1,
@@ -128,6 +135,8 @@ class CalibrationModule(LightningModule):
             raise InputError("is empty, and there is no LoRA either", field="model.learn")
         if not 0 <= full_share < 1:
             raise InputError(f"{full_share} is not at least 0 and below 1", field="model.full_share")
+        if ratio_power <= 0:
+            raise InputError(f"{ratio_power} is not above 0", field="model.ratio_power")
         if not 0 < temperature_end <= temperature_start:
             raise InputError("needs 0 < temperature_end <= temperature_start", field="model.temperature_end")
         if not 0 < anneal <= 1:
@@ -205,11 +214,11 @@ class CalibrationModule(LightningModule):
         return start * (end / start) ** min(self.progress() / self.options.anneal, 1.0)
 
     def draw_ratio(self, number: int) -> float:
-        """The ratio of a batch: 1, or log-uniform between the bounds; a pure function of the batch's number."""
+        """The ratio of a batch: 1, or between the bounds; a pure function of the batch's number."""
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
         low, high = math.log(self.options.ratio_min), math.log(self.options.ratio_max)
         ratio, kind = torch.rand(2, generator=generator).tolist()
-        return 1.0 if kind < self.options.full_share else math.exp(low + (high - low) * ratio)
+        return 1.0 if kind < self.options.full_share else math.exp(low + (high - low) * ratio**self.options.ratio_power)
 
     def training_step(self, batch: CalibrationBatch, batch_idx: int) -> Tensor:
         ratio, temperature = self.draw_ratio(batch.number), self.temperature()
@@ -287,8 +296,12 @@ class CalibrationModule(LightningModule):
     def configure_optimizers(self) -> Any:
         options = self.options
         weights = cast(CalibratedWeights, self.compressor.weights)
-        score_parts = ("saliency", "signal_mix", "redundancy")
-        rates = {"budget": options.lr_budget, **dict.fromkeys(score_parts, options.lr_score)}
+        rates = {
+            "budget": options.lr_budget,
+            "saliency": options.lr_score,
+            "signal_mix": options.lr_score,
+            "redundancy": options.lr_redundancy,
+        }
         groups: dict[float, list[Any]] = {}
         for name, parameter in weights.named_parameters():
             if not parameter.requires_grad:
