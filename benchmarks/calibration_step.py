@@ -2,34 +2,64 @@
 
     python -m benchmarks.calibration_step --output runs/benchmarks/calibration_step.json
 
-Both start from the same encoded clips. The fine-tuning step runs context and turns with gradients through LoRA on all
-tokens and a cross entropy; the calibration step (LoRA scope 'after') shares one prefill without gradients between
-teacher and student. Steps alternate, so that a drift of the machine meets both.
+The fine-tuning step runs context and turns with gradients through LoRA on all tokens and a cross entropy. The
+calibration step of scope 'after' shares one prefill without gradients between teacher and student; on later visits of
+a clip that prefill is kept (`data.keep: prefill`). Scope 'all' prefills once more, with gradients. Both adapt the same
+layers at the same rank and start from encoded clips. Steps take turns, so that a drift of the machine meets all.
+
+Memory is what the kernel reports as the most that was resident during a step, over what was before it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 from acckv.report.files import whole_file
+from benchmarks.stream_memory import resident
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.datamodule import AVDataModule, CalibrationBatch
 
+FORMAT = 2
+FINE_TUNING = "LoRA fine-tuning"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of step on one kind of batch.
+
+    Attributes:
+        step: what it is; questions: on each clip; tokens: of context and of turns, a clip.
+        seconds: median; time: median of the ratios to the fine-tuning step beside it, time_range: least and most.
+        megabytes: resident at most, over what was before; memory: as a share of the fine-tuning step's.
+    """
+
+    step: str
+    questions: int
+    tokens: tuple[int, int]
+    seconds: float
+    time: float
+    time_range: tuple[float, float]
+    megabytes: float
+    memory: float
+
 
 def calibration_step(module: CalibrationModule, batch: CalibrationBatch) -> None:
-    """One distillation step of scope 'after', soft selection, at ratio 0.1."""
-    module.distill(batch, 0.1, 0.2).loss.backward()
+    """One distillation step with gates, at ratio 0.1."""
+    module.distill(batch, 0.1, 0.05).loss.backward()
 
 
 def fine_tuning_step(module: CalibrationModule, batch: CalibrationBatch) -> None:
@@ -40,63 +70,93 @@ def fine_tuning_step(module: CalibrationModule, batch: CalibrationBatch) -> None
     F.cross_entropy(logits[:, :-1][counted], batch.turns.ids[:, 1:][counted]).backward()
 
 
-def seconds(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
+def measured(step: Callable[[], None]) -> tuple[float, float]:
+    """Seconds, and megabytes that were resident at most beyond what was before."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel starts its peak anew
+    before, start = resident("VmRSS"), time.perf_counter()
     step()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, (resident("VmHWM") - before) / 1e6
 
 
-def prepared(scope: str, data: AVDataModule) -> tuple[CalibrationModule, CalibrationBatch]:
-    """A module and a batch whose clips have been encoded."""
-    module = CalibrationModule(lora_scope=scope)  # type: ignore[arg-type]
+def batches(questions: int, clips: int) -> tuple[CalibrationBatch, CalibrationBatch]:
+    """The same clips on a visit that starts from embeddings, and on one that starts from the prefill."""
+    module, made = CalibrationModule(), []
     module.configure_model()
-    with torch.no_grad():
-        module.distill(next(iter(data.val_dataloader())), 0.1, None)
-    return module, next(iter(data.val_dataloader()))
+    for keep in ("embeddings", "prefill"):
+        data = AVDataModule(train_clips=8, validation_clips=clips, batch_size=clips, turns=questions, keep=keep)  # type: ignore[arg-type]
+        data.setup()
+        with torch.no_grad():
+            module.distill(next(iter(data.val_dataloader())), 0.1, None)
+        made.append(next(iter(data.val_dataloader())))
+    module.teardown("fit")
+    return made[0], made[1]
 
 
-def measure(repeats: int) -> dict[str, Any]:
-    """Median seconds of both steps and the median of the ratios of neighbouring ones."""
-    data = AVDataModule(train_clips=8, validation_clips=8, batch_size=8)
-    data.setup()
-    plain, batch = prepared("all", data)
-    plain.teardown("fit")
-    calibrated, _ = prepared("after", data)
-    plain_session = plain.compressor(plain.model, plain.processor)
-    times: dict[str, list[float]] = {"calibration": [], "fine_tuning": []}
-    for repeat in track(range(repeats + 1), description="steps"):
-        calibration = seconds(lambda: calibration_step(calibrated, batch))
-        with plain_session as plain.session:
-            fine_tuning = seconds(lambda: fine_tuning_step(plain, batch))
-        if repeat:  # the first pair warms up
-            times["calibration"].append(calibration)
-            times["fine_tuning"].append(fine_tuning)
-    calibrated.teardown("fit")
-    ratios = [one / other for one, other in zip(times["calibration"], times["fine_tuning"], strict=True)]
-    return {
-        "format": 1,
-        "repeats": repeats,
-        "threads": torch.get_num_threads(),
-        "calibration_seconds": statistics.median(times["calibration"]),
-        "fine_tuning_seconds": statistics.median(times["fine_tuning"]),
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
+def measure(questions: int, clips: int, repeats: int) -> list[Row]:
+    """All kinds of step on one batch."""
+    first, later = batches(questions, clips)
+    kinds = {
+        FINE_TUNING: ("all", fine_tuning_step, first),
+        "calibration, scope 'after', first visit": ("after", calibration_step, first),
+        "calibration, scope 'after', later visits": ("after", calibration_step, later),
+        "calibration, scope 'all'": ("all", calibration_step, first),
     }
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+    for repeat in track(range(repeats + 1), description=f"{questions or 'all'} questions a clip"):
+        for name, (scope, step, batch) in kinds.items():
+            torch.manual_seed(0)
+            module = CalibrationModule(lora_scope=scope)  # type: ignore[arg-type]
+            module.configure_model()
+            result = measured(lambda step=step, module=module, batch=batch: step(module, batch))  # type: ignore[misc]
+            module.teardown("fit")
+            if repeat:  # the first round warms up
+                seen[name].append(result)
+    context, turns = first.embedded.embeds.shape[1], first.turns.ids.shape[1]  # type: ignore[union-attr]
+    rows = []
+    for name, results in seen.items():
+        ratios = [one[0] / other[0] for one, other in zip(results, seen[FINE_TUNING], strict=True)]
+        megabytes = statistics.median(size for _, size in results)
+        rows.append(
+            Row(
+                name,
+                int(first.turns.turn.max()) + 1,
+                (context, turns),
+                statistics.median(took for took, _ in results),
+                statistics.median(ratios),
+                (min(ratios), max(ratios)),
+                megabytes,
+                megabytes / statistics.median(size for _, size in seen[FINE_TUNING]),
+            )
+        )
+    return rows
+
+
+def table(rows: list[Row]) -> Table:
+    """A line a kind of step and batch."""
+    made = Table(title=f"against a {FINE_TUNING} step on the same batch", box=box.SIMPLE_HEAD)
+    for name in ("step", "questions a clip", "tokens", "time", "memory"):
+        made.add_column(name, justify="left" if name == "step" else "right")
+    for row in rows:
+        low, high = row.time_range
+        context, turns = row.tokens
+        took = f"{row.time:.2f} ({low:.2f} to {high:.2f})"
+        made.add_row(row.step, str(row.questions), f"{context} + {turns}", took, f"{row.memory:.2f}")
+    return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=10, help="pairs of steps that are measured")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=10, help="rounds that are measured")
+    parser.add_argument("--clips", type=int, default=8, help="of a batch")
+    parser.add_argument("--questions", default="0,1", help="on each clip, 0 for all; separated by commas")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/calibration_step.json"), help="JSON file")
-    options = parser.parse_args()
-    result = measure(options.repeats)
-    with whole_file(options.output) as file:
-        file.write_text(json.dumps(result, indent=2) + "\n")
-    low, high = result["ratio_range"]
-    Console().print(
-        f"a calibration step takes {result['ratio']:.2f} of a LoRA fine-tuning step "
-        f"(median of {options.repeats}, {low:.2f} to {high:.2f}; {result['threads']} threads)"
-    )
+    given = parser.parse_args()
+    rows = [row for part in given.questions.split(",") for row in measure(int(part), given.clips, given.repeats)]
+    values = {"format": FORMAT, "threads": torch.get_num_threads(), "repeats": given.repeats}
+    with whole_file(given.output) as file:
+        file.write_text(json.dumps({**values, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    Console(width=120).print(table(rows))
 
 
 if __name__ == "__main__":

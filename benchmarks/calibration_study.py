@@ -5,8 +5,8 @@
 
 Every variant is `configs/calib_full.yaml` with a few options changed. It is trained, exported and evaluated on the
 same test clips, into a folder of its own; a variant whose evaluation is there already is not run again, so that a study
-can be stopped, and parts of it run side by side. Then `study.json`, a table and `study.png` are made of all that is there.
-Clips are encoded once for all variants of a process.
+can be stopped, and parts of it run side by side. Then `study.json`, a table and `study.png` are made of all that is
+there. Clips are encoded once for all variants of a process.
 """
 
 from __future__ import annotations

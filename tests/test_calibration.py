@@ -19,9 +19,11 @@ from acckv import InputError, KVCompressor
 from acckv.data.batching import Turn, pack_turns
 from acckv.modality import ModalityMap
 from acckv.ragged import DecoderInputs
+from acckv.weights import CalibratedWeights
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.callbacks import ExportCompressor
 from lightning_modules.datamodule import AVDataModule, StepSampler
+from lightning_modules.losses import divergence, mismatch
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,8 +99,10 @@ def test_resume_is_exact(cache: Path, tmp_path: Path) -> None:
         {"lora_rank": 0},
         {"preset": "paper"},
         {"when": "prompt", "preset": "paper"},
+        {"overrides": {"integration": True}, "divergence": "reverse", "match": "hidden"},
+        {"lora_targets": ("q_proj", "v_proj"), "match": "attention", "full_share": 0.0},
     ],
-    ids=["scope-all", "weights-only", "paper", "prompt"],
+    ids=["scope-all", "weights-only", "paper", "prompt", "hidden", "attention"],
 )
 def test_variants_train_and_export(cache: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     """ExportCompressor compares live and reloaded answers, and raises where they differ."""
@@ -110,6 +114,40 @@ def test_variants_train_and_export(cache: Path, tmp_path: Path, options: dict[st
     before.teardown("fit")
     assert "weights.layer_budget" in moved and "weights.saliency" in moved
     assert (tmp_path / "export" / "adapter").exists() == (options.get("lora_rank") != 0)
+
+
+def test_only_the_groups_that_learn_move(cache: Path, tmp_path: Path) -> None:
+    module = fit(cache, tmp_path, steps=2, learn=("budgets", "redundancy"), lora_rank=0)
+    start = CalibratedWeights(*module.compressor.weights.shape).state_dict()
+    moved = {
+        name for name, value in module.compressor.weights.state_dict().items() if not torch.equal(value, start[name])
+    }
+    assert moved == {"layer_budget", "modality_budget", "redundancy"}
+    with pytest.raises(InputError, match=r"model\.learn: 'head' is not one of budgets, "):
+        CalibrationModule(learn=("head",))
+    with pytest.raises(InputError, match=r"model\.learn: is empty"):
+        CalibrationModule(learn=(), lora_rank=0)
+
+
+def test_losses() -> None:
+    """Both divergences against their sums, and the mismatch of layers as a share."""
+    teacher, student, weight = torch.randn(5, 7), torch.randn(5, 7), torch.rand(5)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    for kind, one, other in (("forward", p, q), ("reverse", q, p)):
+        expected = ((one * (one / other).log()).sum(-1) * weight).sum() / weight.sum()
+        assert divergence(teacher, student, weight, kind) == pytest.approx(float(expected), abs=1e-5)  # type: ignore[arg-type]
+    layer, counted = torch.randn(2, 3, 4), torch.tensor([[True, False, True], [False, True, True]])
+    assert mismatch([layer, layer], [2 * layer, layer], counted) == pytest.approx(0.5)
+
+
+def test_ratios_are_drawn_by_number() -> None:
+    module = CalibrationModule(ratio_min=0.02, ratio_max=0.5, full_share=0.25)
+    drawn = [module.draw_ratio(number) for number in range(400)]
+    assert drawn[:3] == [module.draw_ratio(number) for number in range(3)]
+    assert 60 < drawn.count(1.0) < 140
+    rest = [ratio for ratio in drawn if ratio < 1]
+    assert 0.02 <= min(rest) < 0.022 and 0.3 < max(rest) <= 0.5
+    assert sorted(rest)[len(rest) // 2] < 0.1  # tight ones more often than the geometric mean, 0.1
 
 
 def test_the_teacher_is_the_student_at_ratio_one(cache: Path) -> None:

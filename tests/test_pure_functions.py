@@ -13,7 +13,7 @@ from torch import Tensor
 from acckv.cross_calibration import alignment, integrate, rebalance
 from acckv.focusing import allocate, focus, round_exactly, share_out, split_layer, total_budget, water_fill
 from acckv.modality import ModalityMap, label_tokens
-from acckv.scoring import Observation, heavy_hitter_score, key_diversity, standardise
+from acckv.scoring import Observation, heavy_hitter_score, key_diversity, redundancy, standardise
 from acckv.selection import hard_gates, soft_log_gates
 
 SEEDS = st.integers(0, 10_000)
@@ -253,3 +253,41 @@ def test_labels() -> None:
     assert labels.counts().tolist() == [[3, 1], [2, 2]]
     assert labels.media_end().tolist() == [7, 5]
     assert ModalityMap(torch.zeros(1, 3, dtype=torch.long)).media_end().tolist() == [0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, heads=st.sampled_from([1, 2]))
+def test_redundancy(seed: int, heads: int) -> None:
+    """Neighbours of the same modality that score higher count by how similar their values are."""
+    generator = torch.Generator().manual_seed(seed)
+    entries, width, softness = 9, 3, 0.2
+    labels = torch.randint(0, 4, (2, entries), generator=generator)
+    score = torch.randn(2, heads, entries, generator=generator)
+    values = torch.randn(2, 2, entries, 5, generator=generator)
+    members = ModalityMap(labels).by_modality
+    found = redundancy(score, values, members, width, softness)
+    for b in range(2):
+        for k in range(heads):
+            vectors = values[b].transpose(0, 1).flatten(1) if heads == 1 else values[b, k]
+            for i in range(entries):
+                total = 0.0
+                for j in range(entries):
+                    kind = int(labels[b, i])
+                    if i == j or abs(i - j) > width or kind != int(labels[b, j]) or kind not in (1, 2):
+                        continue
+                    mean = vectors[labels[b] == kind].mean(0)
+                    one, other = vectors[i] - mean, vectors[j] - mean
+                    cosine = float(one @ other / (one.norm() * other.norm()).clamp_min(1e-12))
+                    higher = 1 / (1 + math.exp(-float(score[b, k, j] - score[b, k, i]) / softness))
+                    total += max(cosine, 0.0) * higher
+                assert float(found[b, k, i]) == pytest.approx(total, abs=1e-5)
+
+
+def test_redundancy_leaves_one_of_each_event() -> None:
+    """Two events of three alike entries each: the second best entries of the better event fall behind the other one."""
+    members = torch.tensor([[[True] * 6, [False] * 6]])
+    values = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 3)[None, None]
+    score = torch.tensor([[[2.0, 1.9, 1.8, 1.0, 0.9, 0.8]]])
+    assert hard_gates(score, members[:, :1], torch.tensor([[2]])).tolist() == [[[1, 1, 0, 0, 0, 0]]]
+    less = score - 2 * redundancy(score, values, members, width=4, softness=0.01)
+    assert hard_gates(less, members[:, :1], torch.tensor([[2]])).tolist() == [[[1, 0, 0, 1, 0, 0]]]
