@@ -20,10 +20,13 @@ def hard_gates(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
         float ``[B, K, N]``. Equal scores keep the earlier entry.
     """
     masked = score.detach().masked_fill(~members, -torch.inf)
-    order = masked.argsort(dim=-1, descending=True, stable=True)
-    rank_kept = torch.arange(score.shape[-1], device=score.device) < budget.round()[..., None]
-    kept = torch.zeros_like(masked).scatter_(-1, order, rank_kept.expand_as(order).to(masked.dtype))
-    return kept * members
+    wanted = budget.round().long().clamp(0, score.shape[-1]).expand(score.shape[:-1])[..., None]
+    best = masked.topk(max(int(wanted.max()), 1) if score.shape[-1] else 0, dim=-1).values
+    # The least score that is kept; above it all are, and of those that equal it the first ones.
+    least = best.gather(-1, (wanted - 1).clamp_min(0)).masked_fill(wanted == 0, torch.inf)
+    above, equal = masked > least, masked == least
+    kept = above | (equal & (equal.cumsum(-1) <= wanted - above.sum(-1, keepdim=True)))
+    return (kept & members).to(masked.dtype)
 
 
 def soft_log_gates(score: Tensor, members: Tensor, budget: Tensor, temperature: float, iterations: int = 18) -> Tensor:
