@@ -3,23 +3,23 @@
     python -m benchmarks.speed_memory --output runs/speed_memory.json
 
 A decoder with the layer sizes of Qwen2.5-Omni-3B, cut to a few layers and to a small vocabulary, with random weights:
-time does not depend on them. Repeats of what is compared follow each other, so that a drift of the machine meets all;
-each figure is the median over them.
+time does not depend on them. What is compared runs by turns, on one thread and by the processor time of the process, so
+that other work on the machine counts for none of it; each figure is the median over the repeats.
 
   decode_vs_limit   a decode step of the compressed cache over one of a plain DynamicCache that was born with the same
                     number of entries in every layer: the limit (target: at most 1.05)
   decode_vs_full    the same step over one of the full cache
-  prefill_overhead  share of a plain prefill's time that compression adds: all work that a session does before, between
-                    and after the decoder's layers (target: at most 0.02 at 8192 tokens). Timed inside the compressed
-                    prefill, since the difference of two prefills of half a minute says nothing about 1 % on a busy
-                    machine; `prefill_ratio` is the ratio of the two whole prefills
+  prefill_overhead  share of the decoder's own time that compression adds to a prefill: all that a session does before,
+                    between and after its layers (target: at most 0.02 at 8192 tokens). Timed inside the compressed
+                    prefill, since the difference of two long prefills is no measure of 1 %
+  prefill_ratio     a whole prefill with compression over a plain one, where that is measured (--plain-up-to)
   kv_bytes          keys and values held for the whole batch, and kv_bytes_full of the full cache
   peak_bytes        the most that keys and values of one clip took while it was prefilled, and peak_bytes_full
 
-Skipped: prefills of a whole batch. A batch multiplies both sides, and 16 clips of 32768 tokens take an hour on two
-cores: a prefill is of one clip, and the batch decodes from that many copies of its cache. Also cells whose full cache
-would take more than --memory (it is copied at every step, as DynamicCache does). --quick measures a small grid on a
-decoder an eighth as wide.
+Skipped: prefills of a whole batch, since a batch multiplies both sides: a prefill is of one clip, and the batch decodes
+from as many copies of its cache. Prefills longer than --prefill-up-to tokens (minutes each): there the cache is filled
+at random and the figures of the prefill are null. Cells whose full cache and the copy of it that DynamicCache makes at
+every step would take more than --memory. --quick is a small grid on a decoder an eighth as wide.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -41,8 +42,10 @@ from torch import Tensor
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from acckv import CompressionConfig, KVCompressor
-from acckv.cache import CompressedCache
+from acckv.cache import CompressedCache, fresh_cache
 from acckv.cache_layer import CompressedLayer
+from acckv.modality import ModalityMap
+from acckv.pipeline import LayerPlan
 from acckv.report.files import whole_file
 from acckv.weights import CalibratedWeights
 
@@ -103,9 +106,9 @@ def clip(model: Qwen2ForCausalLM, context: int) -> dict[str, Tensor]:
 
 
 def seconds(step: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     step()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def kv_bytes(cache: Any) -> int:
@@ -116,7 +119,7 @@ class PrefillWatch:
     """Time inside the decoder's own work and the most bytes that keys and values took, in one compressed prefill."""
 
     def __init__(self) -> None:
-        self.ours, self.peak = 0.0, 0
+        self.ours, self.own, self.peak = 0.0, 0.0, 0
 
     @contextmanager
     def watching(self, session: Any) -> Iterator[None]:
@@ -128,11 +131,11 @@ class PrefillWatch:
         def forward(original: Callable[..., Any], turn: Any, arguments: dict[str, Any]) -> Any:
             def timed(**inner: Any) -> Any:
                 nonlocal own
-                start = time.perf_counter()
+                start = time.process_time()
                 try:
                     return original(**inner)
                 finally:
-                    own += time.perf_counter() - start
+                    own += time.process_time() - start
 
             return decode(timed, turn, arguments)
 
@@ -143,9 +146,9 @@ class PrefillWatch:
 
             def listen(*seen: Any) -> None:
                 nonlocal own
-                start = time.perf_counter()
+                start = time.process_time()
                 listener(*seen)
-                own -= time.perf_counter() - start
+                own -= time.process_time() - start
 
             listen.finish = listener.finish  # type: ignore[attr-defined]
             return listen, probe
@@ -159,11 +162,11 @@ class PrefillWatch:
 
         router.wiring.decode, router._eviction = forward, eviction
         CompressedLayer.update = updated  # type: ignore[method-assign]
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             yield
         finally:
-            self.ours = time.perf_counter() - start - own
+            self.ours = time.process_time() - start - own
             self.own = own
             router.wiring.decode, router._eviction = decode, evicting
             CompressedLayer.update = update  # type: ignore[method-assign]
@@ -218,47 +221,64 @@ def measure(options: argparse.Namespace, progress: Progress) -> list[dict[str, A
     rows = []
     for context in options.contexts:
         inputs = clip(model, context)
-        plain_times: list[float] = []
-        full = None
+        full = filled(model, context)
         for ratio in options.ratios:
             for policy in options.policies:
                 progress.update(task, description=f"{policy} at {context} tokens")
                 with compressor(policy, ratio, model)(model, Words()) as session:
-                    watches, wholes = [], []
-                    for _ in range(options.repeats if context <= options.repeat_up_to else 1):
-                        if ratio == options.ratios[0] and policy == options.policies[0]:
-                            start = time.perf_counter()
-                            full = None
-                            full = plain_prefill(model, inputs)
-                            plain_times.append(time.perf_counter() - start)
-                        watch = PrefillWatch()
-                        with watch.watching(session):
-                            start = time.perf_counter()
-                            cache = session.extend(inputs)
-                            wholes.append(time.perf_counter() - start)
-                        watches.append(watch)
-                    overhead = statistics.median(watch.ours / watch.own for watch in watches)
-                    whole = statistics.median(wholes) / statistics.median(plain_times)
+                    cache, prefill = compressed(model, session, inputs, full, options)
                     for batch in options.batches:
                         if 2 * batch * kv_bytes(full) > options.memory * 2**30:
                             continue
-                        rows.append(
-                            {
-                                "policy": policy,
-                                "context": context,
-                                "batch": batch,
-                                "ratio": ratio,
-                                **decode_ratios(model, session, cache, full, batch, options),
-                                "prefill_overhead": overhead,
-                                "prefill_ratio": whole,
-                                "kv_bytes": batch * cache.kv_bytes(),
-                                "kv_bytes_full": batch * kv_bytes(full),
-                                "peak_bytes": max(watch.peak for watch in watches),
-                                "peak_bytes_full": kv_bytes(full),
-                            }
-                        )
+                        cell = {"policy": policy, "context": context, "batch": batch, "ratio": ratio}
+                        cell |= decode_ratios(model, session, cache, full, batch, options) | prefill
+                        sizes = {"kv_bytes": batch * cache.kv_bytes(), "kv_bytes_full": batch * kv_bytes(full)}
+                        rows.append(cell | sizes | {"peak_bytes_full": kv_bytes(full)})
                 progress.advance(task)
     return rows
+
+
+def filled(model: Qwen2ForCausalLM, entries: int) -> DynamicCache:
+    """A cache of random entries of one clip."""
+    size, cache = model.config, DynamicCache()
+    for layer in range(size.num_hidden_layers):
+        cache.update(*(torch.randn(1, size.num_key_value_heads, entries, 128) for _ in range(2)), layer)
+    return cache
+
+
+def compressed(
+    model: Qwen2ForCausalLM, session: Any, inputs: dict[str, Tensor], full: DynamicCache, options: argparse.Namespace
+) -> tuple[CompressedCache, dict[str, float | None]]:
+    """The compressed cache of a clip, and the figures of its prefill."""
+    context = inputs["modality_ids"].shape[1]
+    if context > options.prefill_up_to:
+        cache = fresh_cache(session.adapter)
+        labels = ModalityMap(inputs["modality_ids"])
+        count = int(session.compressor.config.ratio * int(labels.media.sum()))
+        keep = labels.text.clone()
+        keep[0, labels.media[0].nonzero()[:count, 0]] = True
+        for layer, source in zip(cache.layers, full.layers, strict=True):
+            layer.update(source.keys, source.values)
+            nothing = source.keys[:, :, :0]
+            gates = torch.zeros(keep.shape).masked_fill(~keep, -torch.inf)[:, None]
+            layer.commit(
+                LayerPlan(gates, nothing, nothing, torch.zeros(1, nothing.shape[1], 0)), labels.labels[:, None]
+            )
+        held = CompressedCache(cache.layers, labels, torch.tensor([[context]]))
+        return held, dict.fromkeys(("prefill_overhead", "prefill_ratio", "peak_bytes"))
+    ours, ratios, peak = [], [], 0
+    for _ in range(options.repeats):
+        watch = PrefillWatch()
+        with watch.watching(session):
+            cache = session.extend(inputs)
+        ours.append(watch.ours / watch.own)
+        peak = max(peak, watch.peak)
+        if context <= options.plain_up_to:
+            session.__exit__()
+            ratios.append((watch.ours + watch.own) / seconds(lambda: plain_prefill(model, inputs)))
+            session.__enter__()
+    ratio = statistics.median(ratios) if ratios else None
+    return cache, {"prefill_overhead": statistics.median(ours), "prefill_ratio": ratio, "peak_bytes": peak}
 
 
 def decode_ratios(
@@ -309,54 +329,42 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['ratio']:g}",
             f"{row['decode_vs_limit']:.3f}",
             f"{row['decode_vs_full']:.3f}",
-            f"{100 * row['prefill_overhead']:.2f}",
+            "-" if row["prefill_overhead"] is None else f"{100 * row['prefill_overhead']:.2f}",
             *sizes,
         )
     return shown
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Decode step against limit and full cache, and prefill overhead, over context."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8))
+    """Decode step against limit and full cache, and what compression adds to a prefill, over the context."""
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3)
     ratio = min(row["ratio"] for row in rows)
     rows = [row for row in rows if row["ratio"] == ratio]
-    batches = sorted({row["batch"] for row in rows})
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    contexts = sorted({row["context"] for row in rows})
 
-    def mean_over(name: str, **wanted: Any) -> tuple[list[int], list[float]]:
-        chosen = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-        contexts = sorted({row["context"] for row in chosen})
-        return contexts, [
-            statistics.median(row[name] for row in chosen if row["context"] == context) for context in contexts
-        ]
+    def line(axis: Any, name: str, key: str, value: Any, unit: float = 1) -> None:
+        """Median over everything else."""
+        found = {at: [row[name] for row in rows if row["context"] == at and row[key] == value] for at in contexts}
+        found = {at: [unit * number for number in some if number is not None] for at, some in found.items()}
+        points = [(at, statistics.median(some)) for at, some in found.items() if some]
+        axis.plot(*zip(*points, strict=True), "o-", label=f"batch {value}" if key == "batch" else value)
 
-    for batch in batches:
-        axes[0].plot(*mean_over("decode_vs_limit", batch=batch), "o-", label=f"batch {batch}")
-        axes[1].plot(*mean_over("decode_vs_full", batch=batch), "o-", label=f"batch {batch}")
-    for policy in policies:
-        contexts, overheads = mean_over("prefill_overhead", policy=policy)
-        axes[2].plot(contexts, [100 * value for value in overheads], "o-", label=policy)
+    for batch in sorted({row["batch"] for row in rows}):
+        line(axes[0], "decode_vs_limit", "batch", batch)
+        line(axes[1], "decode_vs_full", "batch", batch)
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        line(axes[2], "prefill_overhead", "policy", policy, 100)
     axes[0].axhline(1.05, color="grey", linestyle=":")
     axes[2].axhline(2, color="grey", linestyle=":")
-    for axis, title in zip(
-        axes,
-        (f"decode step / limit, ratio {ratio:g}", "decode step / full cache", "compression, % of prefill time"),
-        strict=True,
-    ):
+    titles = (f"decode step / limit, ratio {ratio:g}", "decode step / full cache", "compression, % of a prefill")
+    for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="context, tokens", xscale="log", ylim=(0, None))
-        axis.set_xticks(sorted({row["context"] for row in rows}))
-        axis.get_xaxis().set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
+        axis.set_xticks(contexts, [f"{context / 1024:g}k" for context in contexts])
         axis.minorticks_off()
         axis.legend(fontsize=8)
-    figure.tight_layout()
     with whole_file(file) as partial:
         figure.savefig(partial, dpi=110, format="png")
-    pyplot.close(figure)
 
 
 def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -371,23 +379,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write; a PNG of its name beside it")
     parser.add_argument("--quick", action="store_true", help="a small grid within a minute")
-    parser.add_argument("--policies", type=numbers(str), help="default: acckv,acckv-context,acckv-calibrated,snapkv")
+    parser.add_argument("--policies", type=numbers(str), help="default: acckv,acckv-context,acckv-calibrated")
     parser.add_argument("--contexts", type=numbers(int), help="tokens of a clip; default: 1024,4096,8192,16384,32768")
     parser.add_argument("--batches", type=numbers(int), help="rows that decode together; default: 1,4,16")
     parser.add_argument("--ratios", type=numbers(float), help="kept shares; default: 0.1")
     parser.add_argument("--repeats", type=int, default=3, help="prefills that are measured")
-    parser.add_argument("--repeat-up-to", type=int, default=8192, help="longer prefills are measured once")
+    parser.add_argument("--prefill-up-to", type=int, default=32768, help="longest context that is prefilled, tokens")
+    parser.add_argument("--plain-up-to", type=int, default=1024, help="longest context prefilled plainly too, tokens")
     parser.add_argument("--decode-repeats", type=int, default=5, help="rounds of decode steps")
     parser.add_argument("--steps", type=int, default=8, help="decode steps of a round")
     parser.add_argument("--layers", type=int, default=2, help="of the decoder")
     parser.add_argument("--memory", type=float, default=10, help="GiB for the full cache and its copy")
     options = parser.parse_args()
     options.policies = options.policies or (
-        ["acckv", CALIBRATED] if options.quick else ["acckv", "acckv-context", CALIBRATED, "snapkv"]
+        ["acckv", CALIBRATED] if options.quick else ["acckv", "acckv-context", CALIBRATED]
     )
     options.contexts = options.contexts or ([1024, 4096] if options.quick else [1024, 4096, 8192, 16384, 32768])
     options.batches = options.batches or ([1, 4] if options.quick else [1, 4, 16])
     options.ratios = options.ratios or [0.1]
+    torch.set_num_threads(1)
     if min([*options.contexts, 4 * TEXT]) < 4 * TEXT:
         parser.error(f"--contexts: at least {4 * TEXT}")
     with Progress() as progress:
