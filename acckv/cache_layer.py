@@ -124,11 +124,9 @@ class CompressedLayer(DynamicLayer):
         keys, values = self.keys[:, :, :length], self.values[:, :, :length]
         if plan.pivots is not None:
             keys, values = plan.pivots.place(keys, values)
-        keys = torch.cat([keys, plan.keys.to(keys.dtype)], dim=2)
-        values = torch.cat([values, plan.values.to(values.dtype)], dim=2)
         if offered is not None:
             self.offered = offered if self.offered is None else self.offered + offered
-        self._hold(keys, values, bias, labels, keep)
+        self._hold((keys, plan.keys), (values, plan.values), bias, labels, keep)
 
     def compact(self, valid: Tensor) -> None:
         """Drop the entries that are no token of their row; what stays becomes the compressed region.
@@ -144,7 +142,7 @@ class CompressedLayer(DynamicLayer):
         labels = (
             tail if self.labels is None else torch.cat([self.labels, tail.expand(-1, self.labels.shape[1], -1)], -1)
         )
-        self._hold(self.keys, self.values, bias, labels, keep)
+        self._hold((self.keys,), (self.values,), bias, labels, keep)
 
     def _region_bias(self, dtype: torch.dtype) -> Tensor:
         """``[B, K, region]``"""
@@ -152,16 +150,22 @@ class CompressedLayer(DynamicLayer):
             return self.bias.to(dtype)
         return self.keys.new_zeros(*self.keys.shape[:2], self.region, dtype=dtype)
 
-    def _hold(self, keys: Tensor, values: Tensor, bias: Tensor, labels: Tensor, keep: Tensor) -> None:
-        """Gather the kept entries of each row and head; shorter rows are padded on the left with masked places."""
-        counts = keep.sum(-1)
+    def _hold(
+        self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], bias: Tensor, labels: Tensor, keep: Tensor
+    ) -> None:
+        """Gather the kept entries of each row and head; shorter rows are padded on the left with masked places.
+
+        Args:
+            keys, values: held, then merged: joined where anything was merged.
+        """
+        counts = keep.sum(-1, keepdim=True)
         width = int(counts.max())
-        # A stable sort puts evicted entries first, so the last `width` places end with the kept ones, in order.
-        index = keep.to(torch.uint8).argsort(dim=-1, stable=True)[..., keep.shape[-1] - width :]
-        empty = torch.arange(width, device=keep.device) < (width - counts)[..., None]
-        place = index[..., None]
-        self.keys = keys.gather(2, place.expand(-1, -1, -1, keys.shape[-1]))
-        self.values = values.gather(2, place.expand(-1, -1, -1, values.shape[-1]))
+        # In order, each row's last at the right end; evicted ones go to a place that is cut off.
+        place = (keep.cumsum(-1) - 1 + (width - counts)).masked_fill(~keep, width)
+        source = torch.arange(keep.shape[-1], device=keep.device).expand_as(place)
+        index = torch.zeros_like(place[..., :1]).expand(-1, -1, width + 1).scatter(-1, place, source)[..., :width]
+        empty = torch.arange(width, device=keep.device) < width - counts
+        self.keys, self.values = _gather(keys, index), _gather(values, index)
         bias = bias.gather(2, index).masked_fill(empty, -torch.inf)
         self.bias = bias if bool((bias != 0).any()) else None
         labels = labels.to(torch.int8).expand(-1, keep.shape[1], -1).gather(2, index)
@@ -169,6 +173,13 @@ class CompressedLayer(DynamicLayer):
         shared = bool((labels == labels[:, :1]).all())
         self.labels = labels[:, :1].contiguous() if shared else labels
         self.region = self.lengths[self.slot] = width
+
+
+def _gather(parts: tuple[Tensor, ...], index: Tensor) -> Tensor:
+    """Entries ``[B, K, width, D]`` of parts that follow each other; joined, which is a copy, only if there are two."""
+    parts = tuple(part for part in parts if part.shape[2]) or parts[:1]
+    tensor = parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].dtype) for part in parts], dim=2)
+    return tensor.gather(2, index[..., None].expand(-1, -1, -1, tensor.shape[-1]))
 
 
 def settle_window(layer: DynamicSlidingWindowLayer, valid: Tensor, seen: int) -> None:

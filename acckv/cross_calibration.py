@@ -7,8 +7,9 @@ code. ``B`` batch, ``K`` KV heads, ``N`` prompt entries, ``D`` head size.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from acckv.scoring import inverse_norm
 
 
 def integrate(keys: Tensor, values: Tensor, gates: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,10 +40,11 @@ def alignment(keys: Tensor, kept: Tensor) -> Tensor:
     Returns:
         ``[B, K, N]`` in -1 to 1; 0 where nothing was kept.
     """
-    unit = F.normalize(keys.float(), dim=-1)
+    keys = keys.float()
+    length = inverse_norm(keys)
     weights = kept / kept.sum(-1, keepdim=True).clamp_min(1e-6)
-    centre = (weights.unsqueeze(-1) * unit).sum(dim=2, keepdim=True)
-    return (unit * centre).sum(-1)
+    centre = (weights * length).unsqueeze(2) @ keys
+    return (keys @ centre.transpose(-1, -2))[..., 0] * length
 
 
 def rebalance(budgets: Tensor, aligned: Tensor, high: Tensor, counts: Tensor) -> Tensor:

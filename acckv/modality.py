@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class ModalityMap:
         """bool ``[batch, tokens]``: audio or video."""
         return (self.labels == Modality.VIDEO) | (self.labels == Modality.AUDIO)
 
-    @property
+    @cached_property
     def by_modality(self) -> Tensor:
         """bool ``[batch, 2, tokens]`` in the order of :data:`COMPRESSED`."""
         return torch.stack([self.labels == modality for modality in COMPRESSED], dim=1)

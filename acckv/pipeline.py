@@ -21,7 +21,8 @@ LogGates = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def hard(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
     """What is shipped: log gates of 0 and -inf."""
-    return hard_gates(score, members, budget).log()
+    gates = hard_gates(score, members, budget)
+    return torch.zeros_like(gates).masked_fill_(gates == 0, -torch.inf)
 
 
 def soft(temperature: float) -> LogGates:

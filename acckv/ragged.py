@@ -115,6 +115,8 @@ def take(tensor: Tensor, columns: Tensor, dim: int, fill: int | float = 0) -> Te
         fill: value where a row is shorter.
     """
     dim = dim % tensor.ndim
+    if covers(columns, tensor.shape[dim]):
+        return tensor
     trailing = tensor.ndim - dim - 1
     index = columns.clamp_min(0).view(*[1] * (dim - 1), *columns.shape, *[1] * trailing)
     shape = (*tensor.shape[:dim], columns.shape[1], *tensor.shape[dim + 1 :])
@@ -133,6 +135,11 @@ def left_padded(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def covers(columns: Tensor, length: int) -> bool:
+    """Whether a window is all of `length` columns in every row, so that nothing needs to be copied."""
+    return columns.shape[1] == length and bool((columns >= 0).all())
+
+
 def scatter_back(parts: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
     """Put hidden states ``[batch, width, hidden]`` of several windows back in their columns.
 
@@ -143,6 +150,8 @@ def scatter_back(parts: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
         ``[batch, length, hidden]``, zero where no window reaches.
     """
     first = parts[0][1]
+    if len(parts) == 1 and covers(parts[0][0], length):
+        return first
     hidden = first.new_zeros(first.shape[0], length, first.shape[-1])
     for columns, states in parts:
         rows, places = (columns >= 0).nonzero(as_tuple=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from acckv.rotary import Rotation
 
-#: Rows whose attention is held at once.
-ROW_CHUNK = 256
+#: Rows whose attention is held at once, and logits: what fits a processor's cache is worked off fastest.
+ROW_CHUNK, LOGITS = 256, 1 << 21
 
 
 @dataclass(frozen=True)
@@ -58,27 +58,40 @@ class Observation:
         )
 
 
-def attention_rows(observation: Observation, chunk: int = ROW_CHUNK) -> Iterator[tuple[slice, Tensor]]:
+def attention_rows(observation: Observation, chunk: int | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Softmax attention of the observed rows over the prompt, a chunk of rows at a time.
 
     Padding is masked before the softmax; rows that do not count give zeros.
+
+    Args:
+        chunk: rows at once; None takes as many as :data:`LOGITS` allows, at most :data:`ROW_CHUNK`.
 
     Yields:
         the slice of rows and their attention ``[B, K, G, rows, N]``, with G query heads to a KV head.
     """
     batch, heads, rows, size = observation.queries.shape
     kv_heads, entries = observation.keys.shape[1:3]
-    queries = observation.queries.view(batch, kv_heads, heads // kv_heads, rows, size)
-    keys = observation.keys.unsqueeze(2)
+    groups = heads // kv_heads
+    chunk = chunk or min(max(LOGITS // max(batch * heads * entries, 1), 1), ROW_CHUNK)
+    queries = observation.queries.view(batch, kv_heads, groups, rows, size)
+    keys = observation.keys.transpose(-1, -2)
     columns = torch.arange(entries, device=keys.device)
+    # Most often every row sees all but the last few entries, and no mask is needed.
+    hidden = 0 if not bool(observation.real.all()) else int(observation.row_positions.min()) + 1 if rows else entries
+    counted = bool(observation.row_valid.all())
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
-        logits = (queries[:, :, :, part] @ keys.transpose(-1, -2)).float() * observation.scaling
-        seen = columns <= observation.row_positions[:, part, None]
-        visible = (seen & observation.real[:, None, :])[:, None, None]
-        weights = logits.masked_fill(~visible, torch.finfo(logits.dtype).min).softmax(dim=-1)
-        counted = observation.row_valid[:, None, None, part, None]
-        yield part, weights * (visible & counted)
+        # Rows of all query heads of a KV head in one product: broadcasting would copy the keys for each.
+        folded = queries[:, :, :, part].reshape(batch, kv_heads, -1, size)
+        logits = (folded @ keys).view(batch, kv_heads, groups, -1, entries).float() * observation.scaling
+        if hidden < entries:
+            seen = columns[hidden:] <= observation.row_positions[:, part, None]
+            visible = seen & observation.real[:, None, hidden:]
+            logits[..., hidden:].masked_fill_(~visible[:, None, None], torch.finfo(logits.dtype).min)
+        weights = logits.softmax(dim=-1)
+        if not counted:
+            weights = weights * observation.row_valid[:, None, None, part, None]
+        yield part, weights
 
 
 def redistribution_weights(
@@ -103,14 +116,16 @@ def heavy_hitter_score(observation: Observation, gamma: Tensor | float = 0.0) ->
     """Attention that each entry receives from the observed rows (METHOD step 1; gamma 0 is plain H2O).
 
     Returns:
-        float32 ``[B, K, N]``: sum over rows, mean over the query heads of a KV head.
+        float32 ``[B, K, N]``: sum over rows, mean over the query heads of a KV head; 0 for padding.
     """
-    entries = observation.keys.shape[2]
+    batch, kv_heads, entries = observation.keys.shape[:3]
     row, column = redistribution_weights(observation.row_positions, entries, gamma, observation.real)
-    total = observation.keys.new_zeros(*observation.keys.shape[:3], dtype=torch.float32)
+    total = observation.keys.new_zeros(batch, kv_heads, entries, dtype=torch.float32)
     for part, weights in attention_rows(observation):
-        total = total + torch.einsum("bkgrn,br->bkn", weights, row[:, part]) / weights.shape[2]
-    return total * column[:, None, :]
+        groups = weights.shape[2]
+        factor = (row[:, None, None, part] / groups).expand(-1, kv_heads, groups, -1)
+        total = total + (factor.reshape(batch, kv_heads, 1, -1) @ weights.flatten(2, 3))[:, :, 0]
+    return total * (column * observation.real)[:, None, :]
 
 
 def peak_attention(observation: Observation) -> Tensor:
@@ -130,9 +145,16 @@ def key_diversity(keys: Tensor, real: Tensor) -> Tensor:
     Returns:
         float32 ``[B, K, N]`` in -1 to 1: the less a key is like the others, the higher.
     """
-    unit = F.normalize(keys.float(), dim=-1)
-    mean = (unit * real[:, None, :, None]).sum(dim=2, keepdim=True)
-    return -(F.normalize(mean, dim=-1) * unit).sum(dim=-1)
+    keys = keys.float()
+    # Products with a few directions and no unit vector of every key: nothing of the keys' size is made.
+    length = inverse_norm(keys)
+    mean = F.normalize((length * real[:, None]).unsqueeze(2) @ keys, dim=-1)
+    return -(keys @ mean.transpose(-1, -2))[..., 0] * length
+
+
+def inverse_norm(vectors: Tensor) -> Tensor:
+    """One over the length of ``[..., D]``, bounded for vectors of no length."""
+    return 1 / torch.linalg.vector_norm(vectors, dim=-1).clamp_min(1e-12)
 
 
 def standardise(score: Tensor, members: Tensor, widest: float = torch.inf, eps: float = 1e-4) -> Tensor:
@@ -145,15 +167,12 @@ def standardise(score: Tensor, members: Tensor, widest: float = torch.inf, eps: 
     Returns:
         ``[B, K, N]``, zero for entries of no modality.
     """
-    result = torch.zeros_like(score)
-    for modality in range(members.shape[1]):
-        mask = members[:, modality, None, :]
-        count = mask.sum(-1, keepdim=True).clamp_min(1)
-        mean = (score * mask).sum(-1, keepdim=True) / count
-        centred = (score - mean) * mask
-        deviation = (centred.square().sum(-1, keepdim=True) / count + eps**2).sqrt()
-        result = result + centred / (deviation + eps).clamp(max=widest)
-    return result
+    masks = members.to(score.dtype)
+    count = masks.sum(-1)[:, None].clamp_min(1)
+    mean = score @ masks.transpose(1, 2) / count
+    centred = (score - mean @ masks) * masks.sum(1, keepdim=True)
+    deviation = (centred.square() @ masks.transpose(1, 2) / count + eps**2).sqrt()
+    return centred * ((deviation + eps).clamp(max=widest).reciprocal() @ masks)
 
 
 def redundancy(score: Tensor, values: Tensor, members: Tensor, width: int, softness: float = 0.2) -> Tensor:
@@ -173,16 +192,13 @@ def redundancy(score: Tensor, values: Tensor, members: Tensor, width: int, softn
     """
     if score.shape[1] < values.shape[1]:
         values = values.transpose(1, 2).flatten(2)[:, None]
-    features = torch.zeros_like(values, dtype=torch.float32)
-    for modality in range(members.shape[1]):
-        mask = members[:, modality, None, :, None]
-        mean = (values * mask).sum(2, keepdim=True) / mask.sum(2, keepdim=True).clamp_min(1)
-        features = features + (values - mean) * mask
-    features = F.normalize(features, dim=-1)
+    masks = members[:, None].to(torch.float32)
+    mean = masks @ values.float() / masks.sum(-1, keepdim=True).clamp_min(1)
+    features = F.normalize(values.float() - masks.transpose(-1, -2) @ mean, dim=-1)
     total = torch.zeros_like(score)
     for step in range(1, min(width, score.shape[-1] - 1) + 1):
         together = (members[..., :-step] & members[..., step:]).any(dim=1)[:, None]
         similar = (features[:, :, :-step] * features[:, :, step:]).sum(-1).clamp_min(0) * together
-        earlier_wins = torch.sigmoid((score[..., :-step] - score[..., step:]) / softness)
-        total = total + F.pad(similar * earlier_wins, (step, 0)) + F.pad(similar * (1 - earlier_wins), (0, step))
+        earlier_wins = similar * torch.sigmoid((score[..., :-step] - score[..., step:]) / softness)
+        total = total + F.pad(earlier_wins, (step, 0)) + F.pad(similar - earlier_wins, (0, step))
     return total

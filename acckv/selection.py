@@ -20,10 +20,13 @@ def hard_gates(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
         float ``[B, K, N]``. Equal scores keep the earlier entry.
     """
     masked = score.detach().masked_fill(~members, -torch.inf)
-    order = masked.argsort(dim=-1, descending=True, stable=True)
-    rank_kept = torch.arange(score.shape[-1], device=score.device) < budget.round()[..., None]
-    kept = torch.zeros_like(masked).scatter_(-1, order, rank_kept.expand_as(order).to(masked.dtype))
-    return kept * members
+    wanted = budget.round().long().clamp(0, score.shape[-1]).expand(score.shape[:-1])[..., None]
+    best = masked.topk(max(int(wanted.max()), 1) if score.shape[-1] else 0, dim=-1).values
+    # The least score that is kept; above it all are, and of those that equal it the first ones.
+    least = best.gather(-1, (wanted - 1).clamp_min(0)).masked_fill(wanted == 0, torch.inf)
+    above, equal = masked > least, masked == least
+    kept = above | (equal & (equal.cumsum(-1) <= wanted - above.sum(-1, keepdim=True)))
+    return (kept & members).to(masked.dtype)
 
 
 def soft_log_gates(score: Tensor, members: Tensor, budget: Tensor, temperature: float, iterations: int = 18) -> Tensor:
@@ -42,15 +45,16 @@ def soft_log_gates(score: Tensor, members: Tensor, budget: Tensor, temperature: 
     # A gate sum of exactly 0 or N needs an infinite theta.
     target = torch.minimum(budget.clamp_min(0.05), (count - 0.05).clamp_min(0.05)).expand(score.shape[:-1])
     with torch.no_grad():
-        bounded = score.masked_fill(~members, 0.0)
-        low = bounded.amin(-1) - 20 * temperature
-        high = bounded.amax(-1) + 20 * temperature
+        present = members.any(-1)
+        low = torch.where(present, score.masked_fill(~members, torch.inf).amin(-1), 0.0) - 20 * temperature
+        open_to = score.masked_fill(~members, -torch.inf)  # the gate of -inf is exactly 0
+        high = torch.where(present, open_to.amax(-1), 0.0) + 20 * temperature
         for _ in range(iterations):
             middle = (low + high) / 2
-            too_many = _gate_sum(score, members, middle, temperature) > target
+            too_many = torch.sigmoid((open_to - middle[..., None]) / temperature).sum(-1) > target
             low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
         start = (low + high) / 2
-        gates = torch.sigmoid((score - start[..., None]) / temperature) * members
+        gates = torch.sigmoid((open_to - start[..., None]) / temperature)
         slope = (gates * (1 - gates)).sum(-1) / temperature + 1e-4
     theta = start + (_gate_sum(score, members, start, temperature) - target) / slope
     return F.logsigmoid((score - theta[..., None]) / temperature).masked_fill(~members, -torch.inf)

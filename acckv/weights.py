@@ -85,9 +85,12 @@ class CalibratedWeights(nn.Module):
         Args:
             keys, values: ``[B, K, N, D]``; members: bool ``[B, 2, N]``.
         """
-        feature = torch.cat([keys, values], dim=-1).float()
-        feature = feature * (feature.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-        score = torch.einsum("bknd,mkd->bmkn", feature, self.saliency[layer])
+        keys, values = keys.float(), values.float()
+        squares = torch.linalg.vector_norm(keys, dim=-1).square() + torch.linalg.vector_norm(values, dim=-1).square()
+        size = (squares / (keys.shape[-1] + values.shape[-1]) + 1e-6).rsqrt()
+        # (key, value) side by side would be a copy of both.
+        by_key, by_value = self.saliency[layer].permute(1, 2, 0).split([keys.shape[-1], values.shape[-1]], dim=1)
+        score = (keys @ by_key + values @ by_value).permute(0, 3, 1, 2) * size[:, None]
         score = score + self.saliency_bias[layer][None, :, :, None]
         return (score * members[:, :, None].to(score.dtype)).sum(dim=1)
 

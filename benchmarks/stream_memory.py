@@ -1,6 +1,6 @@
 """Peak memory of a long stream, as the operating system counts it: full cache, a ratio, a fixed budget.
 
-    python -m benchmarks.stream_memory --output runs/stream_memory.json
+    python -m benchmarks.stream_memory --output benchmarks/results/stream_memory.json
 
 A decoder with random weights is fed an hour of audio and video tokens, chunk by chunk (:meth:`Session.extend`). Every
 mode runs in a process of its own; its peak is what the kernel reports for that process (VmHWM). Time and content do not
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from acckv import CompressionConfig, KVCompressor
@@ -62,7 +63,7 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write; a PNG of its name beside it")
     parser.add_argument("--seconds", type=int, default=3600, help="length of the stream")
     parser.add_argument("--chunk", type=int, default=8, help="seconds of a chunk")
     parser.add_argument("--ratio", type=float, default=0.05, help="kept share of the mode 'ratio'")
@@ -84,6 +85,7 @@ def main() -> None:
         print(line(rows[-1]), flush=True)
     with whole_file(options.output) as file:
         file.write_text(json.dumps({"format": FORMAT, "rows": rows}, indent=1) + "\n")
+    plot(rows, options.output.with_suffix(".png"))
 
 
 def line(row: dict[str, Any]) -> str:
@@ -96,6 +98,19 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Resident memory over the length of the stream."""
+    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        minutes = [second / 60 for second, _ in row["samples"]]
+        axes.plot(minutes, [(held - row["rss_before"]) / 1e6 for _, held in row["samples"]], label=row["mode"])
+    axes.set(xlabel="minutes of stream", ylabel="resident memory beyond the start, MB", ylim=(0, None))
+    axes.legend()
+    with whole_file(file) as partial:
+        figure.savefig(partial, dpi=110, format="png")
+
+
 def resident(name: str) -> int:
     """Bytes that the kernel reports for this process: VmRSS now, VmHWM at most."""
     for entry in Path("/proc/self/status").read_text().splitlines():
@@ -105,14 +120,14 @@ def resident(name: str) -> int:
 
 
 def decoder() -> Qwen2ForCausalLM:
-    """4 layers of 8 query and 4 KV heads of 64: 8 KB of keys and values a layer and entry in float32."""
+    """2 layers of 4 heads of 64: 2 KB of keys and values a layer and entry in float32."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=64,
         hidden_size=HIDDEN,
         intermediate_size=HIDDEN,
-        num_hidden_layers=4,
-        num_attention_heads=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=64,
         max_position_embeddings=1 << 20,

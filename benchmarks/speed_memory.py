@@ -1,0 +1,412 @@
+"""Speed and memory of a compressed cache, every figure a ratio measured inside one run.
+
+    python -m benchmarks.speed_memory --output runs/speed_memory.json
+
+A decoder with the layer sizes of Qwen2.5-Omni-3B, cut to a few layers and to a small vocabulary, with random weights:
+time does not depend on them. What is compared runs by turns, on one thread and by the processor time of the process, so
+that other work on the machine counts for none of it; each figure is the median over the repeats.
+
+  decode_vs_limit   a decode step of the compressed cache over one of a plain DynamicCache that was born with the same
+                    number of entries in every layer: the limit (target: at most 1.05)
+  decode_vs_full    the same step over one of the full cache
+  prefill_overhead  share of the decoder's own time that compression adds to a prefill: all that a session does before,
+                    between and after its layers (target: at most 0.02 at 8192 tokens). Timed inside the compressed
+                    prefill, since the difference of two long prefills is no measure of 1 %
+  prefill_ratio     a whole prefill with compression over a plain one, where that is measured (--plain-up-to)
+  kv_bytes          keys and values held for the whole batch, and kv_bytes_full of the full cache
+  peak_bytes        the most that keys and values of one clip took while it was prefilled, and peak_bytes_full
+
+Skipped: prefills of a whole batch, since a batch multiplies both sides: a prefill is of one clip, and the batch decodes
+from as many copies of its cache. Prefills longer than --prefill-up-to tokens (minutes each): there the cache is filled
+at random and the figures of the prefill are null. Cells whose full cache and the copy of it that DynamicCache makes at
+every step would take more than --memory. --quick is a small grid on a decoder an eighth as wide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+
+from acckv import CompressionConfig, KVCompressor
+from acckv.cache import CompressedCache, fresh_cache
+from acckv.cache_layer import CompressedLayer
+from acckv.modality import ModalityMap
+from acckv.pipeline import LayerPlan
+from acckv.report.files import whole_file
+from acckv.weights import CalibratedWeights
+
+FORMAT = 1
+#: Text before and after the media of a clip; all the rest is two thirds video and one third audio.
+TEXT = 16
+#: The calibrated compressor's weights are random: their values do not change the time.
+CALIBRATED = "acckv-calibrated"
+
+
+class Words:
+    """Stands for a tokenizer where a policy runs a probe prompt."""
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [30 + len(word) for word in text.split()]}
+
+
+def decoder(layers: int, shrink: int = 1) -> Qwen2ForCausalLM:
+    """Layers of Qwen2.5-Omni-3B's decoder; `shrink` divides hidden and intermediate size, not the attention's."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=1024,
+        hidden_size=2048 // shrink,
+        intermediate_size=11008 // shrink,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        head_dim=128,
+        max_position_embeddings=1 << 17,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def compressor(policy: str, ratio: float, model: Qwen2ForCausalLM) -> KVCompressor:
+    """Of a policy's name; 'acckv-context' is AccKV's preset for `when: context`, which calibration starts from."""
+    if policy not in ("acckv-context", CALIBRATED):
+        return KVCompressor(CompressionConfig(policy=policy, ratio=ratio))  # type: ignore[arg-type]
+    config = CompressionConfig.preset("context", ratio=ratio)
+    if policy == "acckv-context":
+        return KVCompressor(config)
+    size = model.config
+    weights = CalibratedWeights(
+        size.num_hidden_layers, size.num_key_value_heads, size.num_attention_heads, 128, config.probe_queries
+    )
+    for parameter in weights.requires_grad_(False).parameters():
+        parameter.normal_(0, 0.05)
+    return KVCompressor(config, weights)
+
+
+def clip(model: Qwen2ForCausalLM, context: int) -> dict[str, Tensor]:
+    """Embeddings ``[1, context, hidden]`` of a clip, and what they are."""
+    generator = torch.Generator().manual_seed(context)
+    kinds = torch.zeros(1, context, dtype=torch.long)
+    kinds[:, TEXT:-TEXT] = 1
+    kinds[:, TEXT:-TEXT:3] = 2
+    embeds = torch.randn(1, context, model.config.hidden_size, generator=generator)
+    return {"inputs_embeds": embeds, "modality_ids": kinds}
+
+
+def seconds(step: Callable[[], Any]) -> float:
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def kv_bytes(cache: Any) -> int:
+    return sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
+
+
+class PrefillWatch:
+    """Time inside the decoder's own work and the most bytes that keys and values took, in one compressed prefill."""
+
+    def __init__(self) -> None:
+        self.ours, self.own, self.peak = 0.0, 0.0, 0
+
+    @contextmanager
+    def watching(self, session: Any) -> Iterator[None]:
+        """The decoder's own work is its plain forward without the listener that is called in it."""
+        router, update = session.router, CompressedLayer.update
+        decode, evicting = router.wiring.decode, router._eviction
+        own = 0.0
+
+        def forward(original: Callable[..., Any], turn: Any, arguments: dict[str, Any]) -> Any:
+            def timed(**inner: Any) -> Any:
+                nonlocal own
+                start = time.process_time()
+                try:
+                    return original(**inner)
+                finally:
+                    own += time.process_time() - start
+
+            return decode(timed, turn, arguments)
+
+        def eviction(*arguments: Any) -> Any:
+            listener, probe = evicting(*arguments)
+            if listener is None:
+                return listener, probe
+
+            def listen(*seen: Any) -> None:
+                nonlocal own
+                start = time.process_time()
+                listener(*seen)
+                own -= time.process_time() - start
+
+            listen.finish = listener.finish  # type: ignore[attr-defined]
+            return listen, probe
+
+        def updated(layer: CompressedLayer, *arguments: Any, **options: Any) -> Any:
+            held = update(layer, *arguments, **options)
+            # A layer's entries all have the size of the one that was just written.
+            per_entry = 2 * layer.keys[:, :, :1].numel() * layer.keys.element_size()
+            self.peak = max(self.peak, per_entry * sum(layer.lengths))
+            return held
+
+        router.wiring.decode, router._eviction = forward, eviction
+        CompressedLayer.update = updated  # type: ignore[method-assign]
+        start = time.process_time()
+        try:
+            yield
+        finally:
+            self.ours = time.process_time() - start - own
+            self.own = own
+            router.wiring.decode, router._eviction = decode, evicting
+            CompressedLayer.update = update  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def plain_prefill(model: Qwen2ForCausalLM, inputs: dict[str, Tensor]) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    model.model(inputs_embeds=inputs["inputs_embeds"], past_key_values=cache, use_cache=True)
+    return cache
+
+
+def born_with(cache: CompressedCache) -> DynamicCache:
+    """A plain cache that never held more than a compressed one holds."""
+    plain = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        plain.update(torch.randn_like(layer.keys), torch.randn_like(layer.values), index)
+    return plain
+
+
+def batched(cache: Any, batch: int) -> Any:
+    """A cache of `batch` equal rows."""
+    if isinstance(cache, CompressedCache):
+        return cache.branch(batch)
+    copy = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        rows = [part.repeat_interleave(batch, dim=0) for part in (layer.keys, layer.values)]
+        copy.update(*rows, index)
+    return copy
+
+
+@torch.no_grad()
+def decode(model: Qwen2ForCausalLM, cache: Any, batch: int, steps: int) -> float:
+    """Median seconds of a decode step; the entries that it adds are taken back."""
+    seen, times = cache.get_seq_length(), []
+    for step in range(steps):
+        token = torch.full((batch, 1), 20)
+        mask = torch.ones(batch, seen + step + 1, dtype=torch.long)
+        position = torch.full((batch, 1), seen + step)
+        arguments = {"attention_mask": mask, "position_ids": position, "past_key_values": cache, "use_cache": True}
+        times.append(seconds(lambda token=token, arguments=arguments: model(input_ids=token, **arguments)))  # type: ignore[misc]
+    cache.crop(-steps)
+    return statistics.median(times)
+
+
+def measure(options: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
+    """A row a policy, context, batch and ratio."""
+    model = decoder(options.layers, 8 if options.quick else 1)
+    cells = len(options.contexts) * len(options.policies) * len(options.ratios)
+    task = progress.add_task("cells", total=cells)
+    plain_prefill(model, clip(model, 256))
+    rows = []
+    for context in options.contexts:
+        inputs = clip(model, context)
+        full = filled(model, context)
+        for ratio in options.ratios:
+            for policy in options.policies:
+                progress.update(task, description=f"{policy} at {context} tokens")
+                with compressor(policy, ratio, model)(model, Words()) as session:
+                    cache, prefill = compressed(model, session, inputs, full, options)
+                    for batch in options.batches:
+                        if 2 * batch * kv_bytes(full) > options.memory * 2**30:
+                            continue
+                        cell = {"policy": policy, "context": context, "batch": batch, "ratio": ratio}
+                        cell |= decode_ratios(model, session, cache, full, batch, options) | prefill
+                        sizes = {"kv_bytes": batch * cache.kv_bytes(), "kv_bytes_full": batch * kv_bytes(full)}
+                        rows.append(cell | sizes | {"peak_bytes_full": kv_bytes(full)})
+                progress.advance(task)
+    return rows
+
+
+def filled(model: Qwen2ForCausalLM, entries: int) -> DynamicCache:
+    """A cache of random entries of one clip."""
+    size, cache = model.config, DynamicCache()
+    for layer in range(size.num_hidden_layers):
+        cache.update(*(torch.randn(1, size.num_key_value_heads, entries, 128) for _ in range(2)), layer)
+    return cache
+
+
+def compressed(
+    model: Qwen2ForCausalLM, session: Any, inputs: dict[str, Tensor], full: DynamicCache, options: argparse.Namespace
+) -> tuple[CompressedCache, dict[str, float | None]]:
+    """The compressed cache of a clip, and the figures of its prefill."""
+    context = inputs["modality_ids"].shape[1]
+    if context > options.prefill_up_to:
+        cache = fresh_cache(session.adapter)
+        labels = ModalityMap(inputs["modality_ids"])
+        count = int(session.compressor.config.ratio * int(labels.media.sum()))
+        keep = labels.text.clone()
+        keep[0, labels.media[0].nonzero()[:count, 0]] = True
+        for layer, source in zip(cache.layers, full.layers, strict=True):
+            layer.update(source.keys, source.values)
+            nothing = source.keys[:, :, :0]
+            gates = torch.zeros(keep.shape).masked_fill(~keep, -torch.inf)[:, None]
+            layer.commit(
+                LayerPlan(gates, nothing, nothing, torch.zeros(1, nothing.shape[1], 0)), labels.labels[:, None]
+            )
+        held = CompressedCache(cache.layers, labels, torch.tensor([[context]]))
+        return held, dict.fromkeys(("prefill_overhead", "prefill_ratio", "peak_bytes"))
+    ours, ratios, peak = [], [], 0
+    for _ in range(options.repeats):
+        watch = PrefillWatch()
+        with watch.watching(session):
+            cache = session.extend(inputs)
+        ours.append(watch.ours / watch.own)
+        peak = max(peak, watch.peak)
+        if context <= options.plain_up_to:
+            session.__exit__()
+            ratios.append((watch.ours + watch.own) / seconds(lambda: plain_prefill(model, inputs)))
+            session.__enter__()
+    ratio = statistics.median(ratios) if ratios else None
+    return cache, {"prefill_overhead": statistics.median(ours), "prefill_ratio": ratio, "peak_bytes": peak}
+
+
+def decode_ratios(
+    model: Qwen2ForCausalLM, session: Any, cache: CompressedCache, full: Any, batch: int, options: argparse.Namespace
+) -> dict[str, float]:
+    """A compressed cache's step over that of its limit and of the full cache; the session is closed for those."""
+    caches = {"ours": batched(cache, batch), "limit": batched(born_with(cache), batch), "full": batched(full, batch)}
+    times: dict[str, list[float]] = {name: [] for name in caches}
+    for repeat in range(options.decode_repeats + 1):
+        for name in ("limit", "ours", "full"):
+            if name == "ours":
+                took = decode(model, caches[name], batch, options.steps)
+            else:
+                session.__exit__()
+                took = decode(model, caches[name], batch, options.steps if name != "full" else 1)
+                session.__enter__()
+            if repeat:  # the first round warms up
+                times[name].append(took)
+    return {
+        f"decode_vs_{other}": statistics.median(a / b for a, b in zip(times["ours"], times[other], strict=True))
+        for other in ("limit", "full")
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows, sizes in MB."""
+    shown = Table(title="medians; decode and prefill as ratios of the same run, sizes in MB")
+    for name in (
+        "policy",
+        "context",
+        "batch",
+        "ratio",
+        "/ limit",
+        "/ full",
+        "prefill +%",
+        "KV",
+        "full",
+        "peak",
+        "full",
+    ):
+        shown.add_column(name, justify="left" if name == "policy" else "right")
+    for row in rows:
+        sizes = [f"{row[name] / 1e6:.1f}" for name in ("kv_bytes", "kv_bytes_full", "peak_bytes", "peak_bytes_full")]
+        shown.add_row(
+            row["policy"],
+            str(row["context"]),
+            str(row["batch"]),
+            f"{row['ratio']:g}",
+            f"{row['decode_vs_limit']:.3f}",
+            f"{row['decode_vs_full']:.3f}",
+            "-" if row["prefill_overhead"] is None else f"{100 * row['prefill_overhead']:.2f}",
+            *sizes,
+        )
+    return shown
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Decode step against limit and full cache, and what compression adds to a prefill, over the context."""
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3)
+    ratio = min(row["ratio"] for row in rows)
+    rows = [row for row in rows if row["ratio"] == ratio]
+    contexts = sorted({row["context"] for row in rows})
+
+    def line(axis: Any, name: str, key: str, value: Any, unit: float = 1) -> None:
+        """Median over everything else."""
+        found = {at: [row[name] for row in rows if row["context"] == at and row[key] == value] for at in contexts}
+        found = {at: [unit * number for number in some if number is not None] for at, some in found.items()}
+        points = [(at, statistics.median(some)) for at, some in found.items() if some]
+        axis.plot(*zip(*points, strict=True), "o-", label=f"batch {value}" if key == "batch" else value)
+
+    for batch in sorted({row["batch"] for row in rows}):
+        line(axes[0], "decode_vs_limit", "batch", batch)
+        line(axes[1], "decode_vs_full", "batch", batch)
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        line(axes[2], "prefill_overhead", "policy", policy, 100)
+    axes[0].axhline(1.05, color="grey", linestyle=":")
+    axes[2].axhline(2, color="grey", linestyle=":")
+    titles = (f"decode step / limit, ratio {ratio:g}", "decode step / full cache", "compression, % of a prefill")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, xlabel="context, tokens", xscale="log", ylim=(0, None))
+        axis.set_xticks(contexts, [f"{context / 1024:g}k" for context in contexts])
+        axis.minorticks_off()
+        axis.legend(fontsize=8)
+    with whole_file(file) as partial:
+        figure.savefig(partial, dpi=110, format="png")
+
+
+def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    parse.__name__ = "list"
+    return parse
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write; a PNG of its name beside it")
+    parser.add_argument("--quick", action="store_true", help="a small grid within a minute")
+    parser.add_argument("--policies", type=numbers(str), help="default: acckv,acckv-context,acckv-calibrated")
+    parser.add_argument("--contexts", type=numbers(int), help="tokens of a clip; default: 1024,4096,8192,16384,32768")
+    parser.add_argument("--batches", type=numbers(int), help="rows that decode together; default: 1,4,16")
+    parser.add_argument("--ratios", type=numbers(float), help="kept shares; default: 0.1")
+    parser.add_argument("--repeats", type=int, default=3, help="prefills that are measured")
+    parser.add_argument("--prefill-up-to", type=int, default=32768, help="longest context that is prefilled, tokens")
+    parser.add_argument("--plain-up-to", type=int, default=1024, help="longest context prefilled plainly too, tokens")
+    parser.add_argument("--decode-repeats", type=int, default=5, help="rounds of decode steps")
+    parser.add_argument("--steps", type=int, default=8, help="decode steps of a round")
+    parser.add_argument("--layers", type=int, default=2, help="of the decoder")
+    parser.add_argument("--memory", type=float, default=10, help="GiB for the full cache and its copy")
+    options = parser.parse_args()
+    options.policies = options.policies or (
+        ["acckv", CALIBRATED] if options.quick else ["acckv", "acckv-context", CALIBRATED]
+    )
+    options.contexts = options.contexts or ([1024, 4096] if options.quick else [1024, 4096, 8192, 16384, 32768])
+    options.batches = options.batches or ([1, 4] if options.quick else [1, 4, 16])
+    options.ratios = options.ratios or [0.1]
+    torch.set_num_threads(1)
+    if min([*options.contexts, 4 * TEXT]) < 4 * TEXT:
+        parser.error(f"--contexts: at least {4 * TEXT}")
+    with Progress() as progress:
+        rows = measure(options, progress)
+    with whole_file(options.output) as file:
+        file.write_text(json.dumps({"format": FORMAT, "rows": rows}, indent=1) + "\n")
+    plot(rows, options.output.with_suffix(".png"))
+    Console(width=120).print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Every config goes through the real command line; those of families with a small processor calibrate two steps."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+import yaml
+
+from acckv import KVCompressor
+from acckv.adapters import load_model
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+FAMILIES = {"qwen2_5_omni.yaml": "Qwen2_5Omni", "qwen3_omni_moe.yaml": "Qwen3OmniMoe"}
+
+
+def door(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return int(exit_.value.code or 0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_is_what_the_command_line_takes(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every key is known and every value of its kind: what is printed back is what was written."""
+    file = ROOT / "configs" / name
+    arguments = ("evaluate.py",) if name == "eval.yaml" else ("train.py", "fit")
+    assert door(monkeypatch, *arguments, "--config", file, "--print_config") == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+
+    def check(given: dict[str, Any], found: dict[str, Any]) -> None:
+        for key, value in given.items():
+            if isinstance(value, dict):
+                check(value, found[key])
+            else:
+                assert found[key] == value, key
+
+    check(yaml.safe_load(file.read_text()), printed)
+
+
+def test_every_family_that_can_be_calibrated_has_a_config() -> None:
+    assert set(FAMILIES) < set(CONFIGS)
+    for name, family in FAMILIES.items():
+        assert family in getattr(transformers, f"{family}ThinkerForConditionalGeneration").__name__
+        base = yaml.safe_load((ROOT / "configs" / name).read_text())["model"]["base_model"]
+        assert base.startswith("Qwen/")
+
+
+def qwen3_folder(folder: Path) -> Path:
+    """A random-weight Qwen3-Omni-MoE with the packaged model's tokenizer, template and features."""
+    packaged, processor = load_model("tiny")
+    config = packaged.config.to_dict()
+    ids = {name: config[name] for name in config if name.endswith("_token_id")}
+    text = {**config["text_config"], "head_dim": 32, "moe_intermediate_size": 32, "num_experts": 4}
+    text |= {"num_experts_per_tok": 2, "num_hidden_layers": 2, "layer_types": None, "model_type": "qwen3_omni_moe_text"}
+    text["rope_parameters"] = {**text["rope_parameters"], "mrope_interleaved": True}
+    thinker = transformers.Qwen3OmniMoeThinkerConfig(
+        text_config=text,
+        audio_config={
+            "num_mel_bins": config["audio_config"]["num_mel_bins"],
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "d_model": 32,
+            "downsample_hidden_size": 8,
+            "output_dim": 128,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "patch_size": config["vision_config"]["patch_size"],
+            "out_hidden_size": 128,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        audio_token_id=config["audio_token_index"],
+        image_token_id=config["image_token_index"],
+        video_token_id=config["video_token_index"],
+        **ids,
+    )
+    transformers.Qwen3OmniMoeThinkerForConditionalGeneration._from_config(thinker).save_pretrained(folder)
+    parts = (processor.image_processor, processor.video_processor, processor.feature_extractor, processor.tokenizer)
+    transformers.Qwen3OmniMoeProcessor(*parts, chat_template=processor.chat_template).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_two_steps_of_a_family(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The family's own config, its base model replaced by a small one and its data by generated clips."""
+    base = "tiny" if name == "qwen2_5_omni.yaml" else qwen3_folder(tmp_path / "model")
+    monkeypatch.setenv("ACCKV_CACHE", str(tmp_path / "cache"))
+    code = door(
+        monkeypatch,
+        *("train.py", "fit", "--config", ROOT / "configs" / name, "--model.base_model", base),
+        *("--data.source", "clips", "--data.train_clips", 4, "--data.validation_clips", 2, "--evaluation.clips", 2),
+        *("--trainer.accelerator", "cpu", "--trainer.max_steps", 1, "--trainer.accumulate_grad_batches", 2),
+        *("--trainer.default_root_dir", tmp_path / "run"),
+    )
+    assert code == 0
+    exported = KVCompressor.from_pretrained(tmp_path / "run" / "export")
+    assert exported.name == "acckv-calibrated"
+    assert json.loads((tmp_path / "run" / "export" / "config.json").read_text())
