@@ -7,13 +7,13 @@ calibration step of scope 'after' shares one prefill without gradients between t
 a clip that prefill is kept (`data.keep: prefill`). Scope 'all' prefills once more, with gradients. Both adapt the same
 layers at the same rank and start from encoded clips. Steps take turns, so that a drift of the machine meets all.
 
-Memory is what the kernel reports as the most that was resident during a step, over what was before it.
+Memory is what autograd holds for the backward pass at its start, the parameters left out: the peak of a step but for
+what its operations use and drop. (An operating system's figures say little here: an allocator keeps what was freed.)
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import time
@@ -27,9 +27,10 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from acckv.report.files import whole_file
-from benchmarks.stream_memory import resident
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.datamodule import AVDataModule, CalibrationBatch
 
@@ -44,7 +45,7 @@ class Row:
     Attributes:
         step: what it is; questions: on each clip; tokens: of context and of turns, a clip.
         seconds: median; time: median of the ratios to the fine-tuning step beside it, time_range: least and most.
-        megabytes: resident at most, over what was before; memory: as a share of the fine-tuning step's.
+        megabytes: held for the backward pass; memory: as a share of the fine-tuning step's.
     """
 
     step: str
@@ -57,26 +58,38 @@ class Row:
     memory: float
 
 
-def calibration_step(module: CalibrationModule, batch: CalibrationBatch) -> None:
+Step = Callable[[CalibrationModule, CalibrationBatch], Tensor]
+
+
+def calibration_loss(module: CalibrationModule, batch: CalibrationBatch) -> Tensor:
     """One distillation step with gates, at ratio 0.1."""
-    module.distill(batch, 0.1, 0.05).loss.backward()
+    return module.distill(batch, 0.1, 0.05).loss
 
 
-def fine_tuning_step(module: CalibrationModule, batch: CalibrationBatch) -> None:
+def fine_tuning_loss(module: CalibrationModule, batch: CalibrationBatch) -> Tensor:
     """One plain LoRA step on the same tokens with the full cache."""
     prefill = module.live.prefill(batch.embedded, "none", gradients=True)
     logits = module._logits(prefill, None, batch.turns)
     counted = batch.turns.weight[:, :-1] > 0
-    F.cross_entropy(logits[:, :-1][counted], batch.turns.ids[:, 1:][counted]).backward()
+    return F.cross_entropy(logits[:, :-1][counted], batch.turns.ids[:, 1:][counted])
 
 
-def measured(step: Callable[[], None]) -> tuple[float, float]:
-    """Seconds, and megabytes that were resident at most beyond what was before."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel starts its peak anew
-    before, start = resident("VmRSS"), time.perf_counter()
-    step()
-    return time.perf_counter() - start, (resident("VmHWM") - before) / 1e6
+def measured(step: Step, module: CalibrationModule, batch: CalibrationBatch) -> tuple[float, float]:
+    """Seconds of forward and backward; megabytes that autograd held in between."""
+    held: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        step(module, batch)
+    for parameter in module.parameters():
+        held.pop(parameter.untyped_storage().data_ptr(), None)
+    start = time.perf_counter()
+    step(module, batch).backward()
+    return time.perf_counter() - start, sum(held.values()) / 1e6
 
 
 def batches(questions: int, clips: int) -> tuple[CalibrationBatch, CalibrationBatch]:
@@ -97,10 +110,10 @@ def measure(questions: int, clips: int, repeats: int) -> list[Row]:
     """All kinds of step on one batch."""
     first, later = batches(questions, clips)
     kinds = {
-        FINE_TUNING: ("all", fine_tuning_step, first),
-        "calibration, scope 'after', first visit": ("after", calibration_step, first),
-        "calibration, scope 'after', later visits": ("after", calibration_step, later),
-        "calibration, scope 'all'": ("all", calibration_step, first),
+        FINE_TUNING: ("all", fine_tuning_loss, first),
+        "calibration, scope 'after', first visit": ("after", calibration_loss, first),
+        "calibration, scope 'after', later visits": ("after", calibration_loss, later),
+        "calibration, scope 'all'": ("all", calibration_loss, first),
     }
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     for repeat in track(range(repeats + 1), description=f"{questions or 'all'} questions a clip"):
@@ -108,7 +121,7 @@ def measure(questions: int, clips: int, repeats: int) -> list[Row]:
             torch.manual_seed(0)
             module = CalibrationModule(lora_scope=scope)  # type: ignore[arg-type]
             module.configure_model()
-            result = measured(lambda step=step, module=module, batch=batch: step(module, batch))  # type: ignore[misc]
+            result = measured(step, module, batch)
             module.teardown("fit")
             if repeat:  # the first round warms up
                 seen[name].append(result)
