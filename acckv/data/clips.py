@@ -143,7 +143,7 @@ def write_clips(
     progress: bool = True,
     **settings: Any,
 ) -> Path:
-    """Write one split to `<root>/<split>`, or reuse it when it is there, complete and of the same settings.
+    """Write one split to `<root>/<split>-<clips>-seed<seed>`, or reuse it when it is there, complete and of the same settings.
 
     Args:
         root: folder of the data set; `default_root()` when None.
@@ -155,18 +155,18 @@ def write_clips(
         settings: the other fields of `ClipSettings`.
 
     Returns:
-        the question file, `<root>/<split>/avqa-<split>.json`.
+        the question file, `avqa-<split>.json` in that folder.
 
     Raises:
         InputError: bad settings, or a folder that holds other files than those of an earlier split.
     """
     chosen = ClipSettings(split=split, n_clips=n_clips, seed=seed, **settings)
-    folder = (default_root() if root is None else Path(root)) / split
+    folder = (default_root() if root is None else Path(root)) / f"{split}-{n_clips}-seed{seed}"
     question_file = folder / f"avqa-{split}.json"
     if is_complete(folder, chosen):
         return question_file
     _refuse_foreign_files(folder)
-    scratch = folder.with_name(f".{split}.{os.getpid()}.part")
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "videos").mkdir(parents=True)
     try:

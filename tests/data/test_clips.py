@@ -180,19 +180,20 @@ def test_a_complete_split_is_reused_and_a_broken_one_repaired(tmp_path: Path) ->
     video.unlink()
     write_clips(tmp_path, "validation", 2, workers=1, progress=False)
     assert video.read_bytes() == content
-    write_clips(tmp_path, "validation", 3, workers=1, progress=False)
-    assert len(list(video_folder(file).iterdir())) == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["validation"], "no scratch folder is left"
+    more = write_clips(tmp_path, "validation", 3, workers=1, progress=False)
+    assert len(list(video_folder(more).iterdir())) == 3 and len(list(video_folder(file).iterdir())) == 2
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["validation-2-seed0", "validation-3-seed0"], "no scratch folder is left"
 
 
 def test_files_of_others_are_never_deleted(tmp_path: Path) -> None:
-    folder = tmp_path / "test"
+    folder = tmp_path / "test-1-seed0"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="notes"):
         write_clips(tmp_path, "test", 1, workers=1, progress=False)
     assert (folder / "notes.txt").read_text() == "mine"
-    assert [path.name for path in tmp_path.iterdir()] == ["test"]
+    assert [path.name for path in tmp_path.iterdir()] == ["test-1-seed0"]
 
 
 @pytest.mark.parametrize(
