@@ -1,7 +1,7 @@
 """What calibration buys: the table over seeds, and what each part of it is worth.
 
     python -m benchmarks.calibration_study --output runs/study --only default
-    python -m benchmarks.calibration_study --output runs/study --only ablations --steps 400
+    python -m benchmarks.calibration_study --output runs/study --only ablations,scopes,losses,selection,ratios --steps 300 --turns 4
 
 Every variant is `configs/calib_full.yaml` with a few options changed. It is trained, exported and evaluated on the
 same test clips, into a folder of its own; a variant whose evaluation is there already is not run again, so that a study
@@ -115,7 +115,8 @@ class Study:
     def __init__(self, given: argparse.Namespace, console: Console) -> None:
         self.given, self.console = given, console
         self.config: dict[str, Any] = yaml.safe_load(given.config.read_text(encoding="utf-8"))
-        self.data = AVDataModule(**{**self.config["data"], "keep": "prefill", "cache_dir": given.cache_dir})
+        options = {**self.config["data"], "turns": given.turns, "keep": "prefill", "cache_dir": given.cache_dir}
+        self.data = AVDataModule(**options)
 
     def run(self, variant: Variant, seed: int) -> None:
         """Train, export and evaluate, unless it was done."""
@@ -310,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", default="0", help="seeds of each variant, separated by commas")
     parser.add_argument("--steps", type=int, help="of training; the default config's, if not given")
+    parser.add_argument("--turns", type=int, default=0, help="questions about each clip in a step; 0 takes all")
     parser.add_argument("--clips", type=int, default=96, help="test clips, 11 questions each")
     parser.add_argument("--clips-seed", type=int, default=1, help="of the test clips")
     parser.add_argument("--cache-dir", default=None, help="of the generated clips")
