@@ -1,7 +1,7 @@
 """What calibration buys: the table over seeds, and what each part of it is worth.
 
-    python -m benchmarks.calibration_study --output runs/study --only default
-    python -m benchmarks.calibration_study --output runs/study --only ablations,scopes,losses,selection,ratios --steps 300 --turns 4
+    python -m benchmarks.calibration_study --only default --seeds 0,1,2
+    python -m benchmarks.calibration_study --only ablations,scopes,losses,selection --steps 300 --turns 4
 
 Every variant is `configs/calib_full.yaml` with a few options changed. It is trained, exported and evaluated on the
 same test clips, into a folder of its own; a variant whose evaluation is there already is not run again, so that a study
