@@ -143,7 +143,7 @@ def write_clips(
     progress: bool = True,
     **settings: Any,
 ) -> Path:
-    """Write one split to `<root>/<split>-<clips>-seed<seed>`, or reuse it when it is there, complete and of the same settings.
+    """Write one split to `<root>/<split>-<clips>-seed<seed>`, or reuse it where it is complete, of the same settings.
 
     Args:
         root: folder of the data set; `default_root()` when None.
