@@ -21,6 +21,7 @@ from acckv.session import Prefill, Session
 from acckv.simulation import enable_checkpointing
 from acckv.weights import CalibratedWeights
 from lightning_modules.datamodule import CalibrationBatch
+from lightning_modules.sharding import shard_frozen
 from lightning_modules.step_mean import StepMean
 
 
@@ -134,6 +135,8 @@ class CalibrationModule(LightningModule):
             parameter.requires_grad_(".lora_" in name)
         if options.gradient_checkpointing:
             enable_checkpointing(self.live.adapter.decoder)
+        if self.device_mesh is not None:
+            shard_frozen(self, self.live.adapter.decoder, self.device_mesh["data_parallel"])
 
     def teardown(self, stage: str) -> None:
         if self.session is not None:

@@ -138,7 +138,8 @@ def test_a_folder_is_calibrated_on_from_end_to_end(
                 "--checkpoint.save_top_k=-1",
                 "--trainer.enable_progress_bar=false",
             ),
-            *("--evaluation.policies=[acckv-calibrated]", "--evaluation.ratios=[0.1]", "--export.new_tokens=2", *more),
+            *("--evaluation.policies=[acckv-calibrated]", "--evaluation.ratios=[0.1]", "--export.new_tokens=2"),
+            *("--evaluation.clips=1", "--data.prompts=[Describe the clip.]", *more),
         ]
         monkeypatch.setattr(sys, "argv", words)
         main()
@@ -164,7 +165,7 @@ def test_a_folder_is_calibrated_on_from_end_to_end(
     # A run that stopped at step 2 goes on: same weights, and a history without a gap or a step twice.
     cut = tmp_path / "cut"
     shutil.copytree(whole, cut)
-    resumed = run("cut", f"--ckpt_path={whole / 'checkpoints' / 'step-2.ckpt'}")
+    resumed = run("cut", "--evaluation.clips=0", f"--ckpt_path={whole / 'checkpoints' / 'step-2.ckpt'}")
     again = KVCompressor.from_pretrained(resumed / "export").weights
     assert again is not None
     assert all(torch.equal(a, b) for a, b in zip(weights.parameters(), again.parameters(), strict=True))
