@@ -23,6 +23,7 @@ from acckv.simulation import enable_checkpointing
 from acckv.weights import WEIGHT_GROUPS, CalibratedWeights
 from lightning_modules.datamodule import CalibrationBatch
 from lightning_modules.losses import Divergence, Match, divergence, mismatch, outputs_of
+from lightning_modules.sharding import shard_frozen
 from lightning_modules.step_mean import StepMean
 
 #: Linear layers that LoRA adapts; a mixture of experts has only the first four by name.
@@ -182,6 +183,8 @@ class CalibrationModule(LightningModule):
             parameter.requires_grad_(".lora_" in name)
         if options.gradient_checkpointing:
             enable_checkpointing(self.live.adapter.decoder)
+        if self.device_mesh is not None:
+            shard_frozen(self, self.live.adapter.decoder, self.device_mesh["data_parallel"])
 
     def teardown(self, stage: str) -> None:
         if self.session is not None:

@@ -15,7 +15,7 @@ from acckv.report.files import whole_file
 from acckv.report.plots import plot_budget_history, plot_budgets
 from acckv.weights import CalibratedWeights
 from lightning_modules.calibration import CalibrationModule
-from lightning_modules.callbacks import EvaluateExport, ExportCompressor, first_batch
+from lightning_modules.callbacks import EvaluateExport, ExportCompressor, first_batch, takes_part
 
 REPORT_FILE, HISTORY_FILE = "report.md", "budgets.csv"
 KEPT_PLOT, HISTORY_PLOT = "kept.png", "budget_history.png"
@@ -86,12 +86,14 @@ class CalibrationReport(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         export = next((callback for callback in callbacks if isinstance(callback, ExportCompressor)), None)
-        ours = isinstance(pl_module, CalibrationModule) and trainer.is_global_zero and export is not None
+        ours = isinstance(pl_module, CalibrationModule) and takes_part(trainer, pl_module) and export is not None
         if not ours or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         module, folder = cast(CalibrationModule, pl_module), self.path(trainer)
         evaluation = next((callback for callback in callbacks if isinstance(callback, EvaluateExport)), None)
         kept = self._kept(trainer, module, cast(ExportCompressor, export).path(trainer))
+        if not trainer.is_global_zero:
+            return
         plot_budgets(folder / KEPT_PLOT, kept.entries, kept.full, "calibrated")
         plot_budget_history(folder / HISTORY_PLOT, self.steps, self.ratios, torch.stack(self.shares))
         facts = RunFacts(

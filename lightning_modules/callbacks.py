@@ -13,6 +13,7 @@ from acckv.report.results import Results
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.datamodule import AVDataModule, CalibrationBatch
 from lightning_modules.evaluation_run import CALIBRATED, EvaluationOptions, run_evaluation
+from lightning_modules.sharding import is_sharded
 
 
 def _dry(trainer: Any) -> bool:
@@ -24,6 +25,11 @@ def first_batch(trainer: Any, module: CalibrationModule) -> CalibrationBatch:
     """The first batch of the validation clips, where the module is."""
     loader = trainer.datamodule.val_dataloader()
     return trainer.datamodule.transfer_batch_to_device(next(iter(loader)), module.device, 0)
+
+
+def takes_part(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether this process is needed for a look at the trained model: one, or all where it is split over them."""
+    return trainer.is_global_zero or is_sharded(module)
 
 
 class ExportCompressor(Callback):
@@ -43,10 +49,13 @@ class ExportCompressor(Callback):
         return Path(self.folder or Path(trainer.default_root_dir) / "export")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, CalibrationModule) or not trainer.is_global_zero or _dry(trainer):
+        if not isinstance(pl_module, CalibrationModule) or not takes_part(trainer, pl_module) or _dry(trainer):
             return
         folder = self.path(trainer)
-        pl_module.exported().save_pretrained(folder)
+        if trainer.is_global_zero:
+            pl_module.exported().save_pretrained(folder)
+        if is_sharded(pl_module):
+            trainer.strategy.barrier()
         batch = first_batch(trainer, pl_module)
         live = self._answers(pl_module, pl_module.live, batch)
         pl_module.teardown("fit")
@@ -54,7 +63,8 @@ class ExportCompressor(Callback):
             reloaded = self._answers(pl_module, session, batch)
         if not torch.equal(live, reloaded):
             raise RuntimeError(f"{folder}: the reloaded export answers otherwise than the live module")
-        print(f"Exported to {folder}; reloaded, it answers exactly as the live module.")
+        if trainer.is_global_zero:
+            print(f"Exported to {folder}; reloaded, it answers exactly as the live module.")
 
     def _answers(self, module: CalibrationModule, session: Any, batch: CalibrationBatch) -> torch.Tensor:
         """Tokens that a session gives to the first turn of every clip, at the config's ratio."""

@@ -8,6 +8,8 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from lightning_modules.sharding import is_sharded
+
 
 class StepMean:
     """Makes several processes, and accumulated batches, equal to one large batch.
@@ -44,7 +46,10 @@ class StepMean:
         sums = dict(zip(names, totals, strict=True))
         weight = sums.pop("weight")
         scale = float(trainer.accumulate_grad_batches * trainer.world_size / weight)
+        shards = is_sharded(module)
         for parameter in module.parameters():
             if parameter.grad is not None:
+                if shards:  # DDP has averaged them already
+                    parameter.grad = trainer.strategy.reduce(parameter.grad, reduce_op="mean")
                 parameter.grad.mul_(scale)
         return {name: total / weight for name, total in sums.items()}
