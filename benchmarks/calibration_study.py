@@ -5,7 +5,7 @@
 
 Every variant is `configs/calib_full.yaml` with a few options changed. It is trained, exported and evaluated on the
 same test clips, into a folder of its own; a variant whose evaluation is there already is not run again, so that a study
-can be stopped, and parts of it run side by side. Then `study.json`, a table and `study.png` are made of all that is
+can be stopped, and parts of it run side by side. Then `study.json`, `study.md` and `study.png` are made of all that is
 there. Clips are encoded once for all variants of a process.
 """
 
@@ -40,7 +40,7 @@ from lightning_modules.evaluation_run import CALIBRATED, POLICIES, EvaluationOpt
 
 FORMAT = 1
 RATIOS = (0.5, 0.2, 0.1, 0.05, 0.02)
-FILE, PLOT, TIMES_FILE = "study.json", "study.png", "times.json"
+FILE, TEXT_FILE, PLOT, TIMES_FILE = "study.json", "study.md", "study.png", "times.json"
 GROUPS = tuple(WEIGHT_GROUPS)
 
 
@@ -262,6 +262,42 @@ def table(lines: Sequence[Line]) -> Table:
     return made
 
 
+def markdown(lines: Sequence[Line]) -> str:
+    """The README's section: the default over seeds, then every variant, as shares of the full cache's accuracy in %."""
+    text = []
+    default = [line for line in lines if line.variant == "default"]
+    if default:
+        first = default[0]
+        text += [
+            f"{len(first.seeds)} seeds, {first.steps} steps, {first.training_seconds / 60:.0f} minutes each; "
+            f"{first.questions:,} questions",
+            "",
+            "| ratio | of the full cache | each seed | best training-free | lead |",
+            "|---|---|---|---|---|",
+        ]
+        for line in default:
+            lead = "" if line.lead is None else f"{100 * line.lead:+.1f} {_range(line.lead_ci95)}"
+            rival = "" if line.best is None else f"{100 * (line.accuracy - (line.lead or 0)):.1f} {line.best}"
+            seeds = ", ".join(f"{100 * seed:.1f}" for seed in line.seeds)
+            share = f"{100 * line.relative:.1f} {_range(line.relative_ci95)}"
+            text.append(f"| {line.ratio:g} | {share} | {seeds} | {rival} | {lead} |")
+    others = [line for line in lines if line.variant != "default"]
+    if others:
+        steps = sorted({line.steps for line in others})
+        text += ["", f"{' or '.join(map(str, steps))} steps, one seed:", ""]
+        text.append("| | minutes | " + " | ".join(f"{ratio:g}" for ratio in (1.0, *RATIOS, 0.0)) + " |")
+        text.append("|---" * (3 + len(RATIOS) + 1) + "|")
+        for name in dict.fromkeys(line.variant for line in others):
+            rows = [line for line in others if line.variant == name]
+            cells = " | ".join(f"{100 * row.relative:.1f}" for row in rows)
+            text.append(f"| {rows[0].label} | {rows[0].training_seconds / 60:.1f} | {cells} |")
+    return "\n".join(text) + "\n"
+
+
+def _range(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"({100 * ends[0]:.1f} to {100 * ends[1]:.1f})"
+
+
 def plot(path: Path, lines: Sequence[Line], rivals: dict[tuple[str, float], Scores]) -> None:
     """Write a PNG: the default against the training-free policies over ratios, and the variants beside one another."""
     variants = [name for name in dict.fromkeys(line.variant for line in lines) if name != "default"]
@@ -333,6 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = {"format": FORMAT, "training_free": training_free, "rows": [asdict(line) for line in lines]}
     with whole_file(given.output / FILE) as file:
         file.write_text(json.dumps(values, indent=1) + "\n")
+    with whole_file(given.output / TEXT_FILE) as file:
+        file.write_text(markdown(lines), encoding="utf-8")
     plot(given.output / PLOT, lines, rivals)
     console.print(table(lines))
 
