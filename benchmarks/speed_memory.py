@@ -321,7 +321,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     ):
         shown.add_column(name, justify="left" if name == "policy" else "right")
     for row in rows:
-        sizes = [f"{row[name] / 1e6:.1f}" for name in ("kv_bytes", "kv_bytes_full", "peak_bytes", "peak_bytes_full")]
+        sizes = [row[name] for name in ("kv_bytes", "kv_bytes_full", "peak_bytes", "peak_bytes_full")]
         shown.add_row(
             row["policy"],
             str(row["context"]),
@@ -330,7 +330,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['decode_vs_limit']:.3f}",
             f"{row['decode_vs_full']:.3f}",
             "-" if row["prefill_overhead"] is None else f"{100 * row['prefill_overhead']:.2f}",
-            *sizes,
+            *("-" if size is None else f"{size / 1e6:.1f}" for size in sizes),
         )
     return shown
 

@@ -1,4 +1,4 @@
-"""Every config goes through the real command line; those of families with a small processor calibrate two steps."""
+"""Every config goes through the real command line; each family calibrates a step of two batches."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def qwen3_folder(folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_two_steps_of_a_family(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_a_family(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The family's own config, its base model replaced by a small one and its data by generated clips."""
     base = "tiny" if name == "qwen2_5_omni.yaml" else qwen3_folder(tmp_path / "model")
     monkeypatch.setenv("ACCKV_CACHE", str(tmp_path / "cache"))
