@@ -92,7 +92,7 @@ class Matrix:
 def main() -> int:
     matrix, start = Matrix(), time.monotonic()
     files = [f"tests/test_{name}.py" for name in FILES]
-    code = pytest.main(["-q", "--no-header", "-m", "slow or not slow", *files, *sys.argv[1:]], plugins=[matrix])
+    code = pytest.main(["-q", "-n0", "--no-header", "-m", "slow or not slow", *files, *sys.argv[1:]], plugins=[matrix])
     Console(width=150).print(matrix.table())
     print(f"{sum(matrix.passed.values())} of {sum(matrix.ran.values())} passed in {time.monotonic() - start:.0f} s")
     return int(code)
