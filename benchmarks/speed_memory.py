@@ -254,11 +254,12 @@ def compressed(
     if context > options.prefill_up_to:
         cache = fresh_cache(session.adapter)
         labels = ModalityMap(inputs["modality_ids"])
-        count = int(session.compressor.config.ratio * int(labels.media.sum()))
-        keep = labels.text.clone()
-        keep[0, labels.media[0].nonzero()[:count, 0]] = True
-        for layer, source in zip(cache.layers, full.layers, strict=True):
+        places = labels.media[0].nonzero()[:, 0]
+        total, layers = int(session.compressor.config.ratio * len(full.layers) * len(places) + 1e-9), len(full.layers)
+        for index, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):
             layer.update(source.keys, source.values)
+            keep = labels.text.clone()
+            keep[0, places[: total // layers + (index < total % layers)]] = True
             nothing = source.keys[:, :, :0]
             gates = torch.zeros(keep.shape).masked_fill(~keep, -torch.inf)[:, None]
             layer.commit(

@@ -244,7 +244,7 @@ def test_when_prompt_answers_as_generate_inside_the_context(policy, question_fil
 def test_generated_clips_are_the_default(tmp_path) -> None:
     data = EvaluationData(clips=2, cache_dir=str(tmp_path))
     records = data.records()
-    assert {record.video.parent.parent.name for record in records} == {"test"}
+    assert {record.video.parent.parent.name for record in records} == {"test-2-seed0"}
     assert len({record.video for record in records}) == 2
     assert data.benchmark == "generated-clips/test (2 clips, seed 0)"
 
