@@ -301,8 +301,9 @@ def _range(ends: tuple[float, float] | None) -> str:
 def plot(path: Path, lines: Sequence[Line], rivals: dict[tuple[str, float], Scores]) -> None:
     """Write a PNG: the default against the training-free policies over ratios, and the variants beside one another."""
     variants = [name for name in dict.fromkeys(line.variant for line in lines) if name != "default"]
-    figure = Figure(figsize=(13, max(4.5, 1.2 + 0.3 * len(variants))), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 4))
+    figure = Figure(figsize=(13 if variants else 7, max(4.5, 1.2 + 0.3 * len(variants))), layout="constrained")
+    panels = figure.subplots(1, 2 if variants else 1, squeeze=False)[0]
+    left = panels[0]
     policies = [name for name in dict.fromkeys(name for name, _ in rivals) if name not in (FULL, CONTROL)]
     for name in policies:
         left.plot(RATIOS, [100 * _mean(rivals[name, ratio]) for ratio in RATIOS], color="#bbbbbb", linewidth=1)
@@ -320,22 +321,27 @@ def plot(path: Path, lines: Sequence[Line], rivals: dict[tuple[str, float], Scor
     left.set_xlabel("kept share of audio and video entries")
     left.set_ylabel("accuracy in %")
     left.legend(frameon=False, loc="lower right")
-    for ratio, colour in ((0.1, "#009E73"), (0.05, "#D55E00"), (0.02, "#CC79A7")):
-        rows = [line for line in lines if line.ratio == ratio and line.variant != "default"]
-        places = [variants.index(line.variant) for line in rows]
-        values = [100 * line.relative for line in rows]
-        spread = [[100 * abs(line.relative - line.relative_ci95[side]) for line in rows] for side in (0, 1)]
-        right.errorbar(values, places, xerr=spread, fmt="o", color=colour, markersize=4, label=f"ratio {ratio:g}")
-    right.set_yticks(range(len(variants)), [next(v.label for v in lines if v.variant == name) for name in variants])
-    right.invert_yaxis()
-    right.set_xlabel("share of the full cache's accuracy in %")
-    right.legend(frameon=False, loc="lower left")
-    for axes in (left, right):
+    if variants:
+        _plot_variants(panels[1], [line for line in lines if line.variant != "default"], variants)
+    for axes in panels:
         axes.grid(color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
+
+
+def _plot_variants(axes: Any, lines: Sequence[Line], variants: list[str]) -> None:
+    for ratio, colour in ((0.1, "#009E73"), (0.05, "#D55E00"), (0.02, "#CC79A7")):
+        rows = [line for line in lines if line.ratio == ratio]
+        places = [variants.index(line.variant) for line in rows]
+        values = [100 * line.relative for line in rows]
+        spread = [[100 * abs(line.relative - line.relative_ci95[side]) for line in rows] for side in (0, 1)]
+        axes.errorbar(values, places, xerr=spread, fmt="o", color=colour, markersize=4, label=f"ratio {ratio:g}")
+    axes.set_yticks(range(len(variants)), [next(v.label for v in lines if v.variant == name) for name in variants])
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the full cache's accuracy in %")
+    axes.legend(frameon=False, loc="lower left")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
