@@ -11,15 +11,12 @@ beside a flat folder of `<video_id>.mp4`. `acckv.data.clips` writes the same for
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+from acckv.data.fields import Row, read_rows
 from acckv.data.records import Record
-from acckv.errors import InputError
 
 VOCABULARY: tuple[str, ...] = (
     *("yes", "no", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
@@ -46,26 +43,20 @@ def load_music_avqa(question_file: str | Path, video_root: str | Path) -> list[R
             values that do not match, a repeated question id, or a video that is not there.
     """
     question_file, video_root = Path(question_file), Path(video_root)
-    rows = _read_list(question_file)
     records: list[Record] = []
     seen: set[str] = set()
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise InputError(
-                f"expected an object, got {type(row).__name__}", source=question_file, field=f"record {index}"
-            )
-        reader = _Row(question_file, index, row)
-        if reader.integer("question_deleted", default=0):
+    for row in read_rows(question_file):
+        if row.integer("question_deleted", default=0):
             continue
-        record = _record(reader, video_root)
+        record = _record(row, video_root)
         if record.id in seen:
-            raise reader.error("question_id", f"{record.id} appears twice")
+            raise row.error("question_id", f"{record.id} appears twice")
         seen.add(record.id)
         records.append(record)
     return records
 
 
-def _record(row: _Row, video_root: Path) -> Record:
+def _record(row: Row, video_root: Path) -> Record:
     modality, kind = row.string_list("type", length=2)
     video_id = row.string("video_id")
     video = video_root / f"{video_id}.mp4"
@@ -130,60 +121,3 @@ def robust_match(prediction: str, answer: str, vocabulary: Iterable[str] = VOCAB
     """Whether the first vocabulary word of a prediction is the answer (an answer outside it is looked for too)."""
     found = robust_answer(prediction, {*vocabulary, answer})
     return found is not None and found.replace("_", " ").lower() == answer.replace("_", " ").lower()
-
-
-def _read_list(file: Path) -> list[Any]:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError("no such file", source=file) from None
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); is the file cut off?",
-            source=file,
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read as UTF-8 text ({error})", source=file) from error
-    if not isinstance(rows, list):
-        raise InputError(f"expected a list of records, got {type(rows).__name__}", source=file)
-    return rows
-
-
-class _Row:
-    """One record of the file; every complaint names file, record and field."""
-
-    def __init__(self, file: Path, index: int, values: dict[str, Any]) -> None:
-        self._file, self._index, self._values = file, index, values
-
-    def error(self, field: str, message: str) -> InputError:
-        return InputError(message, source=self._file, field=f"record {self._index}, {field}")
-
-    def string(self, field: str) -> str:
-        value = self._value(field)
-        if not isinstance(value, str) or not value.strip():
-            raise self.error(field, f"expected a text, got {value!r}")
-        return value
-
-    def integer(self, field: str, default: int | None = None) -> int:
-        value = self._value(field) if default is None else self._values.get(field, default)
-        if not isinstance(value, int):
-            raise self.error(field, f"expected a whole number, got {value!r}")
-        return value
-
-    def string_list(self, field: str, length: int | None = None) -> list[str]:
-        """A text that holds a list of texts, e.g. '["Audio", "Counting"]'."""
-        value = self._value(field)
-        try:
-            parsed = ast.literal_eval(value) if isinstance(value, str) else None
-        except (ValueError, SyntaxError):
-            parsed = None
-        if not isinstance(parsed, list) or not all(isinstance(entry, str) for entry in parsed):
-            raise self.error(field, f"expected a text that holds a list of texts, got {value!r}")
-        if length is not None and len(parsed) != length:
-            raise self.error(field, f"expected {length} entries, got {len(parsed)}")
-        return parsed
-
-    def _value(self, field: str) -> Any:
-        if field not in self._values:
-            raise self.error(field, "missing")
-        return self._values[field]

@@ -1,10 +1,12 @@
-"""The one record that every question-answering loader yields."""
+"""The one record type that every question-answering loader yields."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+Protocol = Literal["word", "description", "choice", "yes_no", "text"]
 
 
 @dataclass(frozen=True)
@@ -13,13 +15,17 @@ class Record:
 
     Attributes:
         id: unique within its data set.
-        video: media file of the clip.
+        video: media file of the clip; a picture or a sound where the data set has no video.
         audio: file of the sound, or None when the sound is in `video`.
-        question: text as it is asked.
-        options: choices, or None for a free answer.
-        answer: the right answer.
+        question: text as the data set gives it, without options or instructions.
+        options: choices without their letters, or None for a free answer.
+        answer: the right answer; the letter of a choice.
         groups: question types to report on, from coarse to fine, e.g. `("Audio-Visual", "Audio-Visual/Temporal")`.
-        protocol: how the answer is scored: one "word", or a "description" word by word.
+        protocol: how the answer is scored: one "word", a "description" word by word, a "choice" by its letter,
+            "yes_no", or free "text" against `references`.
+        references: every right text, for "text"; the first is `answer`.
+        start, end: seconds of `video` that the question is about; None for the whole.
+        attachments: further pictures and sounds, in the order in which the question names them.
     """
 
     id: str
@@ -29,4 +35,13 @@ class Record:
     options: tuple[str, ...] | None
     answer: str
     groups: tuple[str, ...]
-    protocol: Literal["word", "description"]
+    protocol: Protocol
+    references: tuple[str, ...] = ()
+    start: float | None = None
+    end: float | None = None
+    attachments: tuple[Path, ...] = ()
+
+    @property
+    def clip(self) -> tuple[Path, Path | None, float | None, float | None, tuple[Path, ...]]:
+        """What tells clips apart: questions with the same value are asked of one prefill."""
+        return self.video, self.audio, self.start, self.end, self.attachments
