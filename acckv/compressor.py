@@ -75,6 +75,15 @@ class KVCompressor(nn.Module):
         config = dataclasses.replace(self.config, ratio=ratio, budget=None)
         return KVCompressor(config, self.weights, self.lora, self.lora_scope, self.base, self.source)
 
+    def head(self, index: int) -> KVCompressor:
+        """What a KV head that holds other entries than the rest is compressed with, as if the layer had no other.
+
+        It serves to score and to plan; the budgets of the layers are settled by the whole.
+        """
+        if self.weights is None:
+            return self
+        return KVCompressor(self.config, self.weights.head(index))
+
     def keeps_all(self, ratio: float | None = None) -> bool:
         """Whether nothing would ever be evicted."""
         ratio = self.config.ratio if ratio is None else ratio

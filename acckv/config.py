@@ -148,7 +148,7 @@ class CompressionConfig:
         """The options of a named preset; keyword arguments override it.
 
         ``paper`` is AccKV as published. ``context`` is its variant for compression before the question: key
-        diversity as heavy-hitter signal, since no question row exists yet, and one selection for all heads.
+        diversity as heavy-hitter signal, since no question row exists yet, no split by attention and no merging.
         """
         presets: dict[str, dict[str, Any]] = {
             "paper": {},
@@ -157,7 +157,6 @@ class CompressionConfig:
                 "focusing": False,
                 "integration": False,
                 "cross_calibration": False,
-                "share_heads": True,
             },
         }
         if name not in presets:

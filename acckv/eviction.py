@@ -13,7 +13,7 @@ from acckv.adapters.base import AttentionLayer
 from acckv.cache import compressed_layers
 from acckv.errors import InputError
 from acckv.focusing import share_out, total_budget
-from acckv.heads import heads_as_rows, rows_as_heads
+from acckv.heads import join_heads, one_head
 from acckv.modality import Modality, ModalityMap
 from acckv.pipeline import LayerPlan
 from acckv.ragged import DecoderInputs
@@ -129,20 +129,24 @@ class Eviction:
     def _plan(self, slot: int, seen: Observation) -> LayerPlan:
         """What becomes of a layer whose budget is settled."""
         labels, budget = self.planning[slot], self.budgets[:, slot]
-        heads = labels.shape[1]
-        if heads > 1:  # heads hold different entries: each is a row of its own
-            if self.compressor.weights is not None:
-                raise InputError(
-                    "a calibrated compressor whose heads keep different entries cannot go on within an absolute "
-                    "budget; set a ratio, or share_heads",
-                    field="budget",
-                )
-            seen, budget = heads_as_rows(seen), budget.repeat_interleave(heads)
-        modalities = ModalityMap(labels.flatten(0, 1))
-        score = self.compressor.policy.score(slot, seen, modalities)
-        split = self.compressor.split(slot, score, budget, modalities.counts(), self.ratio)
-        plan = self.compressor.plan_one(slot, score, seen, modalities, split)
-        return rows_as_heads(plan, heads) if heads > 1 else plan
+        if labels.shape[1] == 1:
+            return self._plan_with(self.compressor, slot, seen, labels[:, 0], budget)
+        # Heads hold different entries: each is planned as if the layer had no other.
+        heads = [self.compressor.head(index) for index in range(labels.shape[1])]
+        return join_heads(
+            [
+                self._plan_with(alone, slot, one_head(seen, index), labels[:, index], budget)
+                for index, alone in enumerate(heads)
+            ]
+        )
+
+    def _plan_with(
+        self, compressor: KVCompressor, slot: int, seen: Observation, labels: Tensor, budget: Tensor
+    ) -> LayerPlan:
+        modalities = ModalityMap(labels)
+        score = compressor.policy.score(slot, seen, modalities)
+        split = compressor.split(slot, score, budget, modalities.counts(), self.ratio)
+        return compressor.plan_one(slot, score, seen, modalities, split)
 
     def finish(self) -> None:
         """Evict what had to wait for the last layer."""

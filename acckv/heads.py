@@ -1,50 +1,46 @@
-"""KV heads that hold different entries, each as a row of its own: what a policy can score without knowing of it."""
+"""KV heads that hold different entries, each seen by itself: what a policy can score without knowing of the others."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from acckv.pipeline import LayerPlan
-from acckv.rotary import Rotation
+from acckv.pipeline import LayerPlan, Pivots
 from acckv.scoring import Observation
 
 
-def heads_as_rows(seen: Observation) -> Observation:
-    """An observation of B rows and K KV heads as one of B * K rows with a single head."""
-    batch, heads = seen.keys.shape[:2]
+def one_head(seen: Observation, head: int) -> Observation:
+    """An observation ``[B, K, ...]`` as if the layer had this KV head alone, with the query heads that read it."""
+    group = seen.queries.shape[1] // seen.keys.shape[1]
 
-    def by_row(tensor: Tensor) -> Tensor:
-        return tensor.repeat_interleave(heads, dim=0)
+    def cut(tensor: Tensor, width: int = 1) -> Tensor:
+        return tensor[:, head * width : (head + 1) * width]
 
-    def by_head(tensor: Tensor) -> Tensor:
-        return tensor.reshape(batch * heads, tensor.shape[1] // heads, *tensor.shape[2:])
-
-    rotation = seen.rotation
-    if rotation is not None:
-        parts = (rotation.cos, rotation.sin, rotation.ahead_cos, rotation.ahead_sin)
-        rotation = Rotation(*(by_row(part.expand(batch, *part.shape[1:])) for part in parts))
     return replace(
         seen,
-        queries=by_head(seen.queries),
-        keys=by_head(seen.keys),
-        values=by_head(seen.values),
-        row_positions=by_row(seen.row_positions),
-        row_valid=by_row(seen.row_valid),
-        real=by_row(seen.real),
-        rotation=rotation,
-        repetition=None if seen.repetition is None else by_head(seen.repetition),
+        queries=cut(seen.queries, group),
+        keys=cut(seen.keys),
+        values=cut(seen.values),
+        repetition=None if seen.repetition is None else cut(seen.repetition),
     )
 
 
-def rows_as_heads(plan: LayerPlan, heads: int) -> LayerPlan:
-    """The plan of B * K such rows as one of B rows and K heads."""
+def join_heads(plans: Sequence[LayerPlan]) -> LayerPlan:
+    """The plans of single heads as the plan of their layer."""
 
-    def back(tensor: Tensor) -> Tensor:
-        return tensor.reshape(tensor.shape[0] // heads, heads, *tensor.shape[2:])
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(tensors), dim=1)
 
-    pivots = plan.pivots
-    if pivots is not None:
-        pivots = replace(pivots, index=back(pivots.index), keys=back(pivots.keys), values=back(pivots.values))
-    return LayerPlan(back(plan.log_gates), back(plan.keys), back(plan.values), back(plan.bias), pivots)
+    pivots = [plan.pivots for plan in plans if plan.pivots is not None]
+    return LayerPlan(
+        joined([plan.log_gates for plan in plans]),
+        joined([plan.keys for plan in plans]),
+        joined([plan.values for plan in plans]),
+        joined([plan.bias for plan in plans]),
+        Pivots(*(joined([getattr(each, name) for each in pivots]) for name in ("index", "keys", "values")))
+        if pivots
+        else None,
+    )

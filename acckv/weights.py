@@ -65,6 +65,20 @@ class CalibratedWeights(nn.Module):
         self.alignment_weight = zeros(layers)
         self.alignment_threshold = zeros(layers)
 
+    def head(self, index: int) -> CalibratedWeights:
+        """The weights of one KV head, as those of a model without another; a copy without gradients."""
+        layers, kv_heads, query_heads, head_size, probes = self.shape
+        group = query_heads // kv_heads
+        alone = CalibratedWeights(layers, 1, group, head_size, probes)
+        axes = {"modality_gain": 1, "merge_bias": 1, "merge_gain": 1, "saliency": 2, "saliency_bias": 2}
+        for name, whole in self.named_parameters():
+            if name in axes:
+                whole = whole.narrow(axes[name], index, 1)
+            elif name == "probe_queries":
+                whole = whole.narrow(1, index * group, group)
+            alone.get_parameter(name).data = whole.detach()
+        return alone
+
     def layer_shares(self, ratio: float, floor: float) -> Tensor:
         """Relative budget of each layer ``[L]``, mean 1: `floor` for every layer, the rest as learned.
 

@@ -1,12 +1,13 @@
-"""What calibration buys: the table over seeds, and what each part of it is worth.
+r"""What calibration buys: the table over seeds, and what each part of it is worth.
 
     python -m benchmarks.calibration_study --only default --seeds 0,1,2
-    python -m benchmarks.calibration_study --only ablations,scopes,losses,selection --steps 300 --turns 4
+    python -m benchmarks.calibration_study --only ablations,scopes,losses,ratios,selection \
+        --config configs/calib.yaml --steps 300
 
-Every variant is `configs/calib_full.yaml` with a few options changed. It is trained, exported and evaluated on the
-same test clips, into a folder of its own; a variant whose evaluation is there already is not run again, so that a study
-can be stopped, and parts of it run side by side. Then `study.json`, `study.md` and `study.png` are made of all that is
-there. Clips are encoded once for all variants of a process.
+Every variant is `configs/calib_full.yaml`, or `--config`, with a few options changed. It is trained, exported and
+evaluated on the same test clips, into a folder of its own; a variant whose evaluation is there already is not run
+again, so that a study can be stopped, and parts of it run side by side. Then `study.json`, `study.md` and `study.png`
+are made of all that is there. Clips are encoded once for all variants of a process.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         Variant("attention_output", "KL and attention outputs", {"match": "attention"}),
     ),
     "selection": (
-        Variant("by_head", "each KV head selects", {"overrides": {"share_heads": False}}),
+        Variant("share_heads", "one selection for all KV heads", {"overrides": {"share_heads": True}}),
         Variant("soft", "gates end at 0.04", {"temperature_end": 0.04}),
         Variant("no_probes", "no probe queries", {"learn": _without("probes"), "probe_queries": 0}),
     ),
@@ -115,7 +116,7 @@ class Study:
     def __init__(self, given: argparse.Namespace, console: Console) -> None:
         self.given, self.console = given, console
         self.config: dict[str, Any] = yaml.safe_load(given.config.read_text(encoding="utf-8"))
-        options = {**self.config["data"], "turns": given.turns, "keep": "prefill", "cache_dir": given.cache_dir}
+        options = {**self.config["data"], "keep": "prefill", "cache_dir": given.cache_dir}
         self.data = AVDataModule(**options)
 
     def run(self, variant: Variant, seed: int) -> None:
@@ -353,7 +354,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", default="0", help="seeds of each variant, separated by commas")
     parser.add_argument("--steps", type=int, help="of training; the default config's, if not given")
-    parser.add_argument("--turns", type=int, default=0, help="questions about each clip in a step; 0 takes all")
     parser.add_argument("--clips", type=int, default=96, help="test clips, 11 questions each")
     parser.add_argument("--clips-seed", type=int, default=1, help="of the test clips")
     parser.add_argument("--cache-dir", default=None, help="of the generated clips")

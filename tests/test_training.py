@@ -10,8 +10,11 @@ from torch import Tensor
 
 from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.adapters import find_adapter
+from acckv.heads import join_heads, one_head
 from acckv.lora import AttachedLora, LoraWeights, lora_config
+from acckv.pipeline import LayerPlan
 from acckv.prefill import Prefill
+from acckv.scoring import Observation
 from acckv.simulation import Simulation
 from acckv.weights import CalibratedWeights
 from tests.families import FAMILIES, Family, Tokenizer
@@ -182,19 +185,36 @@ def test_lora_is_on_the_decoder_alone_and_comes_off(built: Built) -> None:
     assert torch.equal(model.generate(**clip, max_new_tokens=2), before)
 
 
-def test_a_calibrated_stream_of_unlike_heads_is_refused(built: Built) -> None:
+@pytest.mark.parametrize("preset", ["paper", "context"])
+def test_a_calibrated_stream_stays_within_its_budget(built: Built, preset: str) -> None:
     family, model = built
-    compressor = calibrated(model)
+    weights = calibrated(model).weights
     chunk = family.context(model, frames=1, sounds=3, intro=())
-    config = CompressionConfig.preset("paper", probe_queries=2, budget=4)
-    compressor = KVCompressor(config, compressor.weights)
-    with compressor(model, Tokenizer()) as session:
-        cache = session.extend(chunk)
-        labels = [layer.labels for layer in cache.layers if hasattr(layer, "labels")]
-        if any(label is not None and label.shape[1] > 1 for label in labels):
-            with pytest.raises(InputError, match="share_heads"):
-                session.extend(chunk, cache)
-    shared = KVCompressor(CompressionConfig.preset("context", probe_queries=2, budget=4), compressor.weights)
-    with shared(model) as session:
-        cache = session.extend(chunk, session.extend(chunk, session.extend(chunk)))
-    assert cache.kept_entries().sum() == 4 * family.layers
+    for options in ({}, {"share_heads": True}):
+        config = CompressionConfig.preset(preset, probe_queries=2, budget=4, **options)
+        with KVCompressor(config, weights)(model, Tokenizer()) as session:
+            cache = session.extend(chunk, session.extend(chunk, session.extend(chunk)))
+        assert cache.kept_entries().sum() == 4 * family.layers
+
+
+@pytest.mark.parametrize("preset", ["paper", "context"])
+def test_a_head_alone_is_planned_as_beside_the_others(built: Built, preset: str) -> None:
+    family, model = built
+    config = CompressionConfig.preset(preset, probe_queries=2, neighbours=2)
+    compressor = KVCompressor(config, calibrated(model).weights)
+    with compressor(model, Tokenizer()) as session, torch.no_grad():
+        prefill = session.prefill(**family.context(model, frames=3, sounds=9))
+        seen = (prefill.probes if config.observes_attention else prefill.observations)[1]
+    labels, counts = prefill.labels, prefill.labels.counts()
+
+    def plan(compressor: KVCompressor, seen: Observation) -> LayerPlan:
+        score = compressor.policy.score(1, seen, labels)
+        split = compressor.split(1, score, torch.tensor([7]), counts, 0.3)
+        return compressor.plan_one(1, score, seen, labels, split)
+
+    whole = plan(compressor, seen)
+    heads = range(seen.keys.shape[1])
+    joined = join_heads([plan(compressor.head(head), one_head(seen, head)) for head in heads])
+    assert torch.equal(whole.log_gates, joined.log_gates)
+    torch.testing.assert_close((whole.keys, whole.values), (joined.keys, joined.values))
+    torch.testing.assert_close(whole.bias, joined.bias)
