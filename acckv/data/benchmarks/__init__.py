@@ -8,12 +8,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from acckv.data.benchmarks.av_odyssey import AV_ODYSSEY
 from acckv.data.benchmarks.base import Benchmark, Mode, Verdict
+from acckv.data.benchmarks.daily_omni import DAILY_OMNI
 from acckv.data.benchmarks.music_avqa import MUSIC_AVQA
+from acckv.data.benchmarks.mvbench import MVBENCH
+from acckv.data.benchmarks.omnibench import OMNIBENCH
+from acckv.data.benchmarks.video_mme import VIDEO_MME
+from acckv.data.benchmarks.worldsense import WORLDSENSE
 from acckv.data.records import Record
 from acckv.errors import InputError
 
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (MUSIC_AVQA,)}
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        MUSIC_AVQA,
+        MVBENCH,
+        WORLDSENSE,
+        DAILY_OMNI,
+        OMNIBENCH,
+        AV_ODYSSEY,
+        VIDEO_MME,
+    )
+}
 
 __all__ = ["BENCHMARKS", "Benchmark", "Mode", "Verdict", "find_benchmark", "judge", "load_benchmark", "score"]
 
