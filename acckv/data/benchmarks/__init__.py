@@ -6,6 +6,7 @@ score("music_avqa", records[0], "left", mode="robust")
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from acckv.data.benchmarks.av_odyssey import AV_ODYSSEY
@@ -72,6 +73,9 @@ def load_benchmark(name: str, root: str | Path, split: str | None = None, subset
     records = benchmark.load(root, split or default, subset)
     if not records:
         raise InputError(f"no question of {benchmark.title} with split {split!r} and subset {subset!r}", source=root)
+    name, times = Counter(record.id for record in records).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"question {name!r} is there {times} times", source=root, field="id")
     return records
 
 
