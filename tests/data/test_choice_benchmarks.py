@@ -129,6 +129,16 @@ def test_records_of_mvbench() -> None:
     assert one.id == "action_count/0" and one.video == videos / "perception/videos/video_7.mp4"
 
 
+def test_seconds_of_mvbench_count_where_the_original_uses_them(copied: Callable[[str], Path]) -> None:
+    root = copied("mvbench")
+    edit_json(root / COUNT, [0, "start"], 0.5)
+    edit_json(root / COUNT, [0, "end"], 1.0)
+    (record,) = load_benchmark("mvbench", root, subset="action_count")
+    assert (record.start, record.end) == (None, None)
+    (record,) = load_benchmark("mvbench", root, subset="action_prediction")
+    assert (record.start, record.end) == (0.0, 1.0)
+
+
 def test_videos_of_mvbench_without_the_video_folder(copied: Callable[[str], Path]) -> None:
     root = copied("mvbench")
     shutil.move(root / "video/perception", root / "perception")
@@ -179,6 +189,14 @@ def test_records_of_omnibench() -> None:
         groups=("task/Action and Activity", "audio/music"),
         protocol="choice",
     )
+
+
+def test_lines_of_omnibench_end_at_line_feeds_alone(copied: Callable[[str], Path]) -> None:
+    root = copied("omnibench")
+    text = (root / LINES).read_text().replace("What is it?", "What\u2028is\x85it?").replace("\n", "\r\n")
+    (root / LINES).write_bytes(text.encode())
+    records = load_benchmark("omnibench", root)
+    assert len(records) == 5 and records[3].question == "What\u2028is\x85it?"
 
 
 def test_records_of_video_mme(copied: Callable[[str], Path]) -> None:
@@ -334,7 +352,8 @@ BROKEN_JSON = [
     ("mvbench", COUNT, [0, "candidates"], ["1"], "record 0, candidates"),
     ("mvbench", COUNT, [0, "candidates"], "1, 2", "record 0, candidates"),
     ("mvbench", COUNT, [0, "video"], ..., "record 0, video"),
-    ("mvbench", COUNT, [0, "start"], "soon", "record 0, start"),
+    ("mvbench", "json/action_sequence.json", [0, "start"], "soon", "record 0, start"),
+    ("mvbench", "json/action_prediction.json", [0, "end"], ..., "record 0, end"),
     ("mvbench", "json/action_sequence.json", [0, "end"], 0.0, "record 0, end"),
     ("worldsense", SENSE, ["aJxSquRe"], [], "video aJxSquRe"),
     ("worldsense", SENSE, ["aJxSquRe", "duration"], ..., "video aJxSquRe, duration"),

@@ -79,7 +79,7 @@ def _media(root: Path, row: Row) -> dict[str, Path]:
         fields = [f"{column}_path"] * len(listed) if listed else [f"{column}_{number}" for number in range(1, 5)]
         for number, field in enumerate(fields, start=1):
             value = listed[number - 1] if listed else row.values.get(field)
-            if value is not None:
+            if value:
                 media[f"[{name}{number}]"] = _file(root, row, field, value)
     return media
 
@@ -88,7 +88,7 @@ def _file(root: Path, row: Row, field: str, value: Any) -> Path:
     """The file of a path, of bytes, or of both as `datasets` writes them: `{"bytes": .., "path": ..}`."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and value:
+    if isinstance(value, str):
         return root / value
     if not isinstance(value, bytes):
         raise row.error(field, f"expected bytes or a path, got {type(value).__name__}")

@@ -6,7 +6,7 @@ A question file is a list of records like
      "candidates": ["Ate the medicine.", "Tidied up the blanket."], "answer": "Ate the medicine.",
      "start": 11.3, "end": 17.1}
 
-with seconds in four of the subtasks.
+with seconds that count in the four subtasks whose videos are not cut to the question.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "character_order": PERCEPTION,
 }
 """Subtask -> folders that its videos may be in. Those in `..._segment` are cut to the seconds of the question."""
+UNCUT = ("action_sequence", "action_prediction", "object_interaction", "action_localization")
+"""Subtasks whose records have seconds."""
 
 SYSTEM = (
     "Carefully watch the video and pay attention to the cause and sequence of events, the detail and movement of "
@@ -56,10 +58,8 @@ def _record(root: Path, subtask: str, index: int, row: Row) -> Record:
     candidates = row.strings("candidates")
     if answer not in candidates:
         raise row.error("answer", f"{answer!r} is not one of the candidates")
-    start, end = row.seconds("start"), row.seconds("end")
-    if start is not None and end is not None and end <= start:
-        raise row.error("end", f"{end} s is not after the start, {start} s")
     video, cut = _video(root, subtask, row.string("video"))
+    start, end = (None, None) if cut else _seconds(row)
     return Record(
         id=f"{subtask}/{index}",
         video=video,
@@ -70,19 +70,28 @@ def _record(root: Path, subtask: str, index: int, row: Row) -> Record:
         answer=LETTERS[len(candidates) - 1 - candidates[::-1].index(answer)],
         groups=(f"subtask/{subtask}",),
         protocol="choice",
-        start=None if cut else start,
-        end=None if cut else end,
+        start=start,
+        end=end,
     )
 
 
+def _seconds(row: Row) -> tuple[float, float]:
+    start, end = row.seconds("start"), row.seconds("end")
+    if start is None or end is None:
+        raise row.error("start" if start is None else "end", "missing")
+    if end <= start:
+        raise row.error("end", f"{end} s is not after the start, {start} s")
+    return start, end
+
+
 def _video(root: Path, subtask: str, name: str) -> tuple[Path, bool]:
-    """The file of a video, and whether it is cut already; the first place where it may be if it is in none."""
-    places = [(base / folder / name, "segment" in folder) for folder in FOLDERS[subtask] for base in _bases(root)]
+    """The file of a video, and whether it is just what the question is about; where it should be if it is nowhere."""
+    places = [
+        (base / folder / name, subtask not in UNCUT or folder.endswith("_segment"))
+        for folder in FOLDERS[subtask]
+        for base in (root / "video", root)
+    ]
     return next((place for place in places if place[0].is_file()), places[0])
-
-
-def _bases(root: Path) -> tuple[Path, ...]:
-    return root / "video", root
 
 
 def prompt(record: Record) -> str:

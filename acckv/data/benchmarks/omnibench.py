@@ -28,9 +28,10 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
 
 
 def _record(root: Path, row: Row) -> Record:
-    options, answer = bare_options(row, "options"), row.string("answer")
-    if answer not in row.strings("options"):
-        raise row.error("answer", f"{answer!r} is not one of the options")
+    options = bare_options(row, "options")
+    answer, texts = row.string("answer").split(), [text.split() for text in row.strings("options")]
+    if answer not in texts:
+        raise row.error("answer", f"{row.string('answer')!r} is not one of the options")
     return Record(
         id=str(row.integer("index")),
         video=root / "mm_data/image" / row.string("image_path"),
@@ -38,7 +39,7 @@ def _record(root: Path, row: Row) -> Record:
         question=row.string("question"),
         options=options,
         # The original looks for a letter in the answer's text, which fails for short texts and finds A in "A man ..".
-        answer=LETTERS[row.strings("options").index(answer)],
+        answer=LETTERS[texts.index(answer)],
         groups=(f"task/{row.string('task type').strip()}", f"audio/{row.string('audio type').strip().lower()}"),
         protocol="choice",
     )
