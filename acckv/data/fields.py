@@ -138,7 +138,8 @@ def _text(file: Path) -> str:
 
 def _lines(file: Path) -> list[Any]:
     values = []
-    for number, line in enumerate(_text(file).splitlines(), start=1):
+    # Not `splitlines`: a text may hold other line separators, such as U+2028.
+    for number, line in enumerate(_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:

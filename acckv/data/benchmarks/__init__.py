@@ -6,14 +6,32 @@ score("music_avqa", records[0], "left", mode="robust")
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
+from acckv.data.benchmarks.av_odyssey import AV_ODYSSEY
 from acckv.data.benchmarks.base import Benchmark, Mode, Verdict
+from acckv.data.benchmarks.daily_omni import DAILY_OMNI
 from acckv.data.benchmarks.music_avqa import MUSIC_AVQA
+from acckv.data.benchmarks.mvbench import MVBENCH
+from acckv.data.benchmarks.omnibench import OMNIBENCH
+from acckv.data.benchmarks.video_mme import VIDEO_MME
+from acckv.data.benchmarks.worldsense import WORLDSENSE
 from acckv.data.records import Record
 from acckv.errors import InputError
 
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (MUSIC_AVQA,)}
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        MUSIC_AVQA,
+        MVBENCH,
+        WORLDSENSE,
+        DAILY_OMNI,
+        OMNIBENCH,
+        AV_ODYSSEY,
+        VIDEO_MME,
+    )
+}
 
 __all__ = ["BENCHMARKS", "Benchmark", "Mode", "Verdict", "find_benchmark", "judge", "load_benchmark", "score"]
 
@@ -55,6 +73,9 @@ def load_benchmark(name: str, root: str | Path, split: str | None = None, subset
     records = benchmark.load(root, split or default, subset)
     if not records:
         raise InputError(f"no question of {benchmark.title} with split {split!r} and subset {subset!r}", source=root)
+    name, times = Counter(record.id for record in records).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"question {name!r} is there {times} times", source=root, field="id")
     return records
 
 

@@ -18,12 +18,15 @@ class Verdict:
     """How right an answer is.
 
     Attributes:
-        score: 0..1, what accuracies are means of; 0 for an answer that could not be parsed.
+        score: 0..1, what accuracies are means of; 0 for an answer that could not be parsed, save where the official
+            parser guesses.
         parsed: whether the parser found an answer in the text.
+        counted: whether the answer is in the denominator; False where the official score leaves it out.
     """
 
     score: float
     parsed: bool
+    counted: bool = True
 
 
 @dataclass(frozen=True)
