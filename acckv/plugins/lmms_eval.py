@@ -14,7 +14,7 @@ from itertools import groupby, islice
 from typing import Any
 
 import torch
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from loguru import logger
 from tqdm import tqdm
@@ -112,7 +112,7 @@ class Acckv(lmms):
         self._log_sizes()
         return answers
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """lmms-eval asks simple models alone for likelihoods."""
         raise NotImplementedError("likelihoods are asked of simple models: run lmms-eval with --force_simple")
 
@@ -153,17 +153,18 @@ class AcckvSimple(Acckv):
         """Rounds need chat messages."""
         raise NotImplementedError("rounds are asked of chat models: run lmms-eval without --force_simple")
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Mean negative log-likelihood a token of each continuation, and whether greedy search would give it.
 
-        lmms-eval takes the choice with the smallest number; so does this model, like every other one there.
+        lmms-eval takes the choice with the smallest number, so its models return losses. A plain pair would be made
+        a text on its way to the task (0.7.3), hence the wrapping. Its `--use_cache` cannot store these.
         """
-        results: list[tuple[float, bool]] = []
+        results: list[GenerationResult] = []
         with self._progress(requests) as bar:
             asked = ((self._prompt(request), self._continuation(request)) for request in requests)
             for prompt, group in groupby(asked, key=lambda pair: pair[0]):
                 while batch := [continuation for _, continuation in islice(group, self.batch_size)]:
-                    results += self.answerer.losses(prompt.clip, prompt.text, batch)
+                    results += map(GenerationResult, self.answerer.losses(prompt.clip, prompt.text, batch))
                     bar.update(len(batch))
         self._log_sizes()
         return results
