@@ -185,8 +185,8 @@ def test_losses_are_those_of_generated_tokens(
     found = answerer.losses(clips[0], QUESTIONS[2], ["red", answer, "ring low"])
     assert found[1] == (pytest.approx(loss, abs=1e-4), True)
     assert found[0][0] > loss and not found[0][1] and not found[2][1]
-    for answer, (loss, _) in zip(["red", answer, "ring low"], found, strict=True):
-        assert answerer.losses(clips[0], QUESTIONS[2], [answer])[0][0] == pytest.approx(loss, abs=1e-4)
+    for given, (loss, _) in zip(["red", answer, "ring low"], found, strict=True):
+        assert answerer.losses(clips[0], QUESTIONS[2], [given])[0][0] == pytest.approx(loss, abs=1e-4)
 
 
 def test_text_alone_is_answered_by_the_plain_model(tiny: tuple[Any, Any]) -> None:
