@@ -1,0 +1,240 @@
+"""Answer prompts from compressed caches; questions about one clip that follow one another share its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acckv import CompressionConfig, KVCompressor
+from acckv.cache import CompressedCache
+from acckv.data.encoding import encode, encode_context, question_suffix
+from acckv.data.media import TEMPORAL_PATCH, Media, read_media
+from acckv.errors import InputError
+from acckv.plugins.requests import ClipRef, Generation
+from acckv.ragged import left_padded
+from acckv.session import Session
+
+
+def build_compressor(
+    export: str | None = None, policy: str | None = None, *, seed: int = 0, **options: Any
+) -> KVCompressor:
+    """The compressor that a command line names: an export, a training-free policy, or none (the full cache).
+
+    Args:
+        export: folder or hub id of an export of `train.py`.
+        policy: a training-free policy instead.
+        seed: of the random policy.
+        options: of :class:`CompressionConfig`, such as `ratio`, `budget` and `when`; None is not given.
+
+    Raises:
+        InputError: both, a ratio of neither, or a bad option.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if export is not None and policy is not None:
+        raise InputError("leave it out: the compressor's export has a policy of its own", field="policy")
+    if export is not None:
+        return KVCompressor.from_pretrained(export, **given)
+    if policy is None and given.keys() - {"when"}:
+        name = next(name for name in given if name != "when")
+        raise InputError("needs a compressor=FOLDER or a policy=NAME to go with", field=name)
+    return KVCompressor(CompressionConfig(policy=policy or "full", seed=seed, **given))  # type: ignore[arg-type]
+
+
+@dataclass
+class Sizes:
+    """What was kept over all caches that were made."""
+
+    kept: float = 0.0
+    full: float = 0.0
+
+    def add(self, cache: CompressedCache) -> None:
+        kept = cache.kept_entries()
+        self.kept += float(kept.sum())
+        self.full += float(cache.full_entries().sum()) * len(kept)
+
+    @property
+    def ratio(self) -> float:
+        """Kept share of the audio and video entries, 0..1; 1 where there were none."""
+        return self.kept / self.full if self.full else 1.0
+
+
+class Answerer:
+    """A model with its compressed caches.
+
+    Args:
+        model, processor: of a supported family.
+        compressor: what is kept.
+        fps: frames a second that are sampled; max_pixels: of a frame (None: as they are).
+        sound: False leaves the sound tracks out.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        compressor: KVCompressor,
+        *,
+        fps: float = 2.0,
+        max_pixels: int | None = None,
+        sound: bool = True,
+    ) -> None:
+        self.model, self.processor, self.compressor = model, processor, compressor
+        self.fps, self.max_pixels, self.sound = fps, max_pixels, sound
+        self.sizes = Sizes()
+        self._media: tuple[ClipRef, Media] | None = None
+        self._cache: tuple[ClipRef, CompressedCache] | None = None
+
+    def answer(self, clip: ClipRef | None, questions: Sequence[str], generation: Generation) -> list[str]:
+        """The answers to questions about one clip (None: about nothing), in one batch where that can be.
+
+        With `when: context` the clip is prefilled and compressed once. With `when: prompt`, and for beam search, it
+        is prefilled with each question.
+
+        Raises:
+            InputError: the clip cannot be read.
+        """
+        if clip is None:
+            new = [self._generate(self._text_inputs(question), generation) for question in questions]
+        elif self._once and generation.num_beams == 1:
+            with self._session() as session:
+                ids, mask = self._rows([question_suffix(self.processor, question) for question in questions])
+                new = list(session.answer(self._context(session, clip), ids, mask, **self._options(generation)))
+        else:
+            with self._session() as session:
+                new = []
+                for question in questions:
+                    new.append(self._generate(self._moved(self._prompt(clip, question)), generation))
+                    self.sizes.add(_made(session))
+        texts = self.processor.tokenizer.batch_decode([row.tolist() for row in new], skip_special_tokens=True)
+        return [generation.cut(text) for text in texts]
+
+    @torch.no_grad()
+    def losses(self, clip: ClipRef | None, question: str, answers: Sequence[str]) -> list[tuple[float, bool]]:
+        """How well the compressed cache predicts given answers.
+
+        Returns:
+            for each answer its mean negative log-likelihood a token, and whether greedy search would give it.
+
+        Raises:
+            InputError: an answer has no token, or the clip cannot be read.
+        """
+        targets = [self._answer_ids(answer) for answer in answers]
+        if clip is None:
+            inputs = self._text_inputs(question)
+            logits = [self.model(input_ids=torch.cat([inputs["input_ids"], ids[None]], 1)).logits[0] for ids in targets]
+        else:
+            with self._session() as session:
+                logits = self._logits(session, clip, question, targets)
+        return [_loss(rows[-len(ids) - 1 : -1], ids) for rows, ids in zip(logits, targets, strict=True)]
+
+    # ------------------------------------------------------------------ inside
+
+    @property
+    def _once(self) -> bool:
+        """Whether one cache serves every question about a clip."""
+        return self.compressor.config.when == "context"
+
+    def _session(self) -> Session:
+        return self.compressor(self.model, self.processor)
+
+    def _logits(self, session: Session, clip: ClipRef, question: str, targets: list[Tensor]) -> list[Tensor]:
+        """For each target ``[tokens, vocabulary]`` from at least the token before it to its last."""
+        if self._once:
+            cache, first = self._context(session, clip), None
+            before = question_suffix(self.processor, question).to(self.model.device)
+            rows = [torch.cat([before, ids]) for ids in targets]
+        else:
+            prefill = session.prefill(**self._moved(self._prompt(clip, question)))
+            cache, first, rows = session.compress(prefill), prefill.logits, targets
+            self.sizes.add(cache)
+        ids, mask = self._rows(rows)
+        branch = cache.branch(len(rows))
+        positions = session.adapter.text_positions(branch.next_position + (mask.cumsum(-1) - 1).clamp_min(0))
+        seen = torch.cat([branch.labels.real.to(mask.dtype), mask], dim=1)
+        logits = self.model(
+            input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=branch, use_cache=True
+        ).logits
+        own = [each[-len(row) :] for each, row in zip(logits, rows, strict=True)]
+        return own if first is None else [torch.cat([first, each]) for each in own]
+
+    def _context(self, session: Session, clip: ClipRef) -> CompressedCache:
+        """The compressed cache of a clip; that of the last clip is kept."""
+        if self._cache is None or self._cache[0] != clip:
+            inputs = self._moved(encode_context(self.processor, self._read(clip)))
+            self._cache = clip, session.compress(**inputs)
+            self.sizes.add(self._cache[1])
+        return self._cache[1]
+
+    def _prompt(self, clip: ClipRef, question: str) -> dict[str, Any]:
+        if self._media is None or self._media[0] != clip:
+            self._media = clip, self._read(clip)
+        return encode(self.processor, [self._media[1]], [question])
+
+    def _read(self, clip: ClipRef) -> Media:
+        media = read_media(clip.path, fps=self.fps, max_pixels=self.max_pixels)
+        media = media if self.sound else replace(media, audio=None)
+        return media if clip.start is None and clip.end is None else _part(media, clip)
+
+    def _text_inputs(self, question: str) -> dict[str, Any]:
+        """Model inputs of a prompt without media."""
+        conversation = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+        text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return self._moved({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    def _generate(self, inputs: dict[str, Any], generation: Generation) -> Tensor:
+        """The new tokens ``[new]`` of one prompt."""
+        out = self.model.generate(**inputs, **self._options(generation))
+        return out[0, inputs["input_ids"].shape[1] :]
+
+    def _answer_ids(self, answer: str) -> Tensor:
+        ids = self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise InputError(f"the answer {answer!r} has no token in this vocabulary", field="continuation")
+        return torch.tensor(ids, device=self.model.device)
+
+    def _rows(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        ids, mask = left_padded(rows, self.processor.tokenizer.pad_token_id)
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def _moved(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        device = self.model.device
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+    def _options(self, generation: Generation) -> dict[str, Any]:
+        return {**generation.options(), "pad_token_id": self.processor.tokenizer.pad_token_id}
+
+
+def _made(session: Session) -> CompressedCache:
+    if session.last_cache is None:
+        raise ValueError("nothing was compressed")
+    return session.last_cache
+
+
+def _loss(logits: Tensor, ids: Tensor) -> tuple[float, bool]:
+    """Of logits ``[tokens, vocabulary]``, each made before its token of `ids` ``[tokens]``."""
+    loss = torch.nn.functional.cross_entropy(logits.float(), ids)
+    return float(loss), bool((logits.argmax(-1) == ids).all())
+
+
+def _part(media: Media, clip: ClipRef) -> Media:
+    """The seconds of a clip that are meant, in whole temporal patches.
+
+    Raises:
+        InputError: they hold nothing.
+    """
+    end = media.duration if clip.end is None else min(clip.end, media.duration)
+    start = clip.start or 0.0
+    first = max(int(start * media.fps), 0)
+    if end <= start or first >= len(media.frames):
+        raise InputError(f"nothing between {start:g} s and {end:g} s", source=clip.path)
+    count = -(-round((end - start) * media.fps) // TEMPORAL_PATCH) * TEMPORAL_PATCH or TEMPORAL_PATCH
+    first = min(first, max(len(media.frames) - count, 0))
+    frames = media.frames[first : first + count]
+    samples = media.sampling_rate / media.fps
+    audio = None if media.audio is None else media.audio[round(first * samples) :][: round(len(frames) * samples)]
+    return replace(media, frames=frames, audio=audio, duration=len(frames) / media.fps)

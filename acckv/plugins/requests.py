@@ -1,0 +1,138 @@
+"""What an evaluation framework asks for, read from chat messages and generation options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from acckv.errors import InputError
+
+
+@dataclass(frozen=True)
+class ClipRef:
+    """A clip as a request names it.
+
+    Attributes:
+        path: the media file.
+        start, end: seconds of it that are meant; None for its own start and end.
+    """
+
+    path: Path
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user turn: at most one clip, then text."""
+
+    clip: ClipRef | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How an answer is generated.
+
+    Attributes:
+        max_new_tokens: longest answer.
+        do_sample, temperature, top_p, top_k, num_beams: as for `generate`; None is the model's own.
+        until: texts that end an answer; they are not part of it.
+    """
+
+    max_new_tokens: int = 1024
+    do_sample: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    num_beams: int = 1
+    until: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{value!r} is not a whole number of at least 1", field=f"gen_kwargs: {name}")
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any]) -> tuple[Generation, set[str]]:
+        """The options of a task, and the names of those that mean nothing here.
+
+        A temperature of 0 is greedy search. A temperature above 0 samples, unless `do_sample` says no.
+        """
+        known = {item.name for item in fields(cls)}
+        given = {name: value for name, value in options.items() if name in known and value is not None}
+        temperature = given.get("temperature")
+        given["do_sample"] = bool(given.get("do_sample", temperature is not None)) and temperature != 0
+        until = given.get("until", ())
+        until = (until,) if isinstance(until, str) else tuple(until)
+        given["until"] = tuple(text for text in until if text)
+        return cls(**given), set(options) - known
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `generate`."""
+        named = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        if self.do_sample:
+            named = {name: value for name, value in named.items() if value is not None}
+        else:  # greedy and beam search warn of every option of sampling that is set
+            named = dict.fromkeys(named)
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.do_sample,
+            "num_beams": self.num_beams,
+            **named,
+        }
+
+    def cut(self, text: str) -> str:
+        """An answer up to the first of the texts that end it, without blanks around."""
+        text = text.strip()
+        return text[: min((text.index(stop) for stop in self.until if stop in text), default=None)].rstrip()
+
+
+def read_prompt(messages: Sequence[Mapping[str, Any]], source: str) -> Prompt:
+    """The prompt of a conversation of chat messages.
+
+    Args:
+        messages: `{"role": "user", "content": [{"type": "video", "url": ...}, {"type": "text", "text": ...}]}`.
+        source: of the messages, for error messages: a task's name.
+
+    Raises:
+        InputError: anything but one user turn of at most one video and then text.
+    """
+    if len(messages) != 1 or messages[0]["role"] != "user":
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise InputError(f"one user turn is served, not the turns {roles}", source=source, field="messages")
+    content = messages[0]["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    clip: ClipRef | None = None
+    texts: list[str] = []
+    for part in parts:
+        if part["type"] == "text":
+            texts.append(part["text"])
+        elif part["type"] != "video":
+            message = f"a part of type {part['type']!r} is not served; give one video (its sound is heard) and text"
+            raise InputError(message, source=source, field="messages")
+        elif clip is not None:
+            raise InputError("holds more than one video; one is served", source=source, field="messages")
+        elif any(texts):
+            raise InputError("has text before its video; the video must come first", source=source, field="messages")
+        else:
+            clip = _clip_ref(part, source)
+    return Prompt(clip, "".join(texts))
+
+
+def _clip_ref(part: Mapping[str, Any], source: str) -> ClipRef:
+    """A video part: `url` is a path, or a mapping with a path and `video_start`, `video_end`."""
+    given = part["url"]
+    inner = given if isinstance(given, Mapping) else {}
+    path = next((inner[name] for name in ("url", "path", "video") if name in inner), given)
+    if not isinstance(path, (str, Path)):
+        raise InputError(f"a video is given as {type(path).__name__}, not as a path", source=source, field="messages")
+    start, end = part.get("start_time", inner.get("video_start")), part.get("end_time", inner.get("video_end"))
+    return ClipRef(
+        Path(str(path).removeprefix("file://")),
+        None if start is None else float(start),
+        None if end is None else float(end),
+    )

@@ -1,0 +1,1 @@
+"""Two small tasks of lmms-eval about generated clips, which run offline."""
