@@ -225,23 +225,26 @@ class Session:
             input_ids: ``[rows, length]`` of the question and what opens the answer, padded on the left; `rows` is a
                 multiple n of the cache's batch, with the n questions about one clip side by side.
             attention_mask: 0 where padded.
-            options: of generate.
+            options: of generate; beams and several returns take as many copies of the cache.
 
         Returns:
-            the new tokens ``[rows, new]``.
+            the new tokens ``[rows, new]``, or ``[rows * returns, new]``.
         """
         self._require_open()
         batch = cache.labels.labels.shape[0]
         if input_ids.shape[0] % batch:
             raise InputError(f"{input_ids.shape[0]} rows do not divide over {batch} clips", field="input_ids")
-        branch = cache.branch(input_ids.shape[0] // batch)
+        copies = _copies(options, self.model.generation_config)
+        branch = cache.branch(input_ids.shape[0] // batch * copies)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         # generate slices what the cache has seen off the front; what stands there does not matter.
         context = input_ids.new_zeros(input_ids.shape[0], branch.get_seq_length())
         ids = torch.cat([context, input_ids], dim=1)
-        mask = torch.cat([branch.labels.real.to(attention_mask.dtype), attention_mask], dim=1)
-        positions = self.adapter.text_positions(branch.next_position + (attention_mask.cumsum(-1) - 1).clamp_min(0))
+        # generate repeats each row for its beams, but not the cache, which therefore comes with all of them.
+        mask = torch.cat([branch.labels.real[::copies].to(attention_mask.dtype), attention_mask], dim=1)
+        place = branch.next_position[::copies] + (attention_mask.cumsum(-1) - 1).clamp_min(0)
+        positions = self.adapter.text_positions(place)
         positions = torch.nn.functional.pad(positions, (context.shape[1], 0))
         out = self.model.generate(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=branch, **options
@@ -303,3 +306,10 @@ def _length(inputs: dict[str, Any]) -> int:
     """Tokens that model inputs bring."""
     tokens = inputs.get("input_ids")
     return (inputs["inputs_embeds"] if tokens is None else tokens).shape[1]
+
+
+def _copies(options: dict[str, Any], default: Any) -> int:
+    """Rows that generate makes of one: its beams, or the sequences that it returns where those are more."""
+    config = options.get("generation_config") or default
+    counts = (options.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
+    return max(count or 1 for count in counts)

@@ -91,15 +91,15 @@ class Answerer:
     def answer(self, clip: ClipRef | None, questions: Sequence[str], generation: Generation) -> list[str]:
         """The answers to questions about one clip (None: about nothing), in one batch where that can be.
 
-        With `when: context` the clip is prefilled and compressed once. With `when: prompt`, and for beam search, it
-        is prefilled with each question.
+        With `when: context` the clip is prefilled and compressed once. With `when: prompt` it is prefilled with each
+        question.
 
         Raises:
             InputError: the clip cannot be read.
         """
         if clip is None:
             new = [self._generate(self._text_inputs(question), generation) for question in questions]
-        elif self._once and generation.num_beams == 1:
+        elif self._once:
             with self._session() as session:
                 ids, mask = self._rows([question_suffix(self.processor, question) for question in questions])
                 new = list(session.answer(self._context(session, clip), ids, mask, **self._options(generation)))

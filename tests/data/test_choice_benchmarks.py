@@ -87,9 +87,17 @@ TOTALS = {
 
 
 @pytest.fixture
-def copied(tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of a fixture that may be written to."""
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """A copy of a fixture that may be written to; the user's cache is an empty folder."""
+    monkeypatch.setenv("ACCKV_CACHE", str(tmp_path / "cache"))
     return lambda name: Path(shutil.copytree(FIXTURES / name, tmp_path / name))
+
+
+def unpacked(root: Path) -> Path:
+    """The only folder that media of a copy were unpacked to; nothing of them is beside the copy."""
+    assert not (root / "media").exists()
+    (folder,) = (root.parent / "cache/av_odyssey").iterdir()
+    return folder
 
 
 @pytest.mark.parametrize("name", SCORED)
@@ -219,7 +227,7 @@ def test_records_of_video_mme(copied: Callable[[str], Path]) -> None:
 def test_records_of_av_odyssey(copied: Callable[[str], Path]) -> None:
     root = copied("av_odyssey")
     records = {record.id: record for record in load_benchmark("AV-Odyssey", root)}
-    media = root / "media"
+    media = unpacked(root)
     assert records["26_4"] == Record(
         id="26_4",
         video=media / "26_4_video_1.mp4",
@@ -245,15 +253,16 @@ def test_records_of_av_odyssey(copied: Callable[[str], Path]) -> None:
 def test_media_are_unpacked_once_and_for_the_subset_alone(copied: Callable[[str], Path]) -> None:
     root = copied("av_odyssey")
     load_benchmark("av_odyssey", root, subset="Tone")
-    assert sorted(file.name for file in (root / "media").iterdir()) == ["3_7_audio_1.wav", "3_7_audio_2.wav"]
-    first, second = sorted((root / "media").iterdir())
+    assert sorted(file.name for file in unpacked(root).iterdir()) == ["3_7_audio_1.wav", "3_7_audio_2.wav"]
+    first, second = sorted(unpacked(root).iterdir())
     written, whole = first.stat().st_mtime_ns, second.read_bytes()
     second.write_bytes(whole[:100])  # a copy that was broken off
     load_benchmark("av_odyssey", root, subset="Tone")
     assert first.stat().st_mtime_ns == written and second.read_bytes() == whole
 
 
-def test_av_odyssey_with_paths_in_place_of_media(tmp_path: Path) -> None:
+def test_av_odyssey_with_paths_in_place_of_media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCKV_CACHE", str(tmp_path / "cache"))
     row = {"question_id": "q1", "question_type_id": 2, "data_type": "image", "subfield": "Tone", "answer": "C"}
     row |= {"question": "[audio1] and [img1]?", "options": ["A. 1", "B. 2", "C. 3", "D. 4"]}
     row |= {"image_path": ["images/a.png"], "video_path": [], "audio_path": ["audios/a.wav", "audios/b.wav"]}
@@ -261,17 +270,17 @@ def test_av_odyssey_with_paths_in_place_of_media(tmp_path: Path) -> None:
     (record,) = load_benchmark("av_odyssey", tmp_path)
     assert (record.video, record.audio) == (tmp_path / "images/a.png", tmp_path / "audios/a.wav")
     assert record.attachments == (tmp_path / "audios/b.wav",) and record.options == ("1", "2", "3", "4")
-    assert not (tmp_path / "media").exists()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_media_are_written_nowhere_else(copied: Callable[[str], Path]) -> None:
     root = copied("av_odyssey")
     edit_table(root / AV_PART, 0, question_id="../../escaped")
     record = load_benchmark("av_odyssey", root)[0]
-    assert record.video == root / "media/______escaped_image_1.png" and record.video.is_file()
-    (root / "media2").write_text("")
-    shutil.rmtree(root / "media")
-    (root / "media2").rename(root / "media")  # a file where the folder should be
+    media = unpacked(root)
+    assert record.video == media / "______escaped_image_1.png" and record.video.is_file()
+    shutil.rmtree(media)
+    media.write_text("")  # a file where the folder should be
     with pytest.raises(InputError, match="cannot be written here"):
         load_benchmark("av_odyssey", root)
 

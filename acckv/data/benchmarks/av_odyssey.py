@@ -7,6 +7,7 @@ video_path and audio_path. Question and options name them as `[img1]`, `[video1]
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from acckv.data.benchmarks.base import Benchmark, Mode, Verdict
 from acckv.data.benchmarks.letters import av_odyssey_letter, robust_letter
 from acckv.data.benchmarks.options import bare_options, in_groups, letter_of, lettered
+from acckv.data.clips import default_root
 from acckv.data.fields import Row
 from acckv.data.parquet import read_parquet
 from acckv.data.records import Record
@@ -23,15 +25,15 @@ from acckv.report.files import whole_file
 
 COLUMNS = {"img": "image", "video": "video", "audio": "audio"}
 """Name in a question -> start of the columns."""
-UNPACKED = "media"
-"""Folder beside the parquet files that media inside them are written to, once."""
+UNPACKED = "av_odyssey"
+"""Folder of the user's cache that media inside the parquet files are written to, once."""
 SIGNATURES = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"RIFF": ".wav", b"ID3": ".mp3", b"\xff\xfb": ".mp3"}
 
 
 def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     """The questions; `subset` is a subfield such as "Timbre", a task (1 to 26) or a data type.
 
-    Media that are inside the parquet files are written to `media/` beside them, unless they are there already.
+    Media that are inside the parquet files are written to the user's cache folder, unless they are there already.
     """
     records = []
     for row in read_parquet(sorted(root.glob("av_odyssey*.parquet")), root):
@@ -94,10 +96,11 @@ def _file(root: Path, row: Row, field: str, value: Any) -> Path:
         raise row.error(field, f"expected bytes or a path, got {type(value).__name__}")
     name = re.sub(r"[^\w-]", "_", f"{row.string('question_id')}_{field}")
     ending = next((ending for start, ending in SIGNATURES.items() if value.startswith(start)), ".mp4")
-    file = root / UNPACKED / (name + ending)
+    folder = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    file = default_root().parent / UNPACKED / folder / (name + ending)
     try:
         if not file.is_file() or file.stat().st_size != len(value):
-            file.parent.mkdir(exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(file) as partial:
                 partial.write_bytes(value)
     except OSError as error:
