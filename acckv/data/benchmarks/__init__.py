@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from acckv.data.benchmarks.avhbench import AVHBENCH
+from acckv.data.benchmarks.avqa import AVQA
+from acckv.data.benchmarks.avsd import AVSD
 from acckv.data.benchmarks.base import Benchmark, Mode, Verdict
+from acckv.data.benchmarks.custom import CUSTOM
 from acckv.data.benchmarks.music_avqa import MUSIC_AVQA
 from acckv.data.records import Record
 from acckv.errors import InputError
 
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (MUSIC_AVQA,)}
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark for benchmark in (MUSIC_AVQA, AVQA, AVHBENCH, AVSD, CUSTOM)
+}
 
 __all__ = ["BENCHMARKS", "Benchmark", "Mode", "Verdict", "find_benchmark", "judge", "load_benchmark", "score"]
 
