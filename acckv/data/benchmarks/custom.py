@@ -7,16 +7,16 @@
 | `answer` | the right answer: a text, the letter of an option or its text, yes or no |
 | `audio` | sound file, where it is not in `video` |
 | `options` | list of 2 to 10 texts without letters |
-| `protocol` | `word`, `description`, `choice`, `yes_no` or `text`; without it `choice` where there are options, `yes_no` where the answer is yes or no, `text` where there are references, else `word` |
+| `protocol` | `word`, `description`, `choice`, `yes_no` or `text`; may be left out, see below |
 | `references` | list of right texts, for `text`; without it the answer alone |
 | `groups` | list of names to report on |
 | `start`, `end` | seconds of the video that the question is about |
 | `attachments` | list of further media files |
 | `id` | text, unique; without it the number of the record |
 
-The first three are needed. Protocols are those of `acckv.data.records.Record`; how each is scored is in
-`acckv.data.benchmarks.protocols`.
-"""  # noqa: E501
+The first three are needed. Without a protocol it is `choice` where there are options, `yes_no` where the answer is yes
+or no, `text` where there are references, and `word` otherwise. How each is scored: `acckv.data.benchmarks.protocols`.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ from acckv.data.benchmarks.protocols import judge_protocol
 from acckv.data.fields import Row, read_rows
 from acckv.data.records import Protocol, Record
 
-FIELDS = frozenset(
-    "id video audio question options answer protocol references groups start end attachments".split()  # noqa: SIM905
+FIELDS = (
+    *("video", "question", "answer", "audio", "options", "protocol", "references", "groups", "start", "end"),
+    *("attachments", "id"),
 )
 
 
@@ -57,9 +58,9 @@ def prompt(record: Record) -> str:
 
 
 def _record(row: Row, place: int, root: Path) -> Record:
-    unknown = sorted(set(row.values) - FIELDS)
+    unknown = sorted(set(row.values) - set(FIELDS))
     if unknown:
-        raise row.error(unknown[0], f"unknown; there is {', '.join(sorted(FIELDS))}")
+        raise row.error(unknown[0], f"unknown; there is {', '.join(FIELDS)}")
     options = tuple(row.strings("options")) if "options" in row.values else None
     if options is not None and not 2 <= len(options) <= len(LETTERS):
         raise row.error("options", f"expected 2 to {len(LETTERS)} options, got {len(options)}")
@@ -88,9 +89,13 @@ def _record(row: Row, place: int, root: Path) -> Record:
 
 
 def _protocol(row: Row, options: tuple[str, ...] | None) -> Protocol:
-    answer = row.string("answer").strip().lower()
-    guess = "choice" if options else "yes_no" if answer in ("yes", "no") else "text"
-    protocol = row.string("protocol", default=guess if guess != "text" or "references" in row.values else "word")
+    if options:
+        guess = "choice"
+    elif row.string("answer").strip().lower() in ("yes", "no"):
+        guess = "yes_no"
+    else:
+        guess = "text" if "references" in row.values else "word"
+    protocol = row.string("protocol", default=guess)
     if protocol not in get_args(Protocol):
         raise row.error("protocol", f"expected one of {', '.join(get_args(Protocol))}, got {protocol!r}")
     if (protocol == "choice") != (options is not None):
