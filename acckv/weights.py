@@ -71,12 +71,13 @@ class CalibratedWeights(nn.Module):
         group = query_heads // kv_heads
         alone = CalibratedWeights(layers, 1, group, head_size, probes)
         axes = {"modality_gain": 1, "merge_bias": 1, "merge_gain": 1, "saliency": 2, "saliency_bias": 2}
-        for name, whole in self.named_parameters():
+        for name, parameter in self.named_parameters():
+            whole = parameter.detach()
             if name in axes:
                 whole = whole.narrow(axes[name], index, 1)
             elif name == "probe_queries":
                 whole = whole.narrow(1, index * group, group)
-            alone.get_parameter(name).data = whole.detach()
+            alone.get_parameter(name).data = whole
         return alone
 
     def layer_shares(self, ratio: float, floor: float) -> Tensor:

@@ -12,7 +12,7 @@ beside a flat folder of `<video_id>.mp4`. `acckv.data.clips` writes the same for
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from acckv.data.fields import Row, read_rows
@@ -20,7 +20,7 @@ from acckv.data.records import Record
 
 VOCABULARY: tuple[str, ...] = (
     *("yes", "no", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
-    *("more_than_ten", "left", "middle", "right", "indoor", "outdoor", "simultaneously"),
+    *("more than ten", "left", "middle", "right", "indoor", "outdoor", "simultaneously"),
     *("accordion", "acoustic_guitar", "bagpipe", "banjo", "bassoon", "cello", "clarinet", "congas", "drum"),
     *("electric_bass", "erhu", "flute", "guzheng", "piano", "pipa", "saxophone", "suona", "trumpet", "tuba"),
     *("ukulele", "violin", "xylophone"),
@@ -42,13 +42,11 @@ def load_music_avqa(question_file: str | Path, video_root: str | Path) -> list[R
         InputError: naming file, record and field, for a missing or cut-off file, a malformed record, templates and
             values that do not match, a repeated question id, or a video that is not there.
     """
-    question_file, video_root = Path(question_file), Path(video_root)
     records: list[Record] = []
     seen: set[str] = set()
-    for row in read_rows(question_file):
-        if row.integer("question_deleted", default=0):
-            continue
-        record = _record(row, video_root)
+    for row, record in read_questions(Path(question_file), Path(video_root)):
+        if not record.video.is_file():
+            raise row.error("video_id", f"no such video {record.video}")
         if record.id in seen:
             raise row.error("question_id", f"{record.id} appears twice")
         seen.add(record.id)
@@ -56,12 +54,19 @@ def load_music_avqa(question_file: str | Path, video_root: str | Path) -> list[R
     return records
 
 
+def read_questions(question_file: Path, video_root: Path) -> Iterator[tuple[Row, Record]]:
+    """Each question with the row it was read from; videos are not looked for.
+
+    Raises:
+        InputError: as `load_music_avqa`, but for missing videos and repeated ids.
+    """
+    for row in read_rows(question_file):
+        if not row.integer("question_deleted", default=0):
+            yield row, _record(row, video_root)
+
+
 def _record(row: Row, video_root: Path) -> Record:
     modality, kind = row.string_list("type", length=2)
-    video_id = row.string("video_id")
-    video = video_root / f"{video_id}.mp4"
-    if not video.is_file():
-        raise row.error("video_id", f"no such video {video}")
     template = row.string("question_content")
     values = row.string_list("templ_values")
     try:
@@ -70,7 +75,7 @@ def _record(row: Row, video_root: Path) -> Record:
         raise row.error("templ_values", str(error)) from error
     return Record(
         id=str(row.integer("question_id")),
-        video=video,
+        video=video_root / f"{row.string('video_id')}.mp4",
         audio=None,
         question=question,
         options=None,

@@ -1,7 +1,14 @@
 """Accuracy over questions, its intervals, and its share of the full cache."""
 
 from acckv.metrics.grouped import GroupedAccuracy
-from acckv.metrics.intervals import Interval, bootstrap_difference, bootstrap_mean, bootstrap_ratio, wilson
+from acckv.metrics.intervals import (
+    Interval,
+    bootstrap_difference,
+    bootstrap_mean,
+    bootstrap_ratio,
+    clustered_standard_error,
+    wilson,
+)
 from acckv.metrics.relative import PairedComparison
 from acckv.metrics.words import DescriptionWordAccuracy, word_accuracy
 
@@ -13,6 +20,7 @@ __all__ = [
     "bootstrap_difference",
     "bootstrap_mean",
     "bootstrap_ratio",
+    "clustered_standard_error",
     "wilson",
     "word_accuracy",
 ]

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
+from acckv.metrics.gathered import GatheredMetric
 from acckv.metrics.intervals import RESAMPLES, Interval, bootstrap_mean
 
 
-class GroupedAccuracy(Metric):
+class GroupedAccuracy(GatheredMetric):
     """Mean item score over all items and over each named group, per item kept for intervals.
 
     An item's score is 1 or 0 for a one-word answer and the share of right words for a description. An item may be in
@@ -25,9 +24,6 @@ class GroupedAccuracy(Metric):
         seed: of the bootstrap.
     """
 
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = True
     scores: list[Tensor]
     clips: list[Tensor]
     members: list[Tensor]
@@ -39,9 +35,9 @@ class GroupedAccuracy(Metric):
         self.groups = tuple(groups)
         self.resamples = resamples
         self.seed = seed
-        self.add_state("scores", [], dist_reduce_fx="cat")
-        self.add_state("clips", [], dist_reduce_fx="cat")
-        self.add_state("members", [], dist_reduce_fx="cat")
+        self.add_gathered("scores", torch.zeros(0))
+        self.add_gathered("clips", torch.zeros(0, dtype=torch.long))
+        self.add_gathered("members", torch.zeros(0, len(self.groups), dtype=torch.bool))
 
     def update(self, scores: Tensor, clips: Tensor, members: Tensor) -> None:
         """Add items.
@@ -85,4 +81,4 @@ class GroupedAccuracy(Metric):
 
     def items(self) -> tuple[Tensor, Tensor, Tensor]:
         """Scores [n], clips [n] and members [n, groups] of every item so far, in the order of the updates."""
-        return dim_zero_cat(self.scores), dim_zero_cat(self.clips), dim_zero_cat(self.members)
+        return self.gathered("scores"), self.gathered("clips"), self.gathered("members")

@@ -105,6 +105,31 @@ def bootstrap_difference(
     return _percentiles(_resampled_quotient(sums, counts, resamples, seed))
 
 
+def clustered_standard_error(scores: Tensor, clips: Tensor) -> float:
+    """Standard error of a mean score whose items come several to a clip, without resampling.
+
+    The cluster-robust ("sandwich") error: the root of `clips / (clips - 1) * sum_c (sum_i in c (score_i - mean))^2`,
+    over the number of items (Liang & Zeger, Biometrika 1986; for evaluations of language models Miller,
+    arXiv 2411.00640). With one item a clip it is the usual standard error of a mean.
+
+    Args:
+        scores: [items] float.
+        clips: [items] integer clip label of each item.
+
+    Returns:
+        In the unit of the scores; nan where there are fewer than two clips, which show no spread.
+
+    Raises:
+        ValueError: no items, or lengths that differ.
+    """
+    sums, counts = _per_clip(scores, clips)
+    number = sums.numel()
+    if number < 2:
+        return math.nan
+    residuals = sums - counts * (sums.sum() / counts.sum())
+    return float((number / (number - 1) * residuals.square().sum()).sqrt() / counts.sum())
+
+
 def _per_clip(scores: Tensor, clips: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of scores and number of items of each clip, [clips] float64 each."""
     if scores.numel() == 0 or scores.shape != clips.shape or scores.dim() != 1:

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
+from acckv.metrics.gathered import GatheredMetric
 from acckv.metrics.intervals import RESAMPLES, Interval, bootstrap_difference, bootstrap_ratio
 
 
-class PairedComparison(Metric):
+class PairedComparison(GatheredMetric):
     """Share of and difference to a reference's accuracy, with intervals that are paired by clip.
 
     Args:
@@ -20,9 +19,6 @@ class PairedComparison(Metric):
         seed: of the bootstrap.
     """
 
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = True
     scores: list[Tensor]
     reference: list[Tensor]
     clips: list[Tensor]
@@ -31,9 +27,9 @@ class PairedComparison(Metric):
         super().__init__(**kwargs)
         self.resamples = resamples
         self.seed = seed
-        self.add_state("scores", [], dist_reduce_fx="cat")
-        self.add_state("reference", [], dist_reduce_fx="cat")
-        self.add_state("clips", [], dist_reduce_fx="cat")
+        self.add_gathered("scores", torch.zeros(0))
+        self.add_gathered("reference", torch.zeros(0))
+        self.add_gathered("clips", torch.zeros(0, dtype=torch.long))
 
     def update(self, scores: Tensor, reference: Tensor, clips: Tensor) -> None:
         """Add items.
@@ -75,4 +71,4 @@ class PairedComparison(Metric):
         return bootstrap_difference(scores, reference, clips, resamples=self.resamples, seed=self.seed)
 
     def _items(self) -> tuple[Tensor, Tensor, Tensor]:
-        return dim_zero_cat(self.scores), dim_zero_cat(self.reference), dim_zero_cat(self.clips)
+        return self.gathered("scores"), self.gathered("reference"), self.gathered("clips")

@@ -141,6 +141,7 @@ def test_the_vocabulary_has_42_words() -> None:
         ("The left one, not the right.", "left", False, True),
         ("The right one, not the left.", "left", False, False),
         ("more than ten", "more_than_ten", False, True),
+        ("More than ten.", "more than ten", True, True),
         ("more than ten", "ten", False, False),
         ("An Acoustic Guitar plays", "acoustic_guitar", False, True),
         ("someone", "one", False, False),

@@ -10,7 +10,11 @@ from collections import Counter
 from pathlib import Path
 
 from acckv.data.benchmarks.av_odyssey import AV_ODYSSEY
+from acckv.data.benchmarks.avhbench import AVHBENCH
+from acckv.data.benchmarks.avqa import AVQA
+from acckv.data.benchmarks.avsd import AVSD
 from acckv.data.benchmarks.base import Benchmark, Mode, Verdict
+from acckv.data.benchmarks.custom import CUSTOM
 from acckv.data.benchmarks.daily_omni import DAILY_OMNI
 from acckv.data.benchmarks.music_avqa import MUSIC_AVQA
 from acckv.data.benchmarks.mvbench import MVBENCH
@@ -24,12 +28,16 @@ BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         MUSIC_AVQA,
+        AVQA,
+        AVHBENCH,
+        AVSD,
         MVBENCH,
         WORLDSENSE,
         DAILY_OMNI,
         OMNIBENCH,
         AV_ODYSSEY,
         VIDEO_MME,
+        CUSTOM,
     )
 }
 
