@@ -377,7 +377,7 @@ BROKEN_JSON = [
     ("omnibench", LINES, [2, "answer"], "Singing.", "record 2, answer"),
     ("omnibench", LINES, [2, "index"], "2", "record 2, index"),
     ("omnibench", LINES, [2, "audio_path"], ..., "record 2, audio_path"),
-    ("omnibench", LINES, [2, "options"], ["a"] * 9, "record 2, options"),
+    ("omnibench", LINES, [2, "options"], ["a"] * 11, "record 2, options"),
 ]
 
 

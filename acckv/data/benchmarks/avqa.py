@@ -17,7 +17,8 @@ from pathlib import Path
 
 from acckv.data.benchmarks.base import Benchmark
 from acckv.data.benchmarks.layout import first_file, video_folder
-from acckv.data.benchmarks.option_letters import LETTERS, show_options
+from acckv.data.benchmarks.letters import LETTERS
+from acckv.data.benchmarks.options import lettered
 from acckv.data.benchmarks.protocols import judge_choice
 from acckv.data.fields import Row, read_rows
 from acckv.data.records import Record
@@ -66,7 +67,7 @@ def _choices(row: Row) -> tuple[str, ...]:
 def prompt(record: Record) -> str:
     """Question, options and what to answer with."""
     return "\n".join(
-        [record.question, show_options(record.options or ()), "Answer with the option's letter from the given choices."]
+        [record.question, *lettered(record.options), "Answer with the option's letter from the given choices."]
     )
 
 

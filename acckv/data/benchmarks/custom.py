@@ -25,7 +25,8 @@ from typing import cast, get_args
 
 from acckv.data.benchmarks.base import Benchmark
 from acckv.data.benchmarks.layout import first_file
-from acckv.data.benchmarks.option_letters import LETTERS, exact_letter, show_options
+from acckv.data.benchmarks.letters import LETTERS, exact_letter
+from acckv.data.benchmarks.options import lettered
 from acckv.data.benchmarks.protocols import judge_protocol
 from acckv.data.fields import Row, read_rows
 from acckv.data.records import Protocol, Record
@@ -54,7 +55,7 @@ def prompt(record: Record) -> str:
     """The question, and for a choice the options and what to answer with."""
     if record.options is None:
         return record.question
-    return "\n".join([record.question, show_options(record.options), "Answer with the option's letter."])
+    return "\n".join([record.question, *lettered(record.options), "Answer with the option's letter."])
 
 
 def _record(row: Row, place: int, root: Path) -> Record:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-LETTERS = "ABCDEFGH"
+LETTERS = "ABCDEFGHIJ"
 
 WORLDSENSE_PREFIXES = (
     *("The best answer is", "The correct answer is", "The answer is", "The answer"),
@@ -83,6 +83,15 @@ def av_odyssey_letter(answer: str, options: Sequence[str]) -> str | None:
     return _last_text(text, options)
 
 
+def exact_letter(answer: str, options: Sequence[str]) -> str | None:
+    """The letter of an answer that is nothing but a letter (`B`, `b.`, `(B)`), an option's text, or both (`B. cat`)."""
+    text = _bare(answer)
+    for letter, option in zip(LETTERS, options, strict=False):
+        if text in (letter.lower(), _bare(option), _bare(f"{letter}. {option}"), _bare(f"({letter}) {option}")):
+            return letter
+    return None
+
+
 def robust_letter(answer: str, options: Sequence[str]) -> str | None:
     """The letter that a careful reader takes an answer for; None where it names no choice.
 
@@ -140,3 +149,8 @@ def _only_text(text: str, options: Sequence[str]) -> str | None:
 def _plain(text: str) -> str:
     """Words alone: lower case, anything else a single blank."""
     return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def _bare(text: str) -> str:
+    """Lower case, single blanks, and no marks around it."""
+    return re.sub(r"\s+", " ", text).strip().strip(".:,()[]* ").lower()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from acckv.data.benchmarks.base import Mode, Verdict
-from acckv.data.benchmarks.option_letters import exact_letter, robust_letter
+from acckv.data.benchmarks.letters import exact_letter, robust_letter
 from acckv.data.music_avqa import official_match, robust_answer, robust_match
 from acckv.data.records import Record
 from acckv.metrics.captions import caption_tokens, rouge_l
