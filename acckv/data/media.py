@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import av
 import torch
@@ -18,6 +18,8 @@ from acckv.data.records import Record
 from acckv.data.sampling import TEMPORAL_PATCH, FrameSampler, SoundTrack
 from acckv.errors import InputError
 
+Kind = Literal["audio-video", "video", "audio"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 MAX_PIXELS = 768 * 32 * 32
 """Pixels of a frame: the most that a supported processor makes use of (768 tokens of 32 x 32 pixels)."""
 MAX_SECONDS = 600.0
@@ -50,7 +52,7 @@ class Media:
     sampling_rate: int = 16_000
 
     @property
-    def kind(self) -> Literal["audio-video", "video", "audio"]:
+    def kind(self) -> Kind:
         """What the clip has. A batch holds clips of one kind."""
         if self.frames is None:
             return "audio"
@@ -176,9 +178,7 @@ def _fitted(frames: Tensor, height: int, width: int) -> Tensor:
     if tuple(frames.shape[2:]) == (height, width):
         return frames
     scale = min(height / frames.shape[2], width / frames.shape[3])
-    size = [
-        min(max(round(side * scale), 1), most) for side, most in zip(frames.shape[2:], (height, width), strict=True)
-    ]
+    size = [max(round(side * scale), 1) for side in frames.shape[2:]]
     scaled = interpolate(frames.float(), size, mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
     return pad(scaled, (left, width - size[1] - left, top, height - size[0] - top))
