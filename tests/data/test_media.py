@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -13,45 +12,7 @@ import torch
 
 from acckv.data.media import read_media
 from acckv.errors import InputError
-
-GREYS = (40, 90, 140, 190)
-
-
-def write_video(
-    path: Path,
-    times: list[float],
-    greys: list[int] | tuple[int, ...],
-    audio: np.ndarray | None = None,
-    rate: int = 16_000,
-    layout: str = "mono",
-    audio_start: float = 0.0,
-    size: tuple[int, int] = (48, 32),
-    options: dict[str, str] | None = None,
-) -> Path:
-    """Grey pictures shown from `times` on (seconds), and sound [channels, samples] that starts at `audio_start`."""
-    with av.open(str(path), "w", options=options or {}) as container:
-        video = container.add_stream("libx264", rate=30, options={"preset": "ultrafast", "crf": "10", "threads": "1"})
-        video.width, video.height, video.pix_fmt = *size, "yuv420p"
-        video.codec_context.time_base = Fraction(1, 1000)
-        sound = container.add_stream("aac", rate=rate, layout=layout) if audio is not None else None
-        for time, grey in zip(times, greys, strict=True):
-            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), grey, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = round(time * 1000), Fraction(1, 1000)
-            container.mux(video.encode(frame))
-        container.mux(video.encode(None))
-        if sound is not None:
-            frame = av.AudioFrame.from_ndarray(audio.astype(np.float32), format="fltp", layout=layout)
-            frame.sample_rate, frame.pts, frame.time_base = rate, round(audio_start * rate), Fraction(1, rate)
-            container.mux(sound.encode(frame))
-            container.mux(sound.encode(None))
-    return path
-
-
-def burst(seconds: float, at: float, rate: int = 16_000, hertz: float = 1000.0) -> np.ndarray:
-    """A tone of 0.25 s that starts at `at`, silence around it: float32 [samples]."""
-    time = np.arange(round(seconds * rate)) / rate
-    return (0.5 * np.sin(2 * np.pi * hertz * time) * ((time >= at) & (time < at + 0.25))).astype(np.float32)
-
+from tests.data.media_files import GREYS, burst, write_picture, write_sound, write_video
 
 def onset(audio: torch.Tensor) -> float:
     """Seconds to the first sample above a tenth of full scale."""
