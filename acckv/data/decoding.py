@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ RESTART = 1.0
 """Seconds by which presentation times go back where a recording begins anew in the same file."""
 UNWANTED = {"tty", "bin", "xbin", "adf", "idf", "sbg", "lrc", "hls", "concat", "rawvideo", "data"}
 """Formats that FFmpeg makes of text, of play lists, and of anything with the right extension."""
+
+MPEG = {"mpegts", "mpeg"}
+"""Formats whose clock has 33 bits."""
 
 Frame = av.VideoFrame | av.AudioFrame
 
@@ -77,7 +81,9 @@ def _decodable(streams: list, kind: str, source: Path) -> Any:
 
 def first_time(stream: av.VideoStream | av.AudioStream) -> float:
     """Presentation time in seconds at which a stream says that it starts."""
-    return float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
+    if not stream.start_time or not stream.time_base:
+        return 0.0
+    return float((stream.start_time - _turn(stream.container, stream.start_time, stream.time_base)) * stream.time_base)
 
 
 def seek_to(container: av.container.InputContainer, stream: av.VideoStream | av.AudioStream, time: float) -> bool:
@@ -108,17 +114,27 @@ def decoded(
         except av.FFmpegError:
             break
         if wanted(packet.stream):
-            yield from _frames(packet.decode)
+            yield from _frames(container, packet.decode)
     for stream in streams:
         if wanted(stream):
-            yield from _frames(stream.codec_context.decode)
+            yield from _frames(container, stream.codec_context.decode)
 
 
-def _frames(decode: Callable[[], list[Frame]]) -> list[Frame]:
+def _frames(container: av.container.InputContainer, decode: Callable[[], list[Frame]]) -> list[Frame]:
     try:
-        return decode()
+        frames = decode()
     except (av.FFmpegError, ValueError):
         return []
+    for frame in frames:
+        if frame.pts is not None and frame.time_base:
+            frame.pts -= _turn(container, frame.pts, frame.time_base)
+    return frames
+
+
+def _turn(container: av.container.InputContainer, pts: int, time_base: Fraction) -> int:
+    """What to take from a time of an MPEG stream, which counts to 2^33 / 90,000 s: one just below that is negative."""
+    whole = Fraction(2**33, 90_000)
+    return round(whole / time_base) if container.format.name in MPEG and pts * time_base > whole / 2 else 0
 
 
 class Clock:

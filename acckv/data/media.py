@@ -238,7 +238,9 @@ def _decode(
         origin = None if wanted.start is None else first + wanted.begin
         sampler = track = None
         if video is not None:
-            sampler = FrameSampler(path, wanted.fps, wanted.max_pixels, wanted.max_seconds, origin, wanted.length)
+            step = float(1 / video.average_rate) if video.average_rate else None
+            limits = (wanted.fps, wanted.max_pixels, wanted.max_seconds)
+            sampler = FrameSampler(path, *limits, origin, wanted.length, step)
         if audio is not None:
             track = SoundTrack(wanted.sampling_rate, wanted.max_seconds, origin, wanted.length)
         lead = sampler or track

@@ -34,6 +34,7 @@ class FrameSampler:
         max_seconds: of pictures; more are an error.
         origin: presentation time of the first sample; None takes that of the first picture.
         length: seconds after which nothing more is wanted.
+        step: seconds for which a picture is shown where neither it nor its neighbours say so.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class FrameSampler:
         max_seconds: float,
         origin: float | None = None,
         length: float | None = None,
+        step: float | None = None,
     ) -> None:
         self.source, self.fps, self.max_pixels, self.max_seconds = source, fps, max_pixels, max_seconds
         self.origin, self.length = origin, length
@@ -52,7 +54,7 @@ class FrameSampler:
         self.done = False
         self._clock = Clock()
         self._time = 0.0
-        self._usual = self._stated = 1 / fps
+        self._usual = self._stated = step or 1 / fps
         self._shown: av.VideoFrame | None = None
         self._shown_pixels: Tensor | None = None
         self._picked: list[Tensor] = []

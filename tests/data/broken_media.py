@@ -17,9 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import wave
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,16 +149,16 @@ def make(folder: Path) -> list[Case]:
     put("3-hours.mp4", header_says(front, b"mvhd", b"tkhd", b"mdhd", seconds=hours), "clip", 4.0, shows=True)
     put("3-hours-front-cut.mp4", header_says(front, b"mvhd", seconds=hours)[: len(front) // 2], "either", shows=True)
     put("3-hours-last-picture.mp4", last_picture_lasts(front, hours), "clip", 4.0, shows=True)
-    put("3-hours-first-picture.mp4", first_picture_lasts(front, hours), "error")
+    put("3-hours-each-picture.mp4", each_picture_lasts(front, hours), "either")
     put("3-hours.wav", wav_says(whole["wav"], hours), "clip", None, kind="audio")
     put("3-hours.gif", slow_gif(whole["gif"]), "either", kind="video")
     put("wide.mp4", wide(front), "either")
     put("wide.png", wide_png(whole["png"]), "error")
-    put("jump.mkv", b"".join(jumping(folder, [0.0, 0.5, 1.0, 1.5, 20_000.0])), "error")
+    put("jump.mkv", jumping(folder, [0.0, 0.5, 1.0, 1.5, 20_000.0]), "error")
     put("many-entries.mp4", entries(front, b"stts", 2**31 - 1), "either")
     put("many-chunks.mp4", entries(front, b"stco", 2**31 - 1), "either")
     put("many-sizes.mp4", entries(front, b"stsz", 2**31 - 1, at=8), "either")
-    put("no-times.264", elementary(folder, times, greys), "either", kind="video")
+    put("no-times.264", elementary(folder, times, greys), "clip", 2.0, kind="video")
     return cases
 
 
@@ -187,11 +185,12 @@ def header_says(content: bytes, *boxes: bytes, seconds: int) -> bytes:
 
 
 def last_picture_lasts(content: bytes, seconds: int) -> bytes:
-    """An mp4 whose last picture is said to be shown for so long: an entry of its time table is split."""
+    """An mp4 whose last picture is said to be shown for so long."""
     return _time_table(content, -1, seconds)
 
 
-def first_picture_lasts(content: bytes, seconds: int) -> bytes:
+def each_picture_lasts(content: bytes, seconds: int) -> bytes:
+    """An mp4 that says so of all pictures but the last."""
     return _time_table(content, 0, seconds)
 
 
@@ -237,11 +236,11 @@ def entries(content: bytes, box: bytes, count: int, at: int = 4) -> bytes:
     return content[:place] + struct.pack(">I", count) + content[place + 4 :]
 
 
-def jumping(folder: Path, times: list[float]) -> list[bytes]:
+def jumping(folder: Path, times: list[float]) -> bytes:
     file = write_video(folder / "scratch.mkv", times, [100] * len(times), burst(2, 0.5)[None])
     content = file.read_bytes()
     file.unlink()
-    return [content]
+    return content
 
 
 def elementary(folder: Path, times: list[float], greys: list[int]) -> bytes:

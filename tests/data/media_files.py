@@ -51,7 +51,9 @@ def write_video(
         if audio is not None:
             frame = av.AudioFrame.from_ndarray(audio.astype(np.float32), format="fltp", layout=layout)
             frame.sample_rate, frame.pts, frame.time_base = rate, round(audio_start * rate), Fraction(1, rate)
-            resampler = av.AudioResampler(sound.codec_context.format, layout, rate, sound.codec_context.frame_size or 1024)
+            resampler = av.AudioResampler(
+                sound.codec_context.format, layout, rate, sound.codec_context.frame_size or 1024
+            )
             for block in [*resampler.resample(frame), *resampler.resample(None)]:
                 container.mux(sound.encode(block))
             container.mux(sound.encode(None))
