@@ -64,7 +64,7 @@ class Case:
 
 
 def make(folder: Path) -> list[Case]:
-    """Write all files into a folder."""
+    """Write all files into a folder. Whole ones have four greys, a second each, and a tone at 1.5 seconds."""
     times = [k / 10 for k in range(40)]
     greys = [GREYS[k // 10] for k in range(40)]
     cases, whole = [], {}
@@ -312,12 +312,18 @@ def _read_here(folder: Path, names: list[str]) -> None:
                 "frames": [] if clip.frames is None else clip.frames.float().mean((1, 2, 3)).tolist(),
                 "shape": None if clip.frames is None else list(clip.frames.shape),
                 "samples": None if clip.audio is None else len(clip.audio),
-                "loudest": 0.0 if clip.audio is None else float(clip.audio.abs().max()),
+                "onset": None if clip.audio is None else _onset(clip.audio),
+                "finite": clip.audio is None or bool(clip.audio.isfinite().all()),
             }
         except InputError as error:
             found["error"] = str(error)
         seconds = time.perf_counter() - start
         print(json.dumps({"name": name, "seconds": seconds, "megabytes": _peak() - peak, **found}), flush=True)
+
+
+def _onset(audio: Any) -> float | None:
+    loud = (audio.abs() > 0.1).nonzero()
+    return float(loud[0]) / 16_000 if len(loud) else None
 
 
 def _peak() -> float:

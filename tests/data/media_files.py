@@ -9,7 +9,10 @@ import av
 import numpy as np
 
 GREYS = (40, 90, 140, 190)
-OPTIONS = {"libx264": {"preset": "ultrafast", "crf": "10", "threads": "1"}, "libvpx": {"deadline": "realtime"}}
+OPTIONS = {
+    "libx264": {"preset": "ultrafast", "crf": "10", "threads": "1", "g": "15"},
+    "libvpx": {"deadline": "realtime"},
+}
 
 
 def write_video(

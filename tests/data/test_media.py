@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from acckv.data.media import join_media, read_media, read_record_media
+from acckv.data.media import _decode, _Wanted, join_media, read_media, read_record_media
 from acckv.data.records import Record
 from acckv.errors import InputError
 from tests.data.media_files import GREYS, burst, write_picture, write_sound, write_video
@@ -182,13 +182,15 @@ def test_parts_are_the_clip(tmp_path: Path) -> None:
 
 
 def test_from_start_to_end(tmp_path: Path) -> None:
-    """As the whole clip between both, whether the file can be searched or not, and with no more decoded than needed."""
+    """As the whole clip between both; what lies before the last key frame before the start is not decoded."""
     times = [k / 10 for k in range(300)]
     greys = [30 + 7 * (k // 10) for k in range(300)]
     sound = np.concatenate([burst(10, 2.5), burst(10, 7.25), burst(10, 1.0)])
     for name in ("a.mp4", "a.mkv", "a.ts"):
         path = write_video(tmp_path / name, times, greys, sound[None])
         whole, part = read_media(path), read_media(path, start=12.0, end=19.0)
+        sampler, _ = _decode(path, _Wanted(12.0, 19.0, 2.0, 16_000, None, 600.0), pictures=True, sound=True)
+        assert 10.0 < sampler.first <= 12.0, name
         assert torch.equal(part.frames, whole.frames[24:38]), name
         assert part.audio.shape == (7 * 16_000,) and part.duration == pytest.approx(7.0, abs=0.01)
         torch.testing.assert_close(part.audio, whole.audio[12 * 16_000 : 19 * 16_000], atol=2e-3, rtol=0)
