@@ -14,7 +14,7 @@ from torch import Tensor
 from acckv import CompressionConfig, KVCompressor
 from acckv.cache import CompressedCache
 from acckv.data.encoding import encode, question_suffix
-from acckv.data.media import Media
+from acckv.data.media import KINDS, Media
 from acckv.data.records import Record
 from acckv.metrics.answers import question_groups, score_answer
 from acckv.ragged import left_padded
@@ -111,8 +111,8 @@ class EvaluationModule(LightningModule):
 
     def test_step(self, batch: list[Clip], batch_idx: int) -> None:
         """Answer all questions about a batch of clips from every cell's cache."""
-        for with_sound in (True, False):
-            clips = [clip for clip in batch if (clip.media.audio is not None) == with_sound]
+        for kind in KINDS:
+            clips = [clip for clip in batch if clip.media.kind == kind]
             if clips and self.when == "context":
                 self._answer_after_context(clips)
             elif clips:

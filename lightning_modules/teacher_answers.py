@@ -15,7 +15,7 @@ from rich.progress import track
 from acckv import CompressionConfig, KVCompressor
 from acckv.adapters import load_model
 from acckv.data.encoding import encode, question_suffix
-from acckv.data.media import Media, read_media
+from acckv.data.media import KINDS, Media, read_media
 from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.ragged import left_padded
@@ -136,11 +136,11 @@ def answer_clips(file: AnswerFile, videos: Sequence[Path], batch_size: int, devi
     with KVCompressor(CompressionConfig(policy="full"))(model) as session:
         for batch in track(batches, description=f"answering about {len(waiting)} clips", transient=True):
             media = [read_media(video) for video in batch]
-            for sound in (True, False):
-                chosen = [clip for clip in media if (clip.audio is not None) == sound]
+            for kind in KINDS:
+                chosen = [clip for clip in media if clip.kind == kind]
                 if chosen:
                     for clip, answers in zip(chosen, _answers(session, processor, chosen, settings), strict=True):
-                        file.add(clip.path, sound, answers)
+                        file.add(clip.path, clip.audio is not None, answers)
             file.save()
 
 

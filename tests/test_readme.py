@@ -15,7 +15,7 @@ from acckv.adapters import find_adapter, load_model
 from acckv.data.encoding import encode
 from acckv.data.media import read_media
 from acckv.weights import CalibratedWeights
-from tests.data.test_media import write_video
+from tests.data.media_files import write_video
 from tests.families import FAMILIES
 
 README = Path(__file__).resolve().parent.parent / "README.md"

@@ -1,7 +1,7 @@
 """Clips and questions into model inputs, for processors of the Qwen2.5-Omni kind.
 
 The prompt is the processor's own chat template: one user message with the video, then the question. A clip with a
-sound track is interleaved (audio in video); a clip without one is video only.
+sound track is interleaved (audio in video); a clip without one is video only, and sound without pictures is an audio.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def encode(processor: Any, clips: Sequence[Media], questions: Sequence[str] | No
 
     Args:
         processor: a Qwen2.5-Omni processor.
-        clips: the clips, all with sound or all without (the model marks a whole batch as interleaved or not).
+        clips: the clips, all of one `kind` (the model marks a whole batch as interleaved or not).
         questions: one question a clip. None: each prompt ends with the end-of-media tokens (see `encode_context`).
 
     Returns:
@@ -48,15 +48,16 @@ def encode(processor: Any, clips: Sequence[Media], questions: Sequence[str] | No
         raise ValueError("encode needs at least one clip")
     if questions is not None and len(questions) != len(clips):
         raise ValueError(f"{len(clips)} clips need {len(clips)} questions, got {len(questions)}")
-    with_sound = clips[0].audio is not None
+    medium = _medium(clips[0])
     for clip in clips:
-        if (clip.audio is not None) != with_sound:
-            raise InputError("clips with and without a sound track cannot share a batch", source=clip.path)
+        if clip.kind != clips[0].kind:
+            missing = "a sound track" if _medium(clip) == medium else "pictures"
+            raise InputError(f"clips with and without {missing} cannot share a batch", source=clip.path)
         _check_length(processor, clip)
     if questions is None:
-        texts = [_media_prompt(processor)] * len(clips)
+        texts = [_media_prompt(processor, medium)] * len(clips)
     else:
-        texts = [_prompt(processor, question) for question in questions]
+        texts = [_prompt(processor, question, medium) for question in questions]
     return _encode(processor, clips, texts)
 
 
@@ -75,26 +76,31 @@ def encode_media(processor: Any, clip: Media) -> dict[str, Any]:
     They go on after a conversation or after the clip before: :meth:`acckv.session.Session.extend`.
     """
     _check_length(processor, clip)
-    text = _media_prompt(processor)
-    return _encode(processor, [clip], [text[text.index(processor.vision_bos_token) :]])
+    medium = _medium(clip)
+    text = _media_prompt(processor, medium)
+    begin = processor.vision_bos_token if medium == "video" else processor.audio_bos_token
+    return _encode(processor, [clip], [text[text.index(begin) :]])
 
 
 def question_suffix(processor: Any, question: str) -> Tensor:
-    """Token ids after the media, from the question to the start of the answer: int64 [tokens]."""
-    text = _prompt(processor, question)
-    suffix = text[len(_media_prompt(processor, text)) :]
+    """Token ids after the media (of any kind), from the question to the start of the answer: int64 [tokens]."""
+    text = _prompt(processor, question, "video")
+    suffix = text[len(_media_prompt(processor, "video", text)) :]
     return torch.tensor(processor.tokenizer(suffix, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
 
 def _encode(processor: Any, clips: Sequence[Media], texts: list[str]) -> dict[str, Any]:
-    """Model inputs of prompts with one video each."""
-    with_sound = clips[0].audio is not None
-    arguments: dict[str, Any] = {"videos": [clip.frames for clip in clips]}
-    if with_sound:
+    """Model inputs of prompts with one video or audio each."""
+    kind = clips[0].kind
+    arguments: dict[str, Any] = {}
+    if kind != "audio":
+        arguments |= {"videos": [clip.frames for clip in clips], "fps": clips[0].fps, "do_sample_frames": False}
+    if kind != "video":
+        options = {"sampling_rate": clips[0].sampling_rate, "max_length": _padded_samples(processor, clips)}
+        arguments |= {"audio": [clip.audio.numpy() for clip in clips], "audio_kwargs": options}
+    if kind == "audio-video":
         position_ids, seconds = timing(processor)
         arguments |= {
-            "audio": [clip.audio.numpy() for clip in clips],
-            "audio_kwargs": {"sampling_rate": clips[0].sampling_rate, "max_length": _padded_samples(processor, clips)},
             "audio_from_video_indices": list(range(len(clips))),
             "load_audio_from_video": True,
             "position_id_per_seconds": position_ids,
@@ -102,35 +108,39 @@ def _encode(processor: Any, clips: Sequence[Media], texts: list[str]) -> dict[st
         }
     batch = processor(
         text=texts,
-        fps=clips[0].fps,
-        do_sample_frames=False,
         padding=True,
         padding_side="left",
         return_tensors="pt",
         **arguments,
     )
     inputs: dict[str, Any] = dict(batch)
-    if with_sound:
+    if kind != "video":
         longest = int(inputs["feature_attention_mask"].sum(-1).max())
         for name in ("input_features", "feature_attention_mask"):
             inputs[name] = inputs[name][..., :longest]
-    inputs["use_audio_in_video"] = with_sound
+    inputs["use_audio_in_video"] = kind == "audio-video"
     return inputs
 
 
-def _prompt(processor: Any, question: str) -> str:
-    content = [{"type": "video", "video": "clip"}, {"type": "text", "text": question}]
+def _medium(clip: Media) -> str:
+    """What the chat template calls the clip."""
+    return "audio" if clip.kind == "audio" else "video"
+
+
+def _prompt(processor: Any, question: str, medium: str) -> str:
+    content = [{"type": medium, medium: "clip"}, {"type": "text", "text": question}]
     conversation = [{"role": "user", "content": content}]
     return processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
 
 
-def _media_prompt(processor: Any, text: str | None = None) -> str:
+def _media_prompt(processor: Any, medium: str, text: str | None = None) -> str:
     """The part of a prompt that ends with the (only) end-of-media token."""
-    text = _prompt(processor, "") if text is None else text
-    end = text.find(processor.vision_eos_token)
+    text = _prompt(processor, "", medium) if text is None else text
+    token = processor.vision_eos_token if medium == "video" else processor.audio_eos_token
+    end = text.find(token)
     if end < 0:
-        raise InputError(f"the chat template has no {processor.vision_eos_token} after a video", field="chat_template")
-    return text[: end + len(processor.vision_eos_token)]
+        raise InputError(f"the chat template has no {token} after {medium}", field="chat_template")
+    return text[: end + len(token)]
 
 
 def _padded_samples(processor: Any, clips: Sequence[Media]) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen2_5OmniProcessor, Qwen2VLVideoProcessor, WhisperFeatureExtractor
 
-from acckv.data.encoding import encode, encode_context, question_suffix, timing
+from acckv.data.encoding import encode, encode_context, encode_media, question_suffix, timing
 from acckv.data.media import Media
 from acckv.errors import InputError
 from acckv.tiny.build import build_model, build_processor
@@ -58,6 +59,35 @@ def test_a_clip_without_sound(processor: Qwen2_5OmniProcessor) -> None:
     text = "<|im_start|>user<|vision_bos|>" + "<|VIDEO|>" * 18 + "<|vision_eos|>describe the clip.<|im_end|>"
     assert inputs["input_ids"].tolist() == [processor.tokenizer(text + "<|im_start|>assistant")["input_ids"]]
     assert inputs["use_audio_in_video"] is False and "input_features" not in inputs
+
+
+def test_sound_alone(processor: Qwen2_5OmniProcessor) -> None:
+    heard = replace(clip(2), frames=None)
+    whole, context = encode(processor, [heard], [QUESTIONS[0]]), encode_context(processor, heard)
+    media = "<|audio_bos|>" + "<|AUDIO|>" * 16 + "<|audio_eos|>"
+    text = "<|im_start|>user" + media + "what colour was the circle?<|im_end|><|im_start|>assistant"
+    assert whole["input_ids"].tolist() == [processor.tokenizer(text)["input_ids"]]
+    assert encode_media(processor, heard)["input_ids"].tolist() == [processor.tokenizer(media)["input_ids"]]
+    suffix = question_suffix(processor, QUESTIONS[0])
+    assert torch.equal(torch.cat([context["input_ids"][0], suffix]), whole["input_ids"][0])
+    assert whole["use_audio_in_video"] is False and "pixel_values_videos" not in whole
+    both = encode(processor, [clip(2)], [QUESTIONS[0]])
+    assert torch.equal(whole["input_features"], both["input_features"])
+    model = build_model().eval()
+    with torch.no_grad():
+        assert bool(model(**whole).logits.isfinite().all())
+    with pytest.raises(InputError, match="with and without pictures cannot share a batch"):
+        encode(processor, [clip(2), heard], QUESTIONS[:2])
+
+
+def test_a_picture_with_longer_sound(processor: Qwen2_5OmniProcessor) -> None:
+    """As `join_media` makes it: all of the sound follows the only temporal patch."""
+    inputs = encode(processor, [replace(clip(1), audio=clip(3).audio)], [QUESTIONS[0]])
+    text = "<|audio_bos|>" + "<|VIDEO|>" * 9 + "<|AUDIO|>" * 24 + "<|audio_eos|>"
+    ids = processor.tokenizer(text)["input_ids"]
+    assert inputs["input_ids"][0, 3 : 3 + len(ids)].tolist() == ids
+    with torch.no_grad():
+        assert bool(build_model().eval()(**inputs).logits.isfinite().all())
 
 
 def test_timing_is_saved_with_the_processor(processor: Qwen2_5OmniProcessor, full_size, tmp_path: Path) -> None:

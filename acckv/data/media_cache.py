@@ -1,0 +1,139 @@
+"""Decoded clips kept on disk, so that a file is decoded once for many runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from acckv.data.media import Media, read_media, read_record_media
+from acckv.data.records import Record
+from acckv.errors import InputError
+from acckv.report.files import whole_file
+
+FORMAT = 1
+"""Of the cached files; to be raised when the reader gives something else for the same file."""
+_log = logging.getLogger(__name__)
+
+
+class MediaCache:
+    """A folder with one safetensors file a clip.
+
+    A clip is known by the path, size and time of the last change of each of its files, and by the options it was read
+    with; a file that has changed is decoded anew. Cached files are written as a whole and checked by a checksum when
+    they are read: one that is damaged is decoded anew and replaced. Several processes may share a folder. Errors are
+    not cached.
+
+    Args:
+        folder: made when the first clip is written.
+        max_bytes: when the folder holds more, the clips that were not used for longest are removed; None keeps all.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int | None = None) -> None:
+        if max_bytes is not None and max_bytes < 1:
+            raise InputError(f"{max_bytes} is less than 1", field="max_bytes")
+        self.folder, self.max_bytes = Path(folder), max_bytes
+
+    def read_media(self, path: str | Path, *, audio: str | Path | None = None, **options: Any) -> Media:
+        """As :func:`acckv.data.media.read_media`."""
+        files = [Path(path)] if audio is None else [Path(path), Path(audio)]
+        return self._read(files, {"call": "media", **options}, lambda: read_media(path, audio=audio, **options))
+
+    def read_record_media(self, record: Record, **options: Any) -> Media:
+        """As :func:`acckv.data.media.read_record_media`."""
+        files = [record.video, *([record.audio] if record.audio else []), *record.attachments]
+        call = {"call": "record", "audio": record.audio is not None, "start": record.start, "end": record.end}
+        return self._read(files, {**call, **options}, lambda: read_record_media(record, **options))
+
+    def file(self, files: Sequence[Path], options: dict[str, Any]) -> Path:
+        """Where the clip of these files and options is kept."""
+        return self.folder / f"{hashlib.sha256(_key(files, options).encode()).hexdigest()[:32]}.safetensors"
+
+    def _read(self, files: Sequence[Path], options: dict[str, Any], read: Callable[[], Media]) -> Media:
+        if not all(file.is_file() for file in files):
+            return read()  # raises the error that names the file
+        key = _key(files, options)
+        place = self.file(files, options)
+        if place.exists():
+            try:
+                clip = _load(place, key)
+                os.utime(place)
+                return clip
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                _log.warning("%s: damaged (%s); decoding %s anew", place, error, files[0])
+        clip = read()
+        with whole_file(place) as temporary:
+            _save(temporary, key, clip)
+        self._shrink()
+        return clip
+
+    def _shrink(self) -> None:
+        """Remove the clips that were not used for longest (and what a killed process left half-written)."""
+        if self.max_bytes is None:
+            return
+        entries = []
+        for file in self.folder.glob("*.safetensors"):
+            try:
+                status = file.stat()
+            except FileNotFoundError:  # another process was faster
+                continue
+            entries.append((status.st_mtime_ns, status.st_size, file))
+        held = sum(size for _, size, _ in entries)
+        for _, size, file in sorted(entries)[:-1]:
+            if held <= self.max_bytes:
+                return
+            file.unlink(missing_ok=True)
+            held -= size
+
+
+def _key(files: Sequence[Path], options: dict[str, Any]) -> str:
+    stamps = []
+    for file in files:
+        status = file.stat()
+        stamps.append([str(file.absolute()), status.st_size, status.st_mtime_ns])
+    return json.dumps([FORMAT, stamps, sorted(options.items())])
+
+
+def _save(path: Path, key: str, clip: Media) -> None:
+    tensors = {name: value.contiguous() for name, value in vars(clip).items() if isinstance(value, Tensor)}
+    values = {name: value for name, value in vars(clip).items() if name not in tensors and value is not None}
+    about = json.dumps({**values, "path": str(clip.path)})
+    metadata = {"key": key, "clip": about, "checksum": str(_checksum(about, tensors))}
+    save_file(tensors, path, metadata=metadata)
+
+
+def _load(path: Path, key: str) -> Media:
+    """The clip in a file.
+
+    Raises:
+        ValueError, KeyError, SafetensorError, TypeError: it is damaged, or holds something else.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if metadata["key"] != key:
+        raise ValueError("it holds another clip")
+    if metadata["checksum"] != str(_checksum(metadata["clip"], tensors)):
+        raise ValueError("its checksum is wrong")
+    values = {**dict.fromkeys(("frames", "audio")), **json.loads(metadata["clip"]), **tensors}
+    values["path"] = Path(values["path"])
+    return Media(**{field.name: values[field.name] for field in fields(Media)})
+
+
+def _checksum(text: str, tensors: dict[str, Tensor]) -> int:
+    value = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        value = zlib.crc32(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode(), value)
+        value = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data, value)
+    return value

@@ -1,0 +1,87 @@
+"""Media files written with PyAV, so that every number that a reader should find is known."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+GREYS = (40, 90, 140, 190)
+OPTIONS = {
+    "libx264": {"preset": "ultrafast", "crf": "10", "threads": "1", "g": "15"},
+    "libvpx": {"deadline": "realtime"},
+}
+
+
+def write_video(
+    path: Path,
+    times: list[float],
+    greys: list[int] | tuple[int, ...],
+    audio: np.ndarray | None = None,
+    rate: int = 16_000,
+    layout: str = "mono",
+    audio_start: float = 0.0,
+    size: tuple[int, int] = (48, 32),
+    options: dict[str, str] | None = None,
+    codecs: tuple[str, str] = ("libx264", "aac"),
+    noise: int = 0,
+) -> Path:
+    """Grey pictures shown from `times` on (seconds), and sound [channels, samples] that starts at `audio_start`.
+
+    Sound alone where there are no times. Noise makes the pictures differ, and the file longer.
+    """
+    rng = np.random.default_rng(0)
+    video = sound = None
+    with av.open(str(path), "w", options=options or {}) as container:
+        if times:
+            video = container.add_stream(codecs[0], rate=30, options=OPTIONS.get(codecs[0], {}))
+            video.width, video.height = size
+            video.pix_fmt = {"gif": "rgb8", "png": "rgb24", "mjpeg": "yuvj420p"}.get(codecs[0], "yuv420p")
+            video.codec_context.time_base = Fraction(1, 1000)
+            if codecs[0] != "libx264":
+                video.bit_rate = 2_000_000
+        if audio is not None:
+            sound = container.add_stream(codecs[1], rate=rate, layout=layout)
+        for time, grey in zip(times, greys, strict=True):
+            pixels = grey + rng.integers(-noise, noise + 1, (size[1], size[0], 3))
+            frame = av.VideoFrame.from_ndarray(pixels.astype(np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(time * 1000), Fraction(1, 1000)
+            container.mux(video.encode(frame))
+        if video is not None:
+            container.mux(video.encode(None))
+        if audio is not None:
+            frame = av.AudioFrame.from_ndarray(audio.astype(np.float32), format="fltp", layout=layout)
+            frame.sample_rate, frame.pts, frame.time_base = rate, round(audio_start * rate), Fraction(1, rate)
+            resampler = av.AudioResampler(
+                sound.codec_context.format, layout, rate, sound.codec_context.frame_size or 1024
+            )
+            for block in [*resampler.resample(frame), *resampler.resample(None)]:
+                container.mux(sound.encode(block))
+            container.mux(sound.encode(None))
+    return path
+
+
+def write_sound(path: Path, audio: np.ndarray, rate: int = 16_000, codec: str = "pcm_s16le") -> Path:
+    """Sound [channels, samples] alone, mono or stereo."""
+    layout = "mono" if len(audio) == 1 else "stereo"
+    return write_video(path, [], [], audio, rate, layout, codecs=("", codec))
+
+
+def write_picture(path: Path, grey: int, size: tuple[int, int] = (48, 32)) -> Path:
+    """One grey picture: PNG or JPEG, whatever the file is called."""
+    codec = "mjpeg" if path.suffix in (".jpg", ".jpeg") else "png"
+    context = av.CodecContext.create(codec, "w")
+    context.width, context.height, context.time_base = *size, Fraction(1, 25)
+    context.pix_fmt = "yuvj420p" if codec == "mjpeg" else "rgb24"
+    frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), grey, np.uint8), format="rgb24")
+    packets = [*context.encode(frame.reformat(format=context.pix_fmt)), *context.encode(None)]
+    path.write_bytes(b"".join(bytes(packet) for packet in packets))
+    return path
+
+
+def burst(seconds: float, at: float, rate: int = 16_000, hertz: float = 1000.0) -> np.ndarray:
+    """A tone of 0.25 s that starts at `at`, silence around it: float32 [samples]."""
+    time = np.arange(round(seconds * rate)) / rate
+    return (0.5 * np.sin(2 * np.pi * hertz * time) * ((time >= at) & (time < at + 0.25))).astype(np.float32)
