@@ -97,7 +97,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> Qwen2_5OmniProcessor:
-    """Processor of the tiny model: 9 video tokens a picture pair of 84x84, 8 audio tokens a second."""
+    """Processor of the tiny model: 9 video tokens a picture pair of 84x84, 8 audio tokens a second.
+
+    `acckv.data.encoding` scales pictures of another size to about as many pixels: Qwen2_5OmniProcessor puts bounds of
+    its own in place of those of its parts.
+    """
     extractor = WhisperFeatureExtractor(
         feature_size=MEL_BINS,
         sampling_rate=16_000,
@@ -108,10 +112,13 @@ def build_processor() -> Qwen2_5OmniProcessor:
         position_id_per_seconds=POSITION_IDS_PER_SECOND,
         seconds_per_chunk=SECONDS_PER_CHUNK,
     )
+    pixels = {"shortest_edge": SIDE**2, "longest_edge": SIDE**2}  # least and most of a picture, so the names
     video = Qwen2VLVideoProcessor(
-        patch_size=PATCH, temporal_patch_size=2, merge_size=2, do_resize=False, cap_pixels_per_frame=False
+        patch_size=PATCH, temporal_patch_size=2, merge_size=2, do_resize=False, size=pixels, cap_pixels_per_frame=False
     )
-    image = Qwen2VLImageProcessor(patch_size=PATCH, temporal_patch_size=2, merge_size=2, do_resize=False)
+    image = Qwen2VLImageProcessor(
+        patch_size=PATCH, temporal_patch_size=2, merge_size=2, do_resize=False, size=pixels
+    )
     processor = Qwen2_5OmniProcessor(
         image_processor=image,
         video_processor=video,
