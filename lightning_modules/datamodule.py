@@ -13,13 +13,13 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import AutoProcessor
 
+from acckv.adapters import load_processor
 from acckv.config import When
 from acckv.data.batching import PackedTurns, Turn, pack_turns
 from acckv.data.clips import video_folder, write_clips
+from acckv.data.encoded import load_encoded, read_clip
 from acckv.data.encoding import encode, question_suffix
-from acckv.data.media import read_media
 from acckv.data.music_avqa import load_music_avqa
 from acckv.data.records import Record
 from acckv.data.video_folder import hold_out, list_videos
@@ -124,7 +124,7 @@ class ClipDataset(Dataset[CalibrationItem]):
             embedded = DecoderInputs.stack([self.embedded[path] for path in paths])
             return CalibrationBatch({}, turns, number, embedded)
         questions = [item.question for item in items if item.question is not None]
-        inputs = encode(self.processor, [read_media(path) for path in paths], questions or None)
+        inputs = encode(self.processor, [read_clip(path) for path in paths], questions or None)
         keep = None if self.keep == "nothing" else partial(self._keep, paths)
         return CalibrationBatch(inputs, turns, number, keep=keep)
 
@@ -194,7 +194,8 @@ class AVDataModule(LightningDataModule):
         base_model: whose processor encodes them; linked to the model's by train.py.
         when: linked to the model's.
         source: 'clips' generates clips with questions on first use; 'music_avqa' reads your own; 'folder' takes plain
-            videos and lets the model, with its full cache, answer `prompts` about each of them once.
+            videos and lets the model, with its full cache, answer `prompts` about each of them once; 'encoded' takes
+            clips that your own towers have encoded for a plain decoder.
         train_clips: generated clips to train on.
         validation_clips: generated clips of the validation split.
         cache_dir: where generated clips are kept; None is the user's cache folder.
@@ -203,7 +204,8 @@ class AVDataModule(LightningDataModule):
         video_root: folder of their ``<video_id>.mp4``.
         folder: videos, also in subfolders (source 'folder').
         validation_folder: other videos to validate on; None holds out a share of the folder.
-        validation_share: of the videos that are held out, above 0 and below 1.
+        encoded: folder of clips as embeddings, with questions.jsonl (source 'encoded'); see acckv.data.encoded.
+        validation_share: of the videos (or encoded clips) that are held out, above 0 and below 1.
         prompts: asked of every clip (source 'folder'); None takes a few generic ones.
         max_new_tokens: longest answer to them.
         dtype: of the model that answers them; linked to the model's.
@@ -220,7 +222,7 @@ class AVDataModule(LightningDataModule):
         self,
         base_model: str = "tiny",
         when: When = "context",
-        source: Literal["clips", "music_avqa", "folder"] = "clips",
+        source: Literal["clips", "music_avqa", "folder", "encoded"] = "clips",
         train_clips: int = 768,
         validation_clips: int = 24,
         cache_dir: str | None = None,
@@ -229,6 +231,7 @@ class AVDataModule(LightningDataModule):
         video_root: str | None = None,
         folder: str | None = None,
         validation_folder: str | None = None,
+        encoded: str | None = None,
         validation_share: float = 0.1,
         prompts: list[str] | None = None,
         max_new_tokens: int = 64,
@@ -256,10 +259,15 @@ class AVDataModule(LightningDataModule):
         needed = {
             "music_avqa": {"train_questions": train_questions, "validation_questions": validation_questions},
             "folder": {"folder": folder},
+            "encoded": {"encoded": encoded},
         }
         for name, option in needed.get(source, {}).items():
             if option is None:
                 raise InputError(f"is needed with source '{source}'", field=f"data.{name}")
+        if source == "encoded" and when == "prompt":
+            raise InputError(
+                "is 'prompt', and clips that were encoded ahead end before the question", field="model.when"
+            )
         self.save_hyperparameters()
         self.datasets: dict[str, ClipDataset] = {}
 
@@ -277,13 +285,10 @@ class AVDataModule(LightningDataModule):
                 self.records(split)
 
     def setup(self, stage: str | None = None) -> None:
-        from acckv.tiny import TINY_MODEL
-
         if self.datasets:  # what was kept of the clips stays
             return
         options = self.options
-        name = TINY_MODEL if options.base_model == "tiny" else options.base_model
-        processor = AutoProcessor.from_pretrained(name)
+        processor = load_processor(options.base_model, options.dtype)
         for split in ("train", "validation"):
             self.datasets[split] = ClipDataset(
                 self.records(split), processor, options.when, options.turns, options.seed, options.keep
@@ -307,6 +312,8 @@ class AVDataModule(LightningDataModule):
                 )
                 raise InputError(message, source=mute)
             return records
+        if options.source == "encoded":
+            return load_encoded(options.encoded, split, options.validation_share)
         if options.source == "music_avqa":
             file = Path(options[f"{split}_questions"])
             return load_music_avqa(file, Path(options.video_root) if options.video_root else file.parent)
@@ -325,6 +332,8 @@ class AVDataModule(LightningDataModule):
         options = self.options
         if options.source == "folder":
             return f"the model's own answers about held-out clips of {Path(options.folder).name}"
+        if options.source == "encoded":
+            return f"held-out clips of {Path(options.encoded).name}"
         if options.source == "music_avqa":
             return Path(options.validation_questions).name
         return f"generated-clips/validation ({options.validation_clips} clips, seed {options.clips_seed})"
