@@ -14,7 +14,9 @@ from acckv.tiny.build import vocabulary
 from tests.families import AUDIO, AUDIO_BOS, AUDIO_EOS, FAMILIES, IMAGE, VIDEO, VISION_BOS, VISION_EOS
 
 SIZE = 160
-"""Words of the vocabulary."""
+"""Words of Gemma's vocabulary."""
+DECODER_SIZE = 264
+QWEN_TURNS = ("<|im_start|>", "<|im_end|>")
 MARKERS = {
     "<pad>": 0,
     "<eos>": 1,
@@ -97,12 +99,22 @@ def gemma4(folder: Path, kind: str = "gemma4") -> Path:
 
 
 def decoder(folder: Path, kind: str = "videollama2") -> Path:
-    """A plain decoder: the Qwen2 of VideoLLaMA2 or the Llama of AVicuna, each with a tokenizer of its own."""
+    """A plain decoder with its family's own tokenizer: the Qwen2 of VideoLLaMA2 or the Llama of AVicuna.
+
+    A token is a byte; Llama's tokenizer has no padding token, as Vicuna's may have none.
+    """
     config = FAMILIES[kind].config()
-    config.vocab_size = SIZE
+    config.vocab_size = DECODER_SIZE
+    if kind == "videollama2":
+        vocabulary = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *QWEN_TURNS]
+        words = transformers.Qwen2Tokenizer(dict(zip(vocabulary, range(DECODER_SIZE), strict=False)))
+        words.add_special_tokens({"additional_special_tokens": list(QWEN_TURNS)})
+    else:
+        vocabulary = ["<unk>", "<s>", "</s>", "\u2581", *(f"<0x{byte:02X}>" for byte in range(256))]
+        words = transformers.LlamaTokenizer(dict(zip(vocabulary, range(DECODER_SIZE), strict=False)))
     torch.manual_seed(0)
     model = FAMILIES[kind].model_class._from_config(config)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=4, pad_token_id=0, do_sample=False)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=words.eos_token_id, do_sample=False)
     model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    words.save_pretrained(folder)
     return folder
