@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import transformers
+from safetensors.torch import load_file, save_file
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.adapters import TextProcessor, load_model, load_processor
@@ -184,3 +185,20 @@ def test_loading_a_decoder(loaded: tuple[Any, TextProcessor], tmp_path: Path) ->
         (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
         with pytest.raises(InputError, match=message):
             load_model(folder)
+
+
+def test_the_decoder_of_a_checkpoint_with_towers(loaded: tuple[Any, TextProcessor], tmp_path: Path) -> None:
+    """As the README takes VideoLLaMA2's out: a model type of its own, towers beside the decoder."""
+    whole = checkpoints.decoder(tmp_path / "whole")
+    config = json.loads((whole / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps({**config, "model_type": "videollama2_qwen2"}))
+    tensors = load_file(whole / "model.safetensors")
+    save_file({**tensors, "model.mm_projector.weight": torch.ones(2)}, whole / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="whole: cannot be loaded"):
+        load_model(whole)
+    for part in (transformers.Qwen2ForCausalLM, transformers.AutoTokenizer):
+        part.from_pretrained(whole).save_pretrained(tmp_path / "decoder")
+    model, processor = load_model(tmp_path / "decoder")
+    for (name, one), other in zip(model.named_parameters(), loaded[0].parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert torch.equal(question_suffix(processor, QUESTION), question_suffix(loaded[1], QUESTION))

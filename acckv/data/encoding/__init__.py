@@ -45,8 +45,8 @@ def encode(processor: Any, clips: Sequence[Any], questions: Sequence[str] | None
         questions: one question a clip. None: each prompt ends with the end-of-media tokens (see `encode_context`).
 
     Returns:
-        what `model(**inputs)` and `model.generate(**inputs)` of the family take (a plain decoder also inside a session
-        only, which reads `modality_ids`), rows padded on the left.
+        what `model(**inputs)` and `model.generate(**inputs)` take, rows padded on the left; `modality_ids` of a plain
+        decoder are read by a session.
 
     Raises:
         InputError: a batch of clips with and without sound, a clip that the processor cannot take, or a processor

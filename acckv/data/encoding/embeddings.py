@@ -22,6 +22,7 @@ class EmbeddingsEncoder(Encoder):
     clip_type = EncodedClip
 
     def encode(self, clips: Sequence[EncodedClip], questions: Sequence[str] | None) -> dict[str, Any]:
+        clips = [replace(clip, embeds=clip.embeds.to(self.processor.dtype)) for clip in clips]
         if questions is not None:
             clips = [self._with_question(*pair) for pair in zip(clips, questions, strict=True)]
         for clip in clips:
@@ -35,7 +36,7 @@ class EmbeddingsEncoder(Encoder):
         kinds = [F.pad(clip.modality_ids, (pad, 0), value=padding) for clip, pad in zip(clips, missing, strict=True)]
         labels = torch.stack(kinds)
         return {
-            EMBEDS: torch.stack(embeds).to(self.processor.dtype),
+            EMBEDS: torch.stack(embeds),
             KINDS: labels,
             "attention_mask": (labels != padding).long(),
         }
