@@ -76,7 +76,7 @@ def gemma4(folder: Path, kind: str = "gemma4") -> Path:
     """Gemma 4 or Gemma 4 Unified: 4 tokens a picture of 84 x 84, 25 a second of sound."""
     config = FAMILIES[kind].config()
     config.text_config.vocab_size = SIZE
-    patch, pooled = (42, 1) if kind == "gemma4" else (14, 3)
+    patch, pooled = (21, 2) if kind == "gemma4" else (14, 3)
     config.vision_config.patch_size, config.vision_config.pooling_kernel_size = patch, pooled
     sizes = {"patch_size": patch, "pooling_kernel_size": pooled, "do_resize": False}
     extractor: Any

@@ -150,6 +150,12 @@ def test_inputs_of_a_batch(loaded: tuple[Any, TextProcessor], tmp_path: Path) ->
     embedded = model.get_input_embeddings()(suffix)
     assert torch.equal(whole["inputs_embeds"][0], torch.cat([short.embeds, embedded]))
     assert whole["modality_ids"][0].tolist() == [*KINDS.tolist(), *[0] * len(suffix)]
+    wide = read_encoded_clip(write_encoded_clip(tmp_path, "wide", torch.ones(8, 32), KINDS))
+    for questions in (None, [QUESTION]):
+        with pytest.raises(
+            InputError, match=r"wide\.safetensors: inputs_embeds: has a width of 32, the decoder's is 64"
+        ):
+            encode(processor, [wide], questions)
     media = encode_media(processor, long)
     assert torch.equal(media["inputs_embeds"][0], long.embeds[2:11])
 

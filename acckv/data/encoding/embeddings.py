@@ -22,13 +22,13 @@ class EmbeddingsEncoder(Encoder):
     clip_type = EncodedClip
 
     def encode(self, clips: Sequence[EncodedClip], questions: Sequence[str] | None) -> dict[str, Any]:
-        clips = [replace(clip, embeds=clip.embeds.to(self.processor.dtype)) for clip in clips]
-        if questions is not None:
-            clips = [self._with_question(*pair) for pair in zip(clips, questions, strict=True)]
         for clip in clips:
             if clip.embeds.shape[1] != self.processor.width:
                 message = f"has a width of {clip.embeds.shape[1]}, the decoder's is {self.processor.width}"
                 raise InputError(message, source=clip.path, field=EMBEDS)
+        clips = [replace(clip, embeds=clip.embeds.to(self.processor.dtype)) for clip in clips]
+        if questions is not None:
+            clips = [self._with_question(*pair) for pair in zip(clips, questions, strict=True)]
         longest = max(len(clip.modality_ids) for clip in clips)
         missing = [longest - len(clip.modality_ids) for clip in clips]
         padding = int(Modality.PADDING)
