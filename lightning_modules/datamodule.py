@@ -13,15 +13,15 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import AutoProcessor
 
+from acckv.adapters import load_processor
 from acckv.config import When
 from acckv.data.batching import PackedTurns, Turn, pack_turns
 from acckv.data.clips import video_folder, write_clips
+from acckv.data.encoded import load_encoded, read_clip
 from acckv.data.encoding import encode, question_suffix
-from acckv.data.media import read_media
 from acckv.data.music_avqa import load_music_avqa
-from acckv.data.records import Record
+from acckv.data.records import ClipKey, Record
 from acckv.data.video_folder import hold_out, list_videos
 from acckv.errors import InputError
 from acckv.policies.base import Rows
@@ -65,10 +65,10 @@ class CalibrationBatch:
 
 @dataclass(frozen=True)
 class CalibrationItem:
-    """One clip of a batch: how to encode it, where its decoder inputs are kept, its turns, the step's number."""
+    """One clip of a batch: a question about it, whether that is part of the prompt, its turns, the step's number."""
 
-    path: Path
-    question: str | None
+    record: Record
+    asked: bool
     turns: list[Turn]
     number: int
 
@@ -77,34 +77,34 @@ class ClipDataset(Dataset[CalibrationItem]):
     """One item a clip: a draw of its questions.
 
     Args:
-        records: questions; those with the same video make one item.
+        records: questions; those about the same clip make one item.
         turns: questions drawn for each visit of a clip (one with `when: prompt`); 0 takes all.
         keep: what is held in memory of a clip after its first visit; nothing with `when: prompt`.
     """
 
     def __init__(self, records: list[Record], processor: Any, when: When, turns: int, seed: int, keep: Keep) -> None:
-        self.clips: dict[Path, list[Record]] = {}
+        by_clip: dict[ClipKey, list[Record]] = {}
         for record in records:
-            self.clips.setdefault(record.video, []).append(record)
-        self.paths = list(self.clips)
+            by_clip.setdefault(record.clip, []).append(record)
+        self.clips = list(by_clip.values())
         self.processor, self.when, self.turns, self.seed = processor, when, turns, seed
         self.keep: Keep = keep if when == "context" else "nothing"
-        self.embedded: dict[Path, DecoderInputs] = {}
-        self.prefills: dict[Path, Prefill] = {}
+        self.embedded: dict[ClipKey, DecoderInputs] = {}
+        self.prefills: dict[ClipKey, Prefill] = {}
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.clips)
 
     def __getitem__(self, key: tuple[int, int]) -> CalibrationItem:
         index, number = key
-        path = self.paths[index]
-        questions = self.clips[path]
+        questions = self.clips[index]
         order = np.random.default_rng((self.seed, number, index)).permutation(len(questions))
         if self.when == "prompt":
             record = questions[order[0]]
-            return CalibrationItem(path, record.question, [Turn(self._answer(record), 0)], number)
+            return CalibrationItem(record, True, [Turn(self._answer(record), 0)], number)
         picked = order[: self.turns or None]
-        return CalibrationItem(path, None, [self._turn(questions[place]) for place in sorted(picked)], number)
+        turns = [self._turn(questions[place]) for place in sorted(picked)]
+        return CalibrationItem(questions[0], False, turns, number)
 
     def _turn(self, record: Record) -> Turn:
         suffix = question_suffix(self.processor, record.question)
@@ -117,22 +117,22 @@ class ClipDataset(Dataset[CalibrationItem]):
 
     def collate(self, items: list[CalibrationItem]) -> CalibrationBatch:
         turns, number = pack_turns([item.turns for item in items]), items[0].number
-        paths = [item.path for item in items]
-        if all(path in self.prefills for path in paths):
-            return CalibrationBatch({}, turns, number, prefill=Prefill.stack([self.prefills[path] for path in paths]))
-        if all(path in self.embedded for path in paths):
-            embedded = DecoderInputs.stack([self.embedded[path] for path in paths])
+        clips = [item.record.clip for item in items]
+        if all(clip in self.prefills for clip in clips):
+            return CalibrationBatch({}, turns, number, prefill=Prefill.stack([self.prefills[clip] for clip in clips]))
+        if all(clip in self.embedded for clip in clips):
+            embedded = DecoderInputs.stack([self.embedded[clip] for clip in clips])
             return CalibrationBatch({}, turns, number, embedded)
-        questions = [item.question for item in items if item.question is not None]
-        inputs = encode(self.processor, [read_media(path) for path in paths], questions or None)
-        keep = None if self.keep == "nothing" else partial(self._keep, paths)
+        questions = [item.record.question for item in items if item.asked]
+        inputs = encode(self.processor, [read_clip(item.record) for item in items], questions or None)
+        keep = None if self.keep == "nothing" else partial(self._keep, clips)
         return CalibrationBatch(inputs, turns, number, keep=keep)
 
-    def _keep(self, paths: list[Path], prefill: Prefill) -> None:
+    def _keep(self, clips: list[ClipKey], prefill: Prefill) -> None:
         if self.keep == "prefill":
-            self.prefills.update(zip(paths, [row.to(HOST) for row in prefill.rows()], strict=True))
+            self.prefills.update(zip(clips, [row.to(HOST) for row in prefill.rows()], strict=True))
         else:
-            self.embedded.update(zip(paths, [row.to(HOST) for row in prefill.embedded.rows()], strict=True))
+            self.embedded.update(zip(clips, [row.to(HOST) for row in prefill.embedded.rows()], strict=True))
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -194,7 +194,8 @@ class AVDataModule(LightningDataModule):
         base_model: whose processor encodes them; linked to the model's by train.py.
         when: linked to the model's.
         source: 'clips' generates clips with questions on first use; 'music_avqa' reads your own; 'folder' takes plain
-            videos and lets the model, with its full cache, answer `prompts` about each of them once.
+            videos and lets the model, with its full cache, answer `prompts` about each of them once; 'encoded' takes
+            clips that your own towers have encoded for a plain decoder.
         train_clips: generated clips to train on.
         validation_clips: generated clips of the validation split.
         cache_dir: where generated clips are kept; None is the user's cache folder.
@@ -203,7 +204,8 @@ class AVDataModule(LightningDataModule):
         video_root: folder of their ``<video_id>.mp4``.
         folder: videos, also in subfolders (source 'folder').
         validation_folder: other videos to validate on; None holds out a share of the folder.
-        validation_share: of the videos that are held out, above 0 and below 1.
+        encoded: folder of clips as embeddings, with questions.jsonl (source 'encoded'); see acckv.data.encoded.
+        validation_share: of the videos (or encoded clips) that are held out, above 0 and below 1.
         prompts: asked of every clip (source 'folder'); None takes a few generic ones.
         max_new_tokens: longest answer to them.
         dtype: of the model that answers them; linked to the model's.
@@ -220,7 +222,7 @@ class AVDataModule(LightningDataModule):
         self,
         base_model: str = "tiny",
         when: When = "context",
-        source: Literal["clips", "music_avqa", "folder"] = "clips",
+        source: Literal["clips", "music_avqa", "folder", "encoded"] = "clips",
         train_clips: int = 768,
         validation_clips: int = 24,
         cache_dir: str | None = None,
@@ -229,6 +231,7 @@ class AVDataModule(LightningDataModule):
         video_root: str | None = None,
         folder: str | None = None,
         validation_folder: str | None = None,
+        encoded: str | None = None,
         validation_share: float = 0.1,
         prompts: list[str] | None = None,
         max_new_tokens: int = 64,
@@ -256,10 +259,15 @@ class AVDataModule(LightningDataModule):
         needed = {
             "music_avqa": {"train_questions": train_questions, "validation_questions": validation_questions},
             "folder": {"folder": folder},
+            "encoded": {"encoded": encoded},
         }
         for name, option in needed.get(source, {}).items():
             if option is None:
                 raise InputError(f"is needed with source '{source}'", field=f"data.{name}")
+        if source == "encoded" and when == "prompt":
+            raise InputError(
+                "is 'prompt', and clips that were encoded ahead end before the question", field="model.when"
+            )
         self.save_hyperparameters()
         self.datasets: dict[str, ClipDataset] = {}
 
@@ -277,13 +285,10 @@ class AVDataModule(LightningDataModule):
                 self.records(split)
 
     def setup(self, stage: str | None = None) -> None:
-        from acckv.tiny import TINY_MODEL
-
         if self.datasets:  # what was kept of the clips stays
             return
         options = self.options
-        name = TINY_MODEL if options.base_model == "tiny" else options.base_model
-        processor = AutoProcessor.from_pretrained(name)
+        processor = load_processor(options.base_model, options.dtype)
         for split in ("train", "validation"):
             self.datasets[split] = ClipDataset(
                 self.records(split), processor, options.when, options.turns, options.seed, options.keep
@@ -307,6 +312,8 @@ class AVDataModule(LightningDataModule):
                 )
                 raise InputError(message, source=mute)
             return records
+        if options.source == "encoded":
+            return load_encoded(options.encoded, split, options.validation_share)
         if options.source == "music_avqa":
             file = Path(options[f"{split}_questions"])
             return load_music_avqa(file, Path(options.video_root) if options.video_root else file.parent)
@@ -325,6 +332,8 @@ class AVDataModule(LightningDataModule):
         options = self.options
         if options.source == "folder":
             return f"the model's own answers about held-out clips of {Path(options.folder).name}"
+        if options.source == "encoded":
+            return f"held-out clips of {Path(options.encoded).name}"
         if options.source == "music_avqa":
             return Path(options.validation_questions).name
         return f"generated-clips/validation ({options.validation_clips} clips, seed {options.clips_seed})"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.cache import CompressedCache
+from acckv.data.encoded import EncodedClip
 from acckv.data.encoding import encode, question_suffix
 from acckv.data.media import KINDS, Media
 from acckv.data.records import Record
@@ -37,7 +38,7 @@ class Clip:
     """A clip that was read, the questions about it, and its place among all clips."""
 
     index: int
-    media: Media
+    media: Media | EncodedClip
     records: list[Record]
 
 

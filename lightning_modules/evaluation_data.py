@@ -9,7 +9,7 @@ from typing import Literal
 from torch.utils.data import DataLoader, Dataset
 
 from acckv.data.clips import VARIANTS, default_root, video_folder, write_clips
-from acckv.data.media import read_media
+from acckv.data.encoded import load_encoded, read_clip
 from acckv.data.music_avqa import load_music_avqa
 from acckv.data.records import Record
 from acckv.errors import InputError
@@ -18,12 +18,13 @@ from lightning_modules.evaluation import Clip
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What is asked about: generated clips, or your own in the MUSIC-AVQA format.
+    """What is asked about: generated clips, your own in the MUSIC-AVQA format, or clips that were encoded ahead.
 
     Args:
         question_file: questions in the MUSIC-AVQA format; none takes the generated clips.
         video_root: folder of the question file's `<video_id>.mp4`; none is the folder of the file.
-        split: of the generated clips: train, validation or test.
+        encoded: folder of clips as embeddings, with questions.jsonl; for a plain decoder, see acckv.data.encoded.
+        split: of the generated or encoded clips: train, validation or test.
         variant: of the generated clips: plain as in training, long2 or long4 (times as long), crowded (every shape and
             sound there is), noisy, swapped (the sound of another clip), silent (asked about pictures alone) or blank
             (asked about sound alone). crowded and swapped have descriptions of up to 50 tokens.
@@ -34,6 +35,7 @@ class EvaluationData:
 
     question_file: str | None = None
     video_root: str | None = None
+    encoded: str | None = None
     split: Literal["train", "validation", "test"] = "test"
     variant: Literal["plain", "long2", "long4", "crowded", "noisy", "swapped", "silent", "blank"] = "plain"
     clips: int = 64
@@ -42,9 +44,11 @@ class EvaluationData:
 
     @property
     def benchmark(self) -> str:
-        """What results name: the question file, or the generated split with its size and seed."""
+        """What results name: the question file, the encoded split, or the generated one with its size and seed."""
         if self.question_file is not None:
             return Path(self.question_file).name
+        if self.encoded is not None:
+            return f"{Path(self.encoded).name}/{self.split}"
         variant = "" if self.variant == "plain" else f"/{self.variant}"
         return f"generated-clips/{self.split}{variant} ({self.clips} clips, seed {self.seed})"
 
@@ -54,6 +58,10 @@ class EvaluationData:
         Raises:
             InputError: an option, the question file or a video is not usable.
         """
+        if self.encoded is not None:
+            if self.question_file is not None or self.video_root is not None or self.variant != "plain":
+                raise InputError("cannot be combined with question_file, video_root or variant", field="data.encoded")
+            return load_encoded(self.encoded, self.split)
         if self.question_file is not None:
             if self.variant != "plain":
                 raise InputError("is of use only with generated clips", field="data.variant")
@@ -100,5 +108,5 @@ class _Clips(Dataset[Clip]):
         return len(self.clips)
 
     def __getitem__(self, index: int) -> Clip:
-        video, records = self.clips[index]
-        return Clip(index, read_media(video), records)
+        _, records = self.clips[index]
+        return Clip(index, read_clip(records[0]), records)

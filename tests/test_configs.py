@@ -13,11 +13,20 @@ import transformers
 import yaml
 
 from acckv import KVCompressor
-from acckv.adapters import load_model
+from acckv.adapters import ADAPTERS, load_model
+from tests import checkpoints
+from tests.test_family_runs import TURNS, encoded_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-FAMILIES = {"qwen2_5_omni.yaml": "Qwen2_5Omni", "qwen3_omni_moe.yaml": "Qwen3OmniMoe"}
+FAMILIES = {
+    "qwen2_5_omni.yaml": "Qwen/Qwen2.5-Omni-3B",
+    "qwen3_omni_moe.yaml": "Qwen/Qwen3-Omni-30B-A3B-Instruct",
+    "gemma4.yaml": "google/gemma-4-E4B-it",
+    "gemma4_unified.yaml": "google/gemma-4-12B-it",
+    "videollama2.yaml": "runs/videollama2/decoder",
+    "avicuna.yaml": "runs/avicuna/decoder",
+}
 
 
 def door(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: object) -> int:
@@ -47,12 +56,14 @@ def test_a_config_is_what_the_command_line_takes(
     check(yaml.safe_load(file.read_text()), printed)
 
 
-def test_every_family_that_can_be_calibrated_has_a_config() -> None:
+def test_every_family_has_a_config() -> None:
     assert set(FAMILIES) < set(CONFIGS)
-    for name, family in FAMILIES.items():
-        assert family in getattr(transformers, f"{family}ThinkerForConditionalGeneration").__name__
-        base = yaml.safe_load((ROOT / "configs" / name).read_text())["model"]["base_model"]
-        assert base.startswith("Qwen/")
+    for name, base in FAMILIES.items():
+        config = yaml.safe_load((ROOT / "configs" / name).read_text())
+        assert config["model"]["base_model"] == base
+        assert config["trainer"]["default_root_dir"] == f"runs/{name.removesuffix('.yaml')}"
+    kinds = {kind.removesuffix("_thinker") for adapter in ADAPTERS for kind in adapter.model_types}
+    assert {f"{kind}.yaml" for kind in kinds} < set(FAMILIES)
 
 
 def qwen3_folder(folder: Path) -> Path:
@@ -95,20 +106,41 @@ def qwen3_folder(folder: Path) -> Path:
     return folder
 
 
+def small(name: str, folder: Path) -> Path | str:
+    """What takes the place of a config's base model."""
+    kind = name.removesuffix(".yaml")
+    if kind == "qwen2_5_omni":
+        return "tiny"
+    if kind == "qwen3_omni_moe":
+        return qwen3_folder(folder)
+    return (checkpoints.decoder if kind in TURNS else checkpoints.gemma4)(folder, kind)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_a_step_of_a_family(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The family's own config, its base model replaced by a small one and its data by generated clips."""
-    base = "tiny" if name == "qwen2_5_omni.yaml" else qwen3_folder(tmp_path / "model")
+    base, kind = small(name, tmp_path / "model"), name.removesuffix(".yaml")
     monkeypatch.setenv("ACCKV_CACHE", str(tmp_path / "cache"))
+    data: tuple[object, ...] = ("--data.source", "clips", "--data.train_clips", 4, "--data.validation_clips", 2)
+    asked: tuple[object, ...] = ("--data.clips", 2)
+    if kind in TURNS:
+        data = asked = ("--data.encoded", encoded_folder(tmp_path / "clips", kind))
     code = door(
         monkeypatch,
         *("train.py", "fit", "--config", ROOT / "configs" / name, "--model.base_model", base),
-        *("--data.source", "clips", "--data.train_clips", 4, "--data.validation_clips", 2, "--evaluation.clips", 2),
+        *data,
         *("--trainer.accelerator", "cpu", "--trainer.max_steps", 1, "--trainer.accumulate_grad_batches", 2),
-        *("--trainer.default_root_dir", tmp_path / "run"),
+        *("--trainer.default_root_dir", tmp_path / "run", "--evaluation.clips", 2),
     )
     assert code == 0
     exported = KVCompressor.from_pretrained(tmp_path / "run" / "export")
     assert exported.name == "acckv-calibrated"
     assert json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    code = door(
+        monkeypatch,
+        *("evaluate.py", "--model", base, "--compressor", tmp_path / "run" / "export", "--dtype", "bfloat16"),
+        *("--policies", "keydiff,acckv-calibrated", "--ratios", "0.2", "--accelerator", "cpu", *asked),
+        *("--output", tmp_path / "eval"),
+    )
+    assert code == 0 and (tmp_path / "eval" / "results.json").is_file()

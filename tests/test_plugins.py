@@ -15,7 +15,7 @@ from acckv.data.clips import video_folder, write_clips
 from acckv.data.encoding import encode
 from acckv.data.media import read_media
 from acckv.errors import InputError
-from acckv.plugins.answering import Answerer, _part, build_compressor
+from acckv.plugins.answering import Answerer, build_compressor
 from acckv.plugins.requests import ClipRef, Generation, Prompt, read_prompt
 
 QUESTIONS = ["What colour was the circle?", "Which sound came after the beep?", "List the shapes in order."]
@@ -212,19 +212,6 @@ def test_sound_can_be_left_out(tiny: tuple[Any, Any], clips: list[ClipRef]) -> N
         ids = model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
         assert answer == processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
     assert mute.sizes.full < heard.sizes.full
-
-
-def test_a_part_of_a_clip(clips: list[ClipRef]) -> None:
-    media = read_media(clips[0].path)
-    quarters = list(media.parts(media.duration / 4))
-    for number, quarter in enumerate(quarters):
-        start = number * media.duration / 4
-        part = _part(media, replace(clips[0], start=start, end=start + media.duration / 4))
-        assert torch.equal(part.frames, quarter.frames) and torch.equal(part.audio, quarter.audio)
-    assert len(_part(media, replace(clips[0], start=media.duration - 0.1)).frames) == 2
-    for start, end in ((3.0, 3.0), (3.0, 2.0), (media.duration + 1, None)):
-        with pytest.raises(InputError, match=r"\.mp4: nothing between"):
-            _part(media, replace(clips[0], start=start, end=end))
 
 
 # ------------------------------------------------------------------ the compressor's options

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+ClipKey = tuple[Path, Path | None, float | None, float | None, tuple[Path, ...]]
+"""Video, sound, start, end and attachments: what tells clips apart."""
 Protocol = Literal["word", "description", "choice", "yes_no", "text"]
 
 
@@ -42,6 +44,6 @@ class Record:
     attachments: tuple[Path, ...] = ()
 
     @property
-    def clip(self) -> tuple[Path, Path | None, float | None, float | None, tuple[Path, ...]]:
+    def clip(self) -> ClipKey:
         """What tells clips apart: questions with the same value are asked of one prefill."""
         return self.video, self.audio, self.start, self.end, self.attachments

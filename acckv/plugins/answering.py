@@ -12,7 +12,7 @@ from torch import Tensor
 from acckv import CompressionConfig, KVCompressor
 from acckv.cache import CompressedCache
 from acckv.data.encoding import encode, encode_context, question_suffix
-from acckv.data.media import TEMPORAL_PATCH, Media, read_media
+from acckv.data.media import MAX_PIXELS, Media, read_media
 from acckv.errors import InputError
 from acckv.plugins.requests import ClipRef, Generation
 from acckv.ragged import left_padded
@@ -175,9 +175,10 @@ class Answerer:
         return encode(self.processor, [self._media[1]], [question])
 
     def _read(self, clip: ClipRef) -> Media:
-        media = read_media(clip.path, fps=self.fps, max_pixels=self.max_pixels)
-        media = media if self.sound else replace(media, audio=None)
-        return media if clip.start is None and clip.end is None else _part(media, clip)
+        media = read_media(
+            clip.path, start=clip.start, end=clip.end, fps=self.fps, max_pixels=self.max_pixels or MAX_PIXELS
+        )
+        return media if self.sound else replace(media, audio=None)
 
     def _text_inputs(self, question: str) -> dict[str, Any]:
         """Model inputs of a prompt without media."""
@@ -219,22 +220,3 @@ def _loss(logits: Tensor, ids: Tensor) -> tuple[float, bool]:
     """Of logits ``[tokens, vocabulary]``, each made before its token of `ids` ``[tokens]``."""
     loss = torch.nn.functional.cross_entropy(logits.float(), ids)
     return float(loss), bool((logits.argmax(-1) == ids).all())
-
-
-def _part(media: Media, clip: ClipRef) -> Media:
-    """The seconds of a clip that are meant, in whole temporal patches.
-
-    Raises:
-        InputError: they hold nothing.
-    """
-    end = media.duration if clip.end is None else min(clip.end, media.duration)
-    start = clip.start or 0.0
-    first = max(int(start * media.fps), 0)
-    if end <= start or first >= len(media.frames):
-        raise InputError(f"nothing between {start:g} s and {end:g} s", source=clip.path)
-    count = -(-round((end - start) * media.fps) // TEMPORAL_PATCH) * TEMPORAL_PATCH or TEMPORAL_PATCH
-    first = min(first, max(len(media.frames) - count, 0))
-    frames = media.frames[first : first + count]
-    samples = media.sampling_rate / media.fps
-    audio = None if media.audio is None else media.audio[round(first * samples) :][: round(len(frames) * samples)]
-    return replace(media, frames=frames, audio=audio, duration=len(frames) / media.fps)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from acckv.data.clip_events import COLOURS, PITCHES, SHAPES, TEMPLATES, TIMBRES
+from acckv.data.clip_render import SIDE
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -116,9 +117,7 @@ def build_processor() -> Qwen2_5OmniProcessor:
     video = Qwen2VLVideoProcessor(
         patch_size=PATCH, temporal_patch_size=2, merge_size=2, do_resize=False, size=pixels, cap_pixels_per_frame=False
     )
-    image = Qwen2VLImageProcessor(
-        patch_size=PATCH, temporal_patch_size=2, merge_size=2, do_resize=False, size=pixels
-    )
+    image = Qwen2VLImageProcessor(patch_size=PATCH, temporal_patch_size=2, merge_size=2, do_resize=False, size=pixels)
     processor = Qwen2_5OmniProcessor(
         image_processor=image,
         video_processor=video,

@@ -1,0 +1,95 @@
+"""Clips and questions into model inputs: one file a kind of processor, behind the same four functions.
+
+The context comes first and the question after it, so that the tokens of `encode_context` are exactly the first ones of
+`encode` for every question, and the rest is `question_suffix`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    Gemma4Processor,
+    Gemma4UnifiedProcessor,
+    Qwen2_5OmniProcessor,
+    Qwen3OmniMoeProcessor,
+)
+
+from acckv.adapters.processors import TextProcessor
+from acckv.data.encoding.base import Encoder
+from acckv.data.encoding.embeddings import EmbeddingsEncoder
+from acckv.data.encoding.gemma4 import Gemma4Encoder
+from acckv.data.encoding.qwen_omni import QwenOmniEncoder, timing
+from acckv.errors import InputError
+
+ENCODERS: dict[type, type[Encoder]] = {
+    Qwen2_5OmniProcessor: QwenOmniEncoder,
+    Qwen3OmniMoeProcessor: QwenOmniEncoder,
+    Gemma4Processor: Gemma4Encoder,
+    Gemma4UnifiedProcessor: Gemma4Encoder,
+    TextProcessor: EmbeddingsEncoder,
+}
+
+__all__ = ["ENCODERS", "encode", "encode_context", "encode_media", "question_suffix", "timing"]
+
+
+def encode(processor: Any, clips: Sequence[Any], questions: Sequence[str] | None = None) -> dict[str, Any]:
+    """Model inputs of a batch of clips, each with its question.
+
+    Args:
+        processor: as `acckv.adapters.load_model` gives it.
+        clips: :class:`acckv.data.media.Media`, all of one `kind`; for a plain decoder
+            :class:`acckv.data.encoded.EncodedClip`.
+        questions: one question a clip. None: each prompt ends with the end-of-media tokens (see `encode_context`).
+
+    Returns:
+        what `model(**inputs)` and `model.generate(**inputs)` take, rows padded on the left; `modality_ids` of a plain
+        decoder are read by a session.
+
+    Raises:
+        InputError: a batch of clips of several kinds, a clip that the processor cannot take, or a processor
+            without an encoder.
+        ValueError: no clip, or not one question a clip.
+    """
+    if not clips:
+        raise ValueError("encode needs at least one clip")
+    if questions is not None and len(questions) != len(clips):
+        raise ValueError(f"{len(clips)} clips need {len(clips)} questions, got {len(questions)}")
+    return _encoder(processor, clips).encode(clips, questions)
+
+
+def encode_context(processor: Any, clip: Any) -> dict[str, Any]:
+    """Model inputs of one clip up to and including its end-of-media tokens: no question, batch of one.
+
+    Its tokens are exactly the first tokens of `encode(processor, [clip], [question])` for every question; the rest
+    are `question_suffix(processor, question)`.
+    """
+    return encode(processor, [clip], None)
+
+
+def encode_media(processor: Any, clip: Any) -> dict[str, Any]:
+    """Model inputs of the media of one clip and of their begin and end tokens alone, batch of one.
+
+    They go on after a conversation or after the clip before: :meth:`acckv.session.Session.extend`.
+    """
+    return _encoder(processor, [clip]).encode_media(clip)
+
+
+def question_suffix(processor: Any, question: str) -> Tensor:
+    """Token ids after the media (of any kind), from the question to the start of the answer: int64 [tokens]."""
+    return _encoder(processor).question_suffix(question)
+
+
+def _encoder(processor: Any, clips: Sequence[Any] = ()) -> Encoder:
+    encoder = next((kind(processor) for type_, kind in ENCODERS.items() if isinstance(processor, type_)), None)
+    if encoder is None:
+        known = ", ".join(kind.__name__ for kind in ENCODERS)
+        message = f"clips cannot be encoded for a {type(processor).__name__}, only for {known}"
+        raise InputError(message, field="processor")
+    for clip in clips:
+        if not isinstance(clip, encoder.clip_type):
+            kinds = f"{encoder.clip_type.__name__}, not {type(clip).__name__}"
+            raise InputError(f"a {type(processor).__name__} takes clips as {kinds}", source=clip.path)
+    return encoder

@@ -1,0 +1,99 @@
+"""What an encoder is, and what those have in common that go by their processor's chat template."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from acckv.data.media import Media
+from acckv.errors import InputError
+
+
+class Encoder(ABC):
+    """Makes model inputs for one kind of processor; see the functions of :mod:`acckv.data.encoding`.
+
+    Attributes:
+        clip_type: what it takes as a clip.
+    """
+
+    clip_type: ClassVar[type] = Media
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    @abstractmethod
+    def encode(self, clips: Sequence[Any], questions: Sequence[str] | None) -> dict[str, Any]:
+        """Clips with their questions, or up to the end of their media where there are none."""
+
+    @abstractmethod
+    def encode_media(self, clip: Any) -> dict[str, Any]:
+        """The media of one clip alone."""
+
+    @abstractmethod
+    def question_suffix(self, question: str) -> Tensor:
+        """Token ids from the question to the start of the answer."""
+
+
+class ChatEncoder(Encoder):
+    """The prompt is the processor's own chat template: one user message with the media, then the question."""
+
+    @abstractmethod
+    def content(self, clip: Media | None) -> list[dict[str, str]]:
+        """The media parts of the message (of a clip without sound, where it is None)."""
+
+    @abstractmethod
+    def markers(self, clip: Media | None) -> list[str]:
+        """Tokens that the template writes for these parts, in order: media reach from the first to the last."""
+
+    @abstractmethod
+    def process(self, clips: Sequence[Media], texts: list[str]) -> dict[str, Any]:
+        """Run the processor over clips that were checked and prompts that were written."""
+
+    def check(self, clip: Media) -> None:
+        """Refuse what the processor would cut or misread.
+
+        Raises:
+            InputError: it names the file.
+        """
+        wanted = self.processor.feature_extractor.sampling_rate
+        if clip.audio is not None and clip.sampling_rate != wanted:
+            message = f"sound was read at {clip.sampling_rate} Hz, the processor needs {wanted}"
+            raise InputError(message, source=clip.path)
+
+    def encode(self, clips: Sequence[Media], questions: Sequence[str] | None) -> dict[str, Any]:
+        for clip in clips:
+            if clip.kind != clips[0].kind:
+                missing = "pictures" if "audio" in (clip.kind, clips[0].kind) else "a sound track"
+                raise InputError(f"clips with and without {missing} cannot share a batch", source=clip.path)
+            self.check(clip)
+        if questions is None:
+            texts = [text[:stop] for text, _, stop in (self._prompt("", clip) for clip in clips)]
+        else:
+            texts = [self._prompt(question, clip)[0] for question, clip in zip(questions, clips, strict=True)]
+        return self.process(clips, texts)
+
+    def encode_media(self, clip: Media) -> dict[str, Any]:
+        self.check(clip)
+        text, start, stop = self._prompt("", clip)
+        return self.process([clip], [text[start:stop]])
+
+    def question_suffix(self, question: str) -> Tensor:
+        text, _, stop = self._prompt(question, None)
+        ids = self.processor.tokenizer(text[stop:], add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.long)
+
+    def _prompt(self, question: str, clip: Media | None) -> tuple[str, int, int]:
+        """A prompt, and the places in it where its media start and stop."""
+        message = {"role": "user", "content": [*self.content(clip), {"type": "text", "text": question}]}
+        text = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        starts, stop = [], 0
+        for marker in self.markers(clip):
+            starts.append(text.find(marker, stop))
+            if starts[-1] < 0:
+                raise InputError(f"the chat template has no {marker} for a clip", field="chat_template")
+            stop = starts[-1] + len(marker)
+        return text, starts[0], stop

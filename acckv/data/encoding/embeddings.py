@@ -1,0 +1,64 @@
+"""Clips that were encoded ahead, for a plain decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from acckv.data.encoded import EMBEDS, KINDS, EncodedClip
+from acckv.data.encoding.base import Encoder
+from acckv.errors import InputError
+from acckv.modality import Modality
+
+
+class EmbeddingsEncoder(Encoder):
+    """Gives `inputs_embeds` [batch, tokens, width], `modality_ids` and `attention_mask` [batch, tokens]."""
+
+    clip_type = EncodedClip
+
+    def encode(self, clips: Sequence[EncodedClip], questions: Sequence[str] | None) -> dict[str, Any]:
+        for clip in clips:
+            if clip.embeds.shape[1] != self.processor.width:
+                message = f"has a width of {clip.embeds.shape[1]}, the decoder's is {self.processor.width}"
+                raise InputError(message, source=clip.path, field=EMBEDS)
+        clips = [replace(clip, embeds=clip.embeds.to(self.processor.dtype)) for clip in clips]
+        if questions is not None:
+            clips = [self._with_question(*pair) for pair in zip(clips, questions, strict=True)]
+        longest = max(len(clip.modality_ids) for clip in clips)
+        missing = [longest - len(clip.modality_ids) for clip in clips]
+        padding = int(Modality.PADDING)
+        embeds = [F.pad(clip.embeds, (0, 0, pad, 0)) for clip, pad in zip(clips, missing, strict=True)]
+        kinds = [F.pad(clip.modality_ids, (pad, 0), value=padding) for clip, pad in zip(clips, missing, strict=True)]
+        labels = torch.stack(kinds)
+        return {
+            EMBEDS: torch.stack(embeds),
+            KINDS: labels,
+            "attention_mask": (labels != padding).long(),
+        }
+
+    def encode_media(self, clip: EncodedClip) -> dict[str, Any]:
+        media = (clip.modality_ids != Modality.TEXT).nonzero()[:, 0]
+        span = slice(int(media[0]), int(media[-1]) + 1)
+        return self.encode([replace(clip, embeds=clip.embeds[span], modality_ids=clip.modality_ids[span])], None)
+
+    def question_suffix(self, question: str) -> Tensor:
+        ids = self.processor.tokenizer(question, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise InputError(f"{question!r} has no token in the decoder's vocabulary", field="question")
+        return torch.tensor(ids, dtype=torch.long)
+
+    def _with_question(self, clip: EncodedClip, question: str) -> EncodedClip:
+        if self.processor.embed is None:
+            raise InputError(
+                "a question is embedded by the decoder, which was not loaded; compress the context alone", field="when"
+            )
+        ids = self.question_suffix(question)
+        with torch.no_grad():
+            text = self.processor.embed(ids.to(self.processor.embed.weight.device)).to(clip.embeds)
+        kinds = torch.full_like(ids, int(Modality.TEXT))
+        return replace(clip, embeds=torch.cat([clip.embeds, text]), modality_ids=torch.cat([clip.modality_ids, kinds]))
