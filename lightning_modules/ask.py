@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from acckv import CompressionConfig, KVCompressor
@@ -123,7 +122,10 @@ def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked,
     with compressor(model, processor) as session:
         own = session.prefill(**inputs) if session.adapts_prompt else prefill
         compressed = asked(session, own, options.ratio)
-    console.print(_table(options, full, compressed))
+    named = {"full cache": full, f"{options.named_policy} at {options.ratio:g}": compressed}
+    for name, one in named.items():
+        console.print(f"{name}: {one.text}", markup=False, highlight=False, soft_wrap=True)
+    console.print(_table(named))
     console.print(
         f"saved {1 - compressed.entries / max(full.entries, 1):.1%} of the audio and video entries and "
         f"{1 - compressed.kv_bytes / full.kv_bytes:.1%} of the bytes; prefill of the clip {prefilling:.2f} s",
@@ -163,13 +165,12 @@ def _entries(cache: CompressedCache) -> float:
     return float(cache.kept_entries().sum(-1).mean())
 
 
-def _table(options: AskOptions, full: Asked, compressed: Asked) -> Table:
-    table = Table(title=escape(options.question), box=box.SIMPLE_HEAD)
+def _table(named: dict[str, Asked]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("cache", no_wrap=True)
-    table.add_column("answer")
     for name in ("entries", "KV bytes", "compressing", "answering"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name, asked in (("full", full), (f"{options.named_policy} at {options.ratio:g}", compressed)):
+    for name, asked in named.items():
         seconds = (f"{asked.compress_seconds:.2f} s", f"{asked.answer_seconds:.2f} s")
-        table.add_row(name, escape(asked.text), f"{asked.entries:.1f}", f"{asked.kv_bytes:,}", *seconds)
+        table.add_row(name, f"{asked.entries:.1f}", f"{asked.kv_bytes:,}", *seconds)
     return table

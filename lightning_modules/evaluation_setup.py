@@ -43,7 +43,7 @@ class Setup:
     @property
     def cells(self) -> list[tuple[str, float]]:
         """Policy and ratio of each row of the table."""
-        return [(policy, ratio) for policy, ratio in self.settings["cells"]]
+        return [(policy, ratio) for policy, ratio in self.settings["policies and ratios"]]
 
     @property
     def batches(self) -> range:
@@ -119,7 +119,7 @@ def describe_settings(
         **options,
         "clips": len(clips),
         "questions": _digest(questions),
-        "cells": [[policy, ratio] for policy, ratio, _ in cells],
+        "policies and ratios": [[policy, ratio] for policy, ratio, _ in cells],
         "model weights": _model_digest(model),
         "compressor weights": {policy: _compressor_digest(compressor) for policy, compressor in compressors.items()},
         "versions": [f"{module.__name__} {module.__version__}" for module in (acckv, torch, transformers, lightning)],
