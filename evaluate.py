@@ -17,12 +17,10 @@ from lightning_modules.doors import quiet_libraries, run_door
 from lightning_modules.evaluation_options import EvaluationOptions
 from lightning_modules.evaluation_run import merge_evaluations, run_evaluation
 
-_DOORS = """
-other doors:
-  python evaluate.py ask VIDEO QUESTION        one question about one clip, full and compressed cache side by side
-  python evaluate.py merge FOLDER ... --output FOLDER    join the parts of an evaluation that ran with --shard
-each has a --help of its own
-"""
+_DOORS = (
+    "`evaluate.py ask VIDEO QUESTION` answers one question about one clip, and `evaluate.py merge FOLDER ... --output "
+    "FOLDER` joins the parts of an evaluation that ran with --shard; each has a --help of its own."
+)
 
 
 def main() -> None:

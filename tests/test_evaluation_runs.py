@@ -1,4 +1,4 @@
-"""Whole evaluations: benchmarks by name, cut off and gone on with, shared out, with broken clips; and one clip alone."""
+"""Whole evaluations: benchmarks by name, cut off and resumed, shared out, with broken clips; and one clip alone."""
 
 from __future__ import annotations
 
@@ -292,7 +292,7 @@ def test_a_broken_clip_is_counted_and_listed_and_asked_once_it_is_mended(
 def test_a_clip_that_the_processor_refuses_is_listed_too(tmp_path: Path) -> None:
     """Its sound is longer than the feature extractor takes; the other clip of its batch is answered all the same."""
     file = write_clips(tmp_path / "short", "test", 2, questions_per_clip=1, workers=1, progress=False)
-    long = write_clips(tmp_path / "long", "test", 1, n_slots=40, questions_per_clip=1, workers=1, progress=False)
+    long = write_clips(tmp_path / "long", "test", 1, slots=66, questions_per_clip=1, workers=1, progress=False)
     first, second = sorted(video_folder(file).iterdir())
     shutil.copy(next(video_folder(long).iterdir()), first)
     data = EvaluationData(question_file=str(file), video_root=str(video_folder(file)))
