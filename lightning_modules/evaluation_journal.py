@@ -127,6 +127,12 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
+    def remove_if_empty(self) -> None:
+        """Leave nothing behind of an evaluation that came to no answer."""
+        if not self.finished():
+            for file in [self.folder / RUN_FILE, *self.folder.glob(JOURNALS)]:
+                file.unlink()
+
     def finished(self) -> dict[int, Batch]:
         """Every finished batch by its number, in order, whoever wrote it.
 

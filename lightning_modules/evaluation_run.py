@@ -92,7 +92,11 @@ def run_evaluation(
             on_answers=progress.add,
             on_batch=finish,
         )
-        _answer(trainer, module, EvaluationClips(journal, shard))
+        try:
+            _answer(trainer, module, EvaluationClips(journal, shard))
+        except InputError:
+            journal.remove_if_empty()
+            raise
     batches, mine = journal.finished(), shard.share(setup.batches)
     outcome = evaluate_batches(setup, [batches[number] for number in mine], options.mode)
     if not trainer.is_global_zero:
