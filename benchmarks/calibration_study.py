@@ -159,6 +159,7 @@ class Study:
                 policies=list(policies),
                 ratios=list(ratios),
                 output=str(folder),
+                overwrite=True,
                 data=EvaluationData(clips=given.clips, seed=given.clips_seed, cache_dir=given.cache_dir),
                 update_card=False,
             ),

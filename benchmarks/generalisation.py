@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             policies=f"{given.policies},{CALIBRATED}",
             ratios=given.ratios,
             output=str(given.output / name),
+            overwrite=True,
             batch_size=given.batch_size,
             data=EvaluationData(variant=name, clips=given.clips, seed=given.seed, cache_dir=given.cache_dir),
             description_tokens=64,

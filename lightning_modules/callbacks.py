@@ -123,6 +123,7 @@ class EvaluateExport(Callback):
             when=pl_module.compression.when,
             limit=self.clips,
             output=self.output or str(Path(trainer.default_root_dir) / "eval"),
+            overwrite=True,
             description_tokens=max(data.options.max_new_tokens if data.options.source == "folder" else 0, 40),
             dtype=pl_module.options.dtype,
             accelerator="gpu" if trainer.strategy.root_device.type == "cuda" else "cpu",

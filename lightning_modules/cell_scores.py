@@ -1,16 +1,19 @@
-"""What is measured of one policy at one ratio, gathered over batches."""
+"""What is measured of one policy at one ratio, gathered from what was answered."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from acckv.cache import CompressedCache
+from acckv.data.records import Record
 from acckv.metrics import GroupedAccuracy, Interval, PairedComparison
-from acckv.metrics.answers import OFFICIAL, UNPARSED, AnswerScore
+from acckv.metrics.answers import UNPARSED
+from acckv.metrics.judging import Judge, Judged
 from acckv.report.results import GroupScore, Row
+from lightning_modules.evaluation_journal import CellAnswers
 
 
 class CellScores:
@@ -18,52 +21,61 @@ class CellScores:
 
     Args:
         groups: names of all question groups.
+        judge: that scored the answers.
         seed: of the intervals.
     """
 
-    def __init__(self, groups: Sequence[str], seed: int = 0) -> None:
-        # One process evaluates; the others of a training that has just ended are not waiting for it.
+    def __init__(self, groups: Sequence[str], judge: Judge, seed: int = 0) -> None:
+        # Every process has read all answers; none waits for another.
         self.accuracy = GroupedAccuracy(groups, seed=seed, sync_on_compute=False)
         self.against_full = PairedComparison(seed=seed, sync_on_compute=False)
-        self._official: list[float] = []
+        self.judge = judge
+        self._parsed: dict[str, list[float]] = {name: [] for name in judge.parsers}
         self._unparsed = 0
         self._kept: Tensor | None = None
         self._full = torch.zeros(2, dtype=torch.float64)
         self._bytes = 0
         self._rows = 0
 
-    def add_answers(self, answers: Sequence[AnswerScore], full_scores: Tensor, clips: Tensor, members: Tensor) -> None:
-        """Add items.
+    def add(
+        self, records: Sequence[tuple[int, Record]], answers: CellAnswers, full_scores: Tensor | None = None
+    ) -> list[Judged]:
+        """Score the questions of one prefill.
 
         Args:
-            answers: [items] this cell's.
-            full_scores: [items] float, scores of the full cache on the same questions.
-            clips: [items] integer label of the clip that a question is about.
-            members: [items, groups] bool, whether a question is in a group.
+            records: the clip and the question of each answer.
+            answers: this cell's.
+            full_scores: [questions] float, scores of the full cache; None where this is the full cache.
         """
-        scores = torch.tensor([answer.score for answer in answers])
-        self.accuracy.update(scores, clips, members)
-        self.against_full.update(scores, full_scores, clips)
-        self._official += [answer.official for answer in answers if answer.official is not None]
-        self._unparsed += sum(not answer.parsed for answer in answers)
+        judged = [self.judge(record, text) for (_, record), text in zip(records, answers.texts, strict=True)]
+        scores = torch.tensor([one.score for one in judged])
+        clips = torch.tensor([clip for clip, _ in records])
+        named = [self.judge.groups(record) for _, record in records]
+        members = torch.tensor([[group in names for group in self.accuracy.groups] for names in named])
+        self.accuracy.update(scores, clips, members.reshape(len(named), len(self.accuracy.groups)))
+        self.against_full.update(scores, scores if full_scores is None else full_scores, clips)
+        for name, mode in self.judge.parsers.items():
+            values = [one.official if mode == "official" else one.robust for one in judged]
+            self._parsed[name] += [value for value in values if value is not None]
+        self._unparsed += sum(not one.parsed for one in judged)
+        self._add_sizes(answers)
+        return judged
 
-    def add_cache(self, cache: CompressedCache) -> None:
-        """Add the sizes of the compressed cache of one batch."""
-        rows = cache.labels.labels.shape[0]
-        kept = cache.kept_entries().double().cpu() * rows
+    def _add_sizes(self, answers: CellAnswers) -> None:
+        kept = torch.tensor(answers.kept, dtype=torch.float64) * answers.rows
         self._kept = kept if self._kept is None else self._kept + kept
-        self._full += cache.full_entries().double().cpu() * rows
-        self._bytes += cache.kv_bytes()
-        self._rows += rows
+        self._full += torch.tensor(answers.full, dtype=torch.float64) * answers.rows
+        self._bytes += answers.kv_bytes
+        self._rows += answers.rows
 
     def kept_entries(self) -> Tensor:
         """Video and audio entries that each layer kept, [layers, 2], mean over clips.
 
         Raises:
-            ValueError: no cache was added yet.
+            ValueError: nothing was added yet.
         """
         if self._kept is None:
-            raise ValueError("no cache was added")
+            raise ValueError("nothing was added")
         return self._kept / self._rows
 
     def full_entries(self) -> Tensor:
@@ -89,8 +101,10 @@ class CellScores:
         for name in self.accuracy.groups:
             count = int(result[f"{name}/n"])
             groups[name] = GroupScore(count, result[f"{name}/accuracy"].item() if count else None)
-        if self._official:
-            groups[OFFICIAL] = GroupScore(len(self._official), sum(self._official) / len(self._official))
+        for name, values in self._parsed.items():
+            if values:
+                groups[name] = GroupScore(len(values), sum(values) / len(values))
+        if any(self._parsed.values()):
             groups[UNPARSED] = GroupScore(self._unparsed, 0.0 if self._unparsed else None)
         interval = self.accuracy.interval()
         return Row(
@@ -105,3 +119,26 @@ class CellScores:
             kv_bytes=round(self._bytes / self._rows),
             groups=groups,
         )
+
+
+def prediction(
+    policy: str, ratio: float, clip: int, record: Record, groups: Sequence[str], text: str, judged: Judged
+) -> dict[str, Any]:
+    """The line of `predictions.jsonl`."""
+    line = {
+        "policy": policy,
+        "ratio": ratio,
+        "id": record.id,
+        "clip": clip,
+        "video": record.video.name,
+        "protocol": record.protocol,
+        "groups": list(groups),
+        "question": record.question,
+        "answer": record.answer,
+        "prediction": text,
+        "score": judged.score,
+        "official": judged.official,
+        "robust": judged.robust,
+        "parsed": judged.parsed,
+    }
+    return line

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -17,11 +17,12 @@ from acckv.data.encoded import EncodedClip
 from acckv.data.encoding import encode, question_suffix
 from acckv.data.media import KINDS, Media
 from acckv.data.records import Record
-from acckv.metrics.answers import question_groups, score_answer
+from acckv.errors import InputError
 from acckv.ragged import left_padded
-from acckv.report.results import FULL, Results
+from acckv.report.results import FULL
 from acckv.session import Prefill, Session
-from lightning_modules.cell_scores import CellScores
+from lightning_modules.evaluation_data import ClipBatch
+from lightning_modules.evaluation_journal import Batch, CellAnswers, Part
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,25 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A clip that was read, the questions about it, and its place among all clips."""
+class Asking:
+    """How a model is asked.
+
+    Attributes:
+        prompt: the text that it reads for a question.
+        max_new_tokens: longest answer by protocol.
+    """
+
+    prompt: Callable[[Record], str]
+    max_new_tokens: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """A clip that was read, and its place among all clips."""
 
     index: int
     media: Media | EncodedClip
-    records: list[Record]
+    records: Sequence[Record]
 
 
 @dataclass(frozen=True)
@@ -69,12 +83,11 @@ class EvaluationModule(LightningModule):
         model: the AV-LLM, its own full cache being the reference.
         processor: of the model.
         cells: what to measure; must hold the full cache, which the others are compared with.
-        groups: names of all question groups.
-        vocabulary: words that a one-word answer is looked for in.
+        asking: how the model is asked.
         when: "context" or "prompt".
-        max_new_tokens: longest answer by protocol.
-        seed: of the intervals.
-        on_progress: called with the number of questions that a cell has just answered.
+        strict: a clip that cannot be read is an error; otherwise its questions are not asked.
+        on_answers: called with the number of a cell, and the questions of a prefill with its answers to them.
+        on_batch: called with each finished batch.
     """
 
     def __init__(
@@ -82,65 +95,90 @@ class EvaluationModule(LightningModule):
         model: Any,
         processor: Any,
         cells: Sequence[Cell],
-        groups: Sequence[str],
-        vocabulary: Collection[str],
+        asking: Asking,
         *,
         when: str,
-        max_new_tokens: dict[str, int],
-        seed: int = 0,
-        on_progress: Callable[[int], None] = lambda count: None,
+        strict: bool = False,
+        on_answers: Callable[[int, list[Record], CellAnswers], None] = lambda cell, records, answers: None,
+        on_batch: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
         super().__init__()
-        if not any(cell.policy == FULL for cell in cells):
-            raise ValueError("the cells must hold the full cache")
+        if cells[0].policy != FULL:
+            raise ValueError("the first of the cells must be the full cache")
         self.model = model
         self.processor = processor
-        self.cells = sorted(cells, key=lambda cell: cell.policy != FULL)
-        self.groups = tuple(groups)
-        self.vocabulary = vocabulary
+        self.cells = cells
+        self.asking = asking
         self.when = when
-        self.max_new_tokens = max_new_tokens
-        self.on_progress = on_progress
-        self.scores = [CellScores(groups, seed) for _ in cells]
+        self.strict = strict
+        self.on_answers, self.on_batch = on_answers, on_batch
         self.observer = KVCompressor(CompressionConfig(policy="full", when=when))  # type: ignore[arg-type]
-        self.predictions: list[dict[str, Any]] = []
-        self._full_scores = torch.zeros(0)
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
-    def transfer_batch_to_device(self, batch: list[Clip], device: torch.device, dataloader_idx: int) -> list[Clip]:
-        """Clips stay where they are; what the processor makes of them is moved."""
-        return batch
+    def test_step(self, batch: ClipBatch, batch_idx: int) -> None:
+        """Answer all questions about a batch of clips from every cell's cache.
 
-    def test_step(self, batch: list[Clip], batch_idx: int) -> None:
-        """Answer all questions about a batch of clips from every cell's cache."""
+        Raises:
+            InputError: a clip cannot be read, if `strict`.
+        """
+        failed = {place: error for place, error in enumerate(batch.media) if isinstance(error, InputError)}
+        read = [
+            _Clip(batch.first + place, media, batch.records[place])
+            for place, media in enumerate(batch.media)
+            if not isinstance(media, InputError)
+        ]
+        parts = []
         for kind in KINDS:
-            clips = [clip for clip in batch if clip.media.kind == kind]
+            clips = [clip for clip in read if clip.media.kind == kind]
+            clips, inputs, refused = self._encoded(clips)
+            failed |= {clip - batch.first: error for clip, error in refused.items()}
+            if failed and self.strict:
+                raise failed[min(failed)]
             if clips and self.when == "context":
-                self._answer_after_context(clips)
+                parts.append(self._answer_after_context(clips, inputs))
             elif clips:
-                self._answer_after_prompt(clips)
-
-    def results(self, model: str, benchmark: str, seed: int) -> Results:
-        """What was measured, rows in the order of the cells; arguments as the fields of `Results`."""
-        rows = [scores.row(cell.policy, cell.ratio) for cell, scores in zip(self.cells, self.scores, strict=True)]
-        return Results(model, benchmark, self.when, seed, rows)
+                parts += self._answer_after_prompt(clips)
+        self.on_batch(
+            Batch(
+                batch.number,
+                batch.files,
+                [(batch.first + place, str(failed[place])) for place in sorted(failed)],
+                parts,
+            )
+        )
 
     # ---------------------------------------------------------------- the two moments
 
-    def _answer_after_context(self, clips: list[Clip]) -> None:
-        records = [(clip.index, record) for clip in clips for record in clip.records]
+    def _encoded(self, clips: list[_Clip]) -> tuple[list[_Clip], dict[str, Any], dict[int, InputError]]:
+        """The clips that the processor takes, model inputs up to the end of their media, and why it refused others."""
+        refused: dict[int, InputError] = {}
+        while clips:
+            try:
+                return clips, encode(self.processor, [clip.media for clip in clips]), refused
+            except InputError as error:
+                culprits = [clip for clip in clips if str(clip.media.path) == error.source]
+                if not culprits:
+                    raise
+                refused |= {clip.index: error for clip in culprits}
+                clips = [clip for clip in clips if clip not in culprits]
+        return clips, {}, refused
+
+    def _answer_after_context(self, clips: list[_Clip], inputs: dict[str, Any]) -> Part:
+        records = [record for clip in clips for record in clip.records]
         asked = list(self._pack(clips))
-        inputs = self._moved(encode(self.processor, [clip.media for clip in clips]))
+        inputs = self._moved(inputs)
         prefill = self._prefill(inputs)
-        full: tuple[list[str], CompressedCache] | None = None
+        cells: list[CellAnswers] = []
         for number, session in self._open_cells():
-            if full is not None and self._is_full(number):
-                self._record(number, records, *full)
-                continue
-            own = self._prefill(inputs, session) if session.adapts_prompt else prefill
-            cache = session.compress(own, ratio=self.cells[number].ratio)
-            texts = self._answers(session, cache, asked, len(records))
-            full = full or (texts, cache)
-            self._record(number, records, texts, cache)
+            if cells and self._is_full(number):
+                answers = cells[0]
+            else:
+                own = self._prefill(inputs, session) if session.adapts_prompt else prefill
+                cache = session.compress(own, ratio=self.cells[number].ratio)
+                answers = _measured(self._answers(session, cache, asked, len(records)), cache)
+            self.on_answers(number, records, answers)
+            cells.append(answers)
+        return Part([(clip.index, place) for clip in clips for place in range(len(clip.records))], cells)
 
     def _answers(self, session: Session, cache: CompressedCache, asked: list[_Asked], count: int) -> list[str]:
         """The answers to all `count` questions of a batch."""
@@ -159,16 +197,21 @@ class EvaluationModule(LightningModule):
         cell = self.cells[number]
         return cell.compressor.lora is None and cell.compressor.keeps_all(cell.ratio)
 
-    def _answer_after_prompt(self, clips: list[Clip]) -> None:
-        for protocol, limit in self.max_new_tokens.items():
-            pairs = [(clip, record) for clip in clips for record in clip.records if record.protocol == protocol]
+    def _answer_after_prompt(self, clips: list[_Clip]) -> Iterator[Part]:
+        for protocol, limit in self.asking.max_new_tokens.items():
+            pairs = [
+                (clip, place, record)
+                for clip in clips
+                for place, record in enumerate(clip.records)
+                if record.protocol == protocol
+            ]
             for start in range(0, len(pairs), len(clips)):
                 chunk = pairs[start : start + len(clips)]
-                records = [(clip.index, record) for clip, record in chunk]
-                inputs = self._moved(
-                    encode(self.processor, [clip.media for clip, _ in chunk], [record.question for _, record in chunk])
-                )
+                records = [record for _, _, record in chunk]
+                questions = [self.asking.prompt(record) for record in records]
+                inputs = self._moved(encode(self.processor, [clip.media for clip, _, _ in chunk], questions))
                 prefill = self._prefill(inputs)
+                cells = []
                 for number, session in self._open_cells():
                     own = self._prefill(inputs, session) if session.adapts_prompt else prefill
                     first = new = _first_token(own)
@@ -176,7 +219,9 @@ class EvaluationModule(LightningModule):
                     if limit > 1:
                         rest = session.answer(cache, first, **self._generation(limit - 1))
                         new = torch.cat([first, rest], dim=1)
-                    self._record(number, records, self._decode(new), cache)
+                    cells.append(_measured(self._decode(new), cache))
+                    self.on_answers(number, records, cells[-1])
+                yield Part([(clip.index, place) for clip, place, _ in chunk], cells)
 
     def _moved(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
@@ -199,9 +244,9 @@ class EvaluationModule(LightningModule):
 
     # ---------------------------------------------------------------- rows and texts
 
-    def _pack(self, clips: list[Clip]) -> Iterator[_Asked]:
+    def _pack(self, clips: list[_Clip]) -> Iterator[_Asked]:
         """The questions of each protocol; clips with fewer than the most are filled up with a repeated one."""
-        for protocol, limit in self.max_new_tokens.items():
+        for protocol, limit in self.asking.max_new_tokens.items():
             wanted: list[list[tuple[int, Record]]] = []
             item = 0
             for clip in clips:
@@ -215,8 +260,8 @@ class EvaluationModule(LightningModule):
             rows: list[Tensor] = []
             items: list[int | None] = []
             for pairs in wanted:
-                rows += [question_suffix(self.processor, record.question) for _, record in pairs]
-                rows += [question_suffix(self.processor, filler.question)] * (most - len(pairs))
+                rows += [question_suffix(self.processor, self.asking.prompt(record)) for _, record in pairs]
+                rows += [question_suffix(self.processor, self.asking.prompt(filler))] * (most - len(pairs))
                 items += [number for number, _ in pairs]
                 items += [None] * (most - len(pairs))
             ids, mask = left_padded(rows, self._pad_id)
@@ -239,41 +284,10 @@ class EvaluationModule(LightningModule):
             texts.append(self.processor.tokenizer.decode(row[:stop], skip_special_tokens=True).strip())
         return texts
 
-    # ---------------------------------------------------------------- scores
 
-    def _record(self, number: int, records: list[tuple[int, Record]], texts: list[str], cache: CompressedCache) -> None:
-        """Score one cell's answers to a batch; the full cache comes first, the others are paired with it."""
-        cell = self.cells[number]
-        answers = [
-            score_answer(record, text, self.vocabulary) for (_, record), text in zip(records, texts, strict=True)
-        ]
-        scores = torch.tensor([answer.score for answer in answers])
-        clips = torch.tensor([clip for clip, _ in records])
-        named = [question_groups(record) for _, record in records]
-        members = torch.tensor([[group in names for group in self.groups] for names in named])
-        if cell.policy == FULL:
-            self._full_scores = scores
-        self.scores[number].add_answers(answers, self._full_scores, clips, members)
-        self.scores[number].add_cache(cache)
-        for (clip, record), answer, text, names in zip(records, answers, texts, named, strict=True):
-            self.predictions.append(
-                {
-                    "policy": cell.policy,
-                    "ratio": cell.ratio,
-                    "id": record.id,
-                    "clip": clip,
-                    "video": record.video.name,
-                    "protocol": record.protocol,
-                    "groups": list(names),
-                    "question": record.question,
-                    "answer": record.answer,
-                    "prediction": text,
-                    "score": answer.score,
-                    "official": answer.official,
-                    "parsed": answer.parsed,
-                }
-            )
-        self.on_progress(len(records))
+def _measured(texts: list[str], cache: CompressedCache) -> CellAnswers:
+    rows = cache.labels.labels.shape[0]
+    return CellAnswers(texts, cache.kept_entries().tolist(), cache.full_entries().tolist(), cache.kv_bytes(), rows)
 
 
 def _first_token(prefill: Prefill) -> Tensor:

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+import torch
+from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from acckv.data.benchmarks import find_benchmark, load_benchmark
 from acckv.data.clips import VARIANTS, default_root, video_folder, write_clips
-from acckv.data.encoded import load_encoded, read_clip
+from acckv.data.encoded import EncodedClip, load_encoded, read_clip
+from acckv.data.media import Media
 from acckv.data.music_avqa import load_music_avqa
 from acckv.data.records import Record
 from acckv.errors import InputError
-from lightning_modules.evaluation import Clip
+from lightning_modules.evaluation_journal import Journal
+from lightning_modules.evaluation_setup import Setup
+
+GeneratedSplit = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What is asked about: generated clips, your own in the MUSIC-AVQA format, or clips that were encoded ahead.
+    """What is asked about: generated clips, a benchmark, your own in the MUSIC-AVQA format, or clips encoded ahead.
 
     Args:
-        question_file: questions in the MUSIC-AVQA format; none takes the generated clips.
+        benchmark: name of a benchmark, asked and scored as its authors do; none takes the generated clips.
+        root: folder of the benchmark, as its authors distribute it.
+        subset: a part of the benchmark, such as a subtask; none is all of it.
+        question_file: questions in the MUSIC-AVQA format, instead of a benchmark.
         video_root: folder of the question file's `<video_id>.mp4`; none is the folder of the file.
         encoded: folder of clips as embeddings, with questions.jsonl; for a plain decoder, see acckv.data.encoded.
-        split: of the generated or encoded clips: train, validation or test.
+        split: of the benchmark, or of the generated or encoded clips: train, validation or test. None is the test
+            split, or what the benchmark has for it.
         variant: of the generated clips: plain as in training, long2 or long4 (times as long), crowded (every shape and
             sound there is), noisy, swapped (the sound of another clip), silent (asked about pictures alone) or blank
             (asked about sound alone). crowded and swapped have descriptions of up to 50 tokens.
@@ -33,24 +45,31 @@ class EvaluationData:
         seed: of the generated clips.
     """
 
+    benchmark: str | None = None
+    root: str | None = None
+    subset: str | None = None
     question_file: str | None = None
     video_root: str | None = None
     encoded: str | None = None
-    split: Literal["train", "validation", "test"] = "test"
+    split: str | None = None
     variant: Literal["plain", "long2", "long4", "crowded", "noisy", "swapped", "silent", "blank"] = "plain"
     clips: int = 64
     cache_dir: str | None = None
     seed: int = 0
 
     @property
-    def benchmark(self) -> str:
-        """What results name: the question file, the encoded split, or the generated one with its size and seed."""
+    def title(self) -> str:
+        """What results name: the benchmark, the question file, or the split, of generated clips with size and seed."""
+        if self.benchmark is not None:
+            benchmark = find_benchmark(self.benchmark)
+            parts = (benchmark.title, self.split or next(iter(benchmark.splits), None), self.subset)
+            return "/".join(part for part in parts if part)
         if self.question_file is not None:
             return Path(self.question_file).name
         if self.encoded is not None:
-            return f"{Path(self.encoded).name}/{self.split}"
+            return f"{Path(self.encoded).name}/{self.split or 'test'}"
         variant = "" if self.variant == "plain" else f"/{self.variant}"
-        return f"generated-clips/{self.split}{variant} ({self.clips} clips, seed {self.seed})"
+        return f"generated-clips/{self.split or 'test'}{variant} ({self.clips} clips, seed {self.seed})"
 
     def records(self) -> list[Record]:
         """All questions; generated clips are written on first use.
@@ -58,55 +77,137 @@ class EvaluationData:
         Raises:
             InputError: an option, the question file or a video is not usable.
         """
+        self._check()
+        if self.benchmark is not None:
+            return load_benchmark(self.benchmark, str(self.root), self.split, self.subset)
         if self.encoded is not None:
-            if self.question_file is not None or self.video_root is not None or self.variant != "plain":
-                raise InputError("cannot be combined with question_file, video_root or variant", field="data.encoded")
-            return load_encoded(self.encoded, self.split)
+            return load_encoded(self.encoded, self.split or "test")
         if self.question_file is not None:
-            if self.variant != "plain":
-                raise InputError("is of use only with generated clips", field="data.variant")
             file = Path(self.question_file)
             return load_music_avqa(file, Path(self.video_root) if self.video_root else file.parent)
-        if self.video_root is not None:
-            raise InputError("is of use only together with data.question_file", field="data.video_root")
-        if self.clips < 1:
-            raise InputError(f"{self.clips} is less than 1", field="data.clips")
         root = default_root() if self.cache_dir is None else Path(self.cache_dir)
         folder = root if self.variant == "plain" else root / "variants" / self.variant
-        file = write_clips(folder, self.split, self.clips, seed=self.seed, **VARIANTS[self.variant])
+        split = self.split or "test"
+        file = write_clips(folder, split, self.clips, seed=self.seed, **VARIANTS[self.variant])  # type: ignore[arg-type]
         return load_music_avqa(file, video_folder(file))
 
+    def _check(self) -> None:
+        """Every option is of use, and at most one source is given."""
+        sources = {"benchmark": self.benchmark, "question_file": self.question_file, "encoded": self.encoded}
+        given = [name for name, value in sources.items() if value is not None]
+        if len(given) > 1:
+            raise InputError(f"cannot be combined with data.{given[0]}", field=f"data.{given[1]}")
+        for name, source in (("root", "benchmark"), ("subset", "benchmark"), ("video_root", "question_file")):
+            if getattr(self, name) is not None and sources[source] is None:
+                raise InputError(f"is of use only together with data.{source}", field=f"data.{name}")
+        if self.benchmark is not None and self.root is None:
+            raise InputError("is missing: the folder of the benchmark", field="data.root")
+        if self.variant != "plain" and given:
+            raise InputError("is of use only with generated clips", field="data.variant")
+        if self.benchmark is None and self.split not in (None, *get_args(GeneratedSplit)):
+            known = ", ".join(get_args(GeneratedSplit))
+            raise InputError(f"{self.split!r} is not one of {known}", field="data.split")
+        if self.clips < 1:
+            raise InputError(f"{self.clips} is less than 1", field="data.clips")
 
-def group_by_clip(records: list[Record], limit: int | None = None) -> list[tuple[Path, list[Record]]]:
-    """Each video with its questions, in the order of the records.
+
+def group_by_clip(records: Sequence[Record], limit: int | None = None) -> list[list[Record]]:
+    """The questions about each clip, in the order of the records.
 
     Args:
         records: the questions.
-        limit: take this many clips only.
+        limit: take only this many clips.
     """
-    by_video: dict[Path, list[Record]] = {}
+    by_clip: dict[object, list[Record]] = {}
     for record in records:
-        by_video.setdefault(record.video, []).append(record)
-    return list(by_video.items())[:limit]
+        by_clip.setdefault(record.clip, []).append(record)
+    return list(by_clip.values())[:limit]
 
 
-def clip_loader(clips: list[tuple[Path, list[Record]]], batch_size: int) -> DataLoader[Clip]:
-    """Batches (lists) of clips, each read when its batch is due.
+@dataclass(frozen=True)
+class ClipBatch:
+    """Clips that are answered together.
+
+    Attributes:
+        number: of the batch; first: number of its first clip, the others follow.
+        media: each clip, or why it could not be read.
+        records: the questions about each clip.
+        files: as :meth:`Setup.files` gives them.
+    """
+
+    number: int
+    first: int
+    media: list[Media | EncodedClip | InputError]
+    records: list[list[Record]]
+    files: list[list[list[int] | None]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of an evaluation, for one of several machines: every `count`-th batch from the `index`-th on (from 0)."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str | None) -> Shard:
+        """From "2/4", the second of four.
+
+        Raises:
+            InputError: it is nothing like that.
+        """
+        if text is None:
+            return cls()
+        index, _, count = text.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+            raise InputError(f"{text!r} is not a part of a whole such as 2/4", field="shard")
+        return cls(int(index) - 1, int(count))
+
+    def share(self, batches: Sequence[int], rank: int = 0, world_size: int = 1) -> list[int]:
+        """The batches of one process of this shard."""
+        return list(batches[self.index :: self.count])[rank::world_size]
+
+
+class EvaluationClips(LightningDataModule):
+    """The batches that are not finished yet, split over the processes: each is answered once, none is filled up.
 
     Args:
-        clips: as `group_by_clip` gives them.
-        batch_size: clips a batch.
+        journal: of the evaluation; shard: this machine's.
     """
-    return DataLoader(_Clips(clips), batch_size=batch_size, collate_fn=list)
+
+    def __init__(self, journal: Journal, shard: Shard) -> None:
+        super().__init__()
+        self.journal, self.shard = journal, shard
+
+    def test_dataloader(self) -> DataLoader[ClipBatch]:
+        """Batches, each read when it is due."""
+        trainer = self.trainer
+        if trainer is None:
+            raise RuntimeError("is for a Trainer")
+        trainer.strategy.barrier("opened")  # the first process has opened the journal
+        setup, finished = self.journal.setup, self.journal.finished()
+        mine = self.shard.share(setup.batches, trainer.global_rank, trainer.world_size)
+        left = [number for number in mine if number not in finished]
+        return DataLoader(_Batches(setup), batch_size=None, sampler=left)
+
+    def transfer_batch_to_device(self, batch: ClipBatch, device: torch.device, dataloader_idx: int) -> ClipBatch:
+        """Clips stay where they are; what the processor makes of them is moved."""
+        return batch
 
 
-class _Clips(Dataset[Clip]):
-    def __init__(self, clips: list[tuple[Path, list[Record]]]) -> None:
-        self.clips = clips
+class _Batches(Dataset[ClipBatch]):
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
 
-    def __len__(self) -> int:
-        return len(self.clips)
+    def __getitem__(self, number: int) -> ClipBatch:
+        members = self.setup.members(number)
+        files = self.setup.files(number)  # before they are read: a change in between shows
+        records = [self.setup.clips[clip] for clip in members]
+        return ClipBatch(number, members.start, [_read(questions[0]) for questions in records], records, files)
 
-    def __getitem__(self, index: int) -> Clip:
-        _, records = self.clips[index]
-        return Clip(index, read_clip(records[0]), records)
+
+def _read(record: Record) -> Media | EncodedClip | InputError:
+    try:
+        return read_clip(record)
+    except InputError as error:
+        return error

@@ -3,126 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+import torch.distributed
 from lightning import Trainer, seed_everything
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from acckv import CompressionConfig, KVCompressor
 from acckv.adapters import load_model
-from acckv.config import PolicyName, When
+from acckv.data.benchmarks import Mode, find_benchmark
 from acckv.data.records import Record
 from acckv.errors import InputError
-from acckv.metrics.answers import OFFICIAL, UNPARSED, all_groups, answer_vocabulary
+from acckv.metrics.answers import answer_vocabulary
+from acckv.metrics.judging import Judge
 from acckv.report.card import write_card
-from acckv.report.plots import plot_budgets, plot_pareto
-from acckv.report.results import (
-    CONTROL,
-    FULL,
-    PREDICTIONS_FILE,
-    RESULTS_FILE,
-    Results,
-    write_predictions,
-    write_results,
+from acckv.report.results import Results
+from lightning_modules.evaluation import Asking, Cell, EvaluationModule
+from lightning_modules.evaluation_data import EvaluationClips, Shard, group_by_clip
+from lightning_modules.evaluation_journal import (
+    Batch,
+    Journal,
+    by_number,
+    read_batches,
+    read_setup,
+    write_evaluation,
 )
-from acckv.report.table import control_warning, render_group_tables, render_table
-from lightning_modules.evaluation import Cell, EvaluationModule
-from lightning_modules.evaluation_data import EvaluationData, clip_loader, group_by_clip
+from lightning_modules.evaluation_options import CALIBRATED, POLICIES, EvaluationOptions, build_cells
+from lightning_modules.evaluation_progress import EvaluationProgress
+from lightning_modules.evaluation_setup import Setup, describe_settings
+from lightning_modules.evaluation_tables import evaluate_batches, print_tables, write_files
 
-CALIBRATED = "acckv-calibrated"
-POLICIES = (*get_args(PolicyName), CALIBRATED)
-PARETO_FILE, BUDGETS_FILE = "pareto.png", "budgets.png"
-_TABLE_WIDTH = 120  # the group tables need this much; a narrower terminal wraps them
+_NAMED = 5  # missing batches that a message names
 
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """Answer the same questions from every policy's compressed cache at every ratio.
-
-    The full cache and the control (every audio and video entry evicted) are always measured.
-
-    Args:
-        model: the AV-LLM: tiny (packaged), a folder or a hub id.
-        compressor: export of a calibration, a folder or a hub id; the policy acckv-calibrated.
-        policies: names, separated by commas, of full, random, streaming_llm, h2o, snapkv, pyramidkv, look_m, fastv,
-            madakv, knorm, keydiff, expected_attention, kvzip, acckv and acckv-calibrated.
-        ratios: kept shares of the audio and video entries, 0 to 1, separated by commas.
-        when: compress after the media, before any question is seen (context), or after the whole prompt (prompt).
-        limit: measure only this many clips, each with all its questions.
-        output: folder of results.json, predictions.jsonl, pareto.png and budgets.png.
-        seed: of random eviction and of the intervals.
-        batch_size: clips that are prefilled together.
-        data: what is asked about.
-        word_tokens: longest one-word answer, in tokens.
-        description_tokens: longest description, in tokens; those of the generated clips have up to 35,
-            of their variants up to 50.
-        update_card: write the measured table into the model card of the export, where that is a folder.
-        dtype: of the model: float32, bfloat16 or float16.
-        accelerator: of the Trainer: auto, cpu or gpu.
-    """
-
-    model: str = "tiny"
-    compressor: str = "runs/calib/export"
-    policies: list[str] | str = field(default_factory=lambda: list(POLICIES))
-    ratios: list[float] | float | str = field(default_factory=lambda: [1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.0])
-    when: When = "context"
-    limit: int | None = None
-    output: str = "runs/eval"
-    seed: int = 0
-    batch_size: int = 24
-    data: EvaluationData = field(default_factory=EvaluationData)
-    word_tokens: int = 4
-    description_tokens: int = 40
-    update_card: bool = True
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "batch_size", "word_tokens", "description_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{value} is less than 1", field=name)
-        if self.seed < 0:
-            raise InputError(f"{self.seed} is less than 0", field="seed")
-        self.policy_list()
-        self.ratio_list()
-
-    def policy_list(self) -> list[str]:
-        """The policies, each once.
-
-        Raises:
-            InputError: an unknown policy.
-        """
-        names = self.policies.split(",") if isinstance(self.policies, str) else self.policies
-        cleaned = [name.strip() for name in names if name.strip()]
-        for name in cleaned:
-            if name not in POLICIES:
-                raise InputError(f"{name!r} is not one of {', '.join(POLICIES)}", field="policies")
-        return list(dict.fromkeys(cleaned))
-
-    def ratio_list(self) -> list[float]:
-        """The ratios, each once, largest first.
-
-        Raises:
-            InputError: a ratio that is no number from 0 to 1.
-        """
-        given = self.ratios
-        parts: Sequence[float | str] = given.split(",") if isinstance(given, str) else _as_list(given)
-        ratios = []
-        for part in parts:
-            try:
-                ratio = float(part)
-            except ValueError as error:
-                raise InputError(f"{part!r} is not a number from 0 to 1", field="ratios") from error
-            if not 0 <= ratio <= 1:
-                raise InputError(f"{ratio:g} is not a number from 0 to 1", field="ratios")
-            ratios.append(ratio)
-        return sorted(set(ratios), reverse=True)
+__all__ = ["CALIBRATED", "POLICIES", "EvaluationOptions", "build_cells", "merge_evaluations", "run_evaluation"]
 
 
 def run_evaluation(
@@ -131,7 +46,10 @@ def run_evaluation(
     console: Console | None = None,
     questions: tuple[str, list[Record]] | None = None,
 ) -> Results:
-    """Measure, print the tables, and write the files; nothing is written before everything has been measured.
+    """Measure, print the tables, and write the files. Each batch of answers is on the disk as soon as it is there.
+
+    With several devices each process returns the results, and the first one prints and writes. A shard returns the
+    results of its own batches, and writes only these batches.
 
     Args:
         options: what to measure.
@@ -140,77 +58,173 @@ def run_evaluation(
         questions: (name, questions) to ask instead of those of `options.data`.
 
     Raises:
-        InputError: an option, a file or a checkpoint is not usable.
+        InputError: an option, a file or a checkpoint is not usable, or the output folder holds another evaluation.
     """
     console = console or Console()
-    console = console if console.width >= _TABLE_WIDTH else Console(file=console.file, width=_TABLE_WIDTH)
     seed_everything(options.seed, verbose=False)
+    shard, trainer = Shard.parse(options.shard), _trainer(options)
     cells = build_cells(options)
-    benchmark, records = questions or (options.data.benchmark, options.data.records())
-    clips = group_by_clip(records, options.limit)
-    asked = [record for _, questions in clips for record in questions]
+    title, records = questions or (options.data.title, options.data.records())
+    benchmark = None if questions else options.data.benchmark
     model, processor = load_model(options.model, dtype=options.dtype)
-    _warn_of_cut_answers(console, processor, asked, options.description_tokens)
-    with _progress(console, len(asked) * len(cells)) as advance:
+    asking = _asking(options, benchmark, records)
+    setup = _setup(options, title, benchmark, records, cells, model, asking, trainer)
+    journal = Journal(Path(options.output), setup, _writer(shard, trainer))
+    judge = Judge(benchmark, frozenset(setup.vocabulary), options.mode)
+    if trainer.is_global_zero:
+        _warn_of_cut_answers(console, processor, setup, asking)
+        journal.open(options.overwrite)
+    progress = EvaluationProgress(console if trainer.is_global_zero else None, judge, setup)
+
+    def finish(batch: Batch) -> None:
+        journal.append(batch)
+        progress.finish(batch)
+
+    with progress:
+        progress.start(shard.share(setup.batches, trainer.global_rank, trainer.world_size), journal)
         module = EvaluationModule(
             model,
             processor,
             cells,
-            all_groups(asked),
-            answer_vocabulary(records),
+            asking,
             when=options.when,
-            max_new_tokens={"word": options.word_tokens, "description": options.description_tokens},
-            seed=options.seed,
-            on_progress=advance,
+            strict=options.strict,
+            on_answers=progress.add,
+            on_batch=finish,
         )
-        _trainer(options).test(module, clip_loader(clips, options.batch_size), verbose=False)
-    results = module.results(options.model, benchmark, options.seed)
-    _print(console, results, module)
-    _write(Path(options.output), results, module)
+        try:
+            _answer(trainer, module, EvaluationClips(journal, shard))
+        except InputError:
+            journal.remove_if_empty()
+            raise
+    batches, mine = journal.finished(), shard.share(setup.batches)
+    outcome = evaluate_batches(setup, [batches[number] for number in mine], options.mode)
+    if not trainer.is_global_zero:
+        return outcome.results
+    if shard.count > 1:
+        console.print(
+            f"part {options.shard} is answered, {len(mine)} of {len(setup.batches)} batches; "
+            "join all parts with: python evaluate.py merge FOLDER FOLDER ... --output FOLDER",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return outcome.results
+    print_tables(console, outcome)
+    write_files(Path(options.output), outcome)
     if options.update_card and any(cell.policy == CALIBRATED for cell in cells) and Path(options.compressor).is_dir():
         config = json.loads((Path(options.compressor) / "config.json").read_text(encoding="utf-8"))
-        write_card(options.compressor, config, results, command=command)
-    return results
+        write_card(options.compressor, config, outcome.results, command=command)
+    return outcome.results
 
 
-def build_cells(options: EvaluationOptions) -> list[Cell]:
-    """The rows of the table: the full cache, the control, then every policy at every ratio.
+def merge_evaluations(
+    folders: Sequence[str],
+    output: str,
+    score: Mode | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Results:
+    """Join the shards of one evaluation: print the tables and write the files that one machine would have written.
 
-    At ratio 0 all training-free policies hold the same cache, the control's; the calibrated compressor has a row of
-    its own there, which shows whether its adapter answers without the media.
+    Args:
+        folders: output folders of the shards, separated by blanks.
+        output: folder of the joint evaluation.
+        score: parser that the accuracy is by, official or robust; None is official for a benchmark, else robust.
+        overwrite: discard what the output folder holds of an evaluation with other settings.
+        console: to print to.
 
     Raises:
-        InputError: the export of the calibrated compressor is not usable.
+        InputError: a folder holds no evaluation or one with other settings, or batches are missing.
     """
-    cells = [
-        Cell(FULL, 1.0, KVCompressor(CompressionConfig(policy="full", when=options.when))),
-        Cell(CONTROL, 0.0, KVCompressor(CompressionConfig(policy="random", when=options.when, seed=options.seed))),
-    ]
-    for policy in options.policy_list():
-        if policy == FULL:
-            continue
-        if policy == CALIBRATED:
-            compressor = _load_compressor(options)
-        else:
-            compressor = KVCompressor(CompressionConfig(policy=policy, when=options.when, seed=options.seed))  # type: ignore[arg-type]
-        ratios = [ratio for ratio in options.ratio_list() if ratio > 0 or policy == CALIBRATED]
-        cells += [Cell(policy, ratio, compressor) for ratio in ratios]
-    return cells
+    setups = [read_setup(Path(folder)) for folder in folders]
+    if not setups:
+        raise InputError("is empty; name the output folders of the shards", field="folders")
+    setup = setups[0]
+    for folder, other in zip(folders, setups, strict=True):
+        if differences := other.differences(setup):
+            raise InputError(f"has other settings than {folders[0]} ({differences})", source=folder)
+    batches = by_number(batch for folder in folders for batch in read_batches(Path(folder), setup))
+    missing = [str(number) for number in setup.batches if number not in batches]
+    if missing:
+        few = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        raise InputError(f"{len(missing)} of {len(setup.batches)} batches are in no folder ({few})", field="folders")
+    Journal(Path(output), setup).check(overwrite)
+    write_evaluation(Path(output), setup, batches.values())
+    mode: Mode = score or ("official" if setup.benchmark else "robust")
+    outcome = evaluate_batches(setup, batches.values(), mode)
+    print_tables(console or Console(), outcome)
+    write_files(Path(output), outcome)
+    return outcome.results
 
 
-def _load_compressor(options: EvaluationOptions) -> KVCompressor:
-    name = options.compressor
-    if not Path(name).exists() and (name == EvaluationOptions.compressor or name.count("/") != 1):
-        remedy = "no such folder; calibrate first (python train.py --config configs/calib.yaml) or leave out the policy"
-        raise InputError(f"{remedy} {CALIBRATED}", source=name, field="compressor")
-    compressor = KVCompressor.from_pretrained(name, when=options.when)
-    if compressor.weights is None:
-        raise InputError("holds no learned weights", source=name, field="compressor")
-    return compressor
+def _answer(trainer: Trainer, module: EvaluationModule, clips: EvaluationClips) -> None:
+    """Answer what is left, in every process.
+
+    Raises:
+        InputError: in one of the processes; the first one raises it, and the others end.
+    """
+    refused: InputError | None = None
+    try:
+        trainer.test(module, clips, verbose=False)
+    except InputError as error:
+        refused = error
+    if trainer.world_size > 1:
+        everyones: list[InputError | None] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(everyones, refused)
+        refused = next((error for error in everyones if error is not None), None)
+    if refused is not None and not trainer.is_global_zero:
+        sys.exit()  # with code 0: an end with another would have the first process killed before it says why
+    if refused is not None:
+        raise refused
 
 
-def _warn_of_cut_answers(console: Console, processor: Any, asked: Sequence[Record], limit: int) -> None:
-    answers = [record.answer for record in asked if record.protocol == "description"]
+def _asking(options: EvaluationOptions, name: str | None, records: Sequence[Record]) -> Asking:
+    if name is None:
+        limits = {"word": options.word_tokens, "description": options.description_tokens}
+        return Asking(lambda record: record.question, limits)
+    benchmark = find_benchmark(name)
+    protocols = sorted({record.protocol for record in records})
+    return Asking(benchmark.prompt, dict.fromkeys(protocols, benchmark.max_new_tokens))
+
+
+def _setup(
+    options: EvaluationOptions,
+    title: str,
+    benchmark: str | None,
+    records: Sequence[Record],
+    cells: Sequence[Cell],
+    model: Any,
+    asking: Asking,
+    trainer: Trainer,
+) -> Setup:
+    clips = group_by_clip(records, options.limit)
+    settings = describe_settings(
+        [[(record, asking.prompt(record)) for record in clip] for clip in clips],
+        [(cell.policy, cell.ratio, cell.compressor) for cell in cells],
+        model,
+        benchmark=title,
+        when=options.when,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        max_new_tokens=asking.max_new_tokens,
+        dtype=options.dtype,
+        device=trainer.strategy.root_device.type,
+    )
+    vocabulary = sorted(answer_vocabulary(records)) if benchmark is None else []
+    return Setup(settings, options.model, benchmark, vocabulary, clips)
+
+
+def _writer(shard: Shard, trainer: Trainer) -> str:
+    """Tells the processes' journals apart."""
+    part = f"-{shard.index + 1}of{shard.count}" if shard.count > 1 else ""
+    return part + (f"-{trainer.global_rank}" if trainer.global_rank else "")
+
+
+def _warn_of_cut_answers(console: Console, processor: Any, setup: Setup, asking: Asking) -> None:
+    if setup.benchmark is not None:
+        return
+    limit = asking.max_new_tokens["description"]
+    answers = [record.answer for clip in setup.clips for record in clip if record.protocol == "description"]
     longest = max((len(ids) for ids in processor.tokenizer(answers)["input_ids"]), default=0) if answers else 0
     if longest > limit:
         message = f"warning: descriptions are cut at {limit} tokens (description_tokens); the longest has {longest}"
@@ -220,91 +234,12 @@ def _warn_of_cut_answers(console: Console, processor: Any, asked: Sequence[Recor
 def _trainer(options: EvaluationOptions) -> Trainer:
     return Trainer(
         accelerator=options.accelerator,
-        devices=1,
+        devices=options.devices,
+        strategy="ddp" if options.devices > 1 else "auto",
+        use_distributed_sampler=False,  # it would fill up uneven shares with clips that were answered already
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         inference_mode=False,  # LoRA layers are put on and taken off within the loop
     )
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar, or a line every tenth where the output is no terminal; gives the function that advances it."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("answers"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("answering", total=total)
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            before, done = done, done + count
-            bar.advance(task, count)
-            if not console.is_terminal and 10 * before // total < 10 * done // total:
-                console.print(f"answered {done} of {total}", highlight=False)
-
-        yield advance
-
-
-def _print(console: Console, results: Results, module: EvaluationModule) -> None:
-    for table in render_group_tables(results):
-        console.print(table)
-    paired = {
-        (cell.policy, cell.ratio): interval
-        for cell, scores in zip(module.cells, module.scores, strict=True)
-        if (interval := scores.relative_interval()) is not None
-    }
-    console.print(render_table(results, paired))
-    for line in _leads(module):
-        console.print(line, highlight=False)
-    for line in _parsing(results):
-        console.print(line, highlight=False)
-    warning = control_warning(results)
-    if warning is not None:
-        console.print(warning, style="bold red", highlight=False, soft_wrap=True)
-
-
-def _leads(module: EvaluationModule) -> list[str]:
-    """The calibrated compressor against the best training-free policy at each ratio, paired by clip."""
-    scored = dict(zip(((cell.policy, cell.ratio) for cell in module.cells), module.scores, strict=True))
-    lines = []
-    for (policy, ratio), scores in scored.items():
-        others = {name: s for (name, r), s in scored.items() if r == ratio and name not in (CALIBRATED, FULL, CONTROL)}
-        if policy != CALIBRATED or not 0 < ratio < 1 or not others:
-            continue
-        best = max(others, key=lambda name: float(others[name].accuracy.compute()["accuracy"]))
-        difference, (low, high) = scores.against(others[best])
-        lines.append(
-            f"ratio {ratio:g}: {CALIBRATED} against {best}, the best training-free policy: "
-            f"{100 * difference:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
-        )
-    return lines
-
-
-def _parsing(results: Results) -> list[str]:
-    """Share of one-word answers without a known word: of the full cache, and the largest of all rows."""
-    shares = {}
-    for row in results.rows:
-        if UNPARSED in row.groups and row.groups[OFFICIAL].n:
-            shares[f"{row.policy} at {row.ratio:g}"] = row.groups[UNPARSED].n / row.groups[OFFICIAL].n
-    if not shares:
-        return []
-    most = max(shares, key=lambda name: shares[name])
-    return [f"answers without a known word (counted as wrong): most {shares[most]:.1%}, {most}"]
-
-
-def _write(output: Path, results: Results, module: EvaluationModule) -> None:
-    write_predictions(output / PREDICTIONS_FILE, module.predictions)
-    plot_pareto(output / PARETO_FILE, results)
-    measured = [(c, s) for c, s in zip(module.cells, module.scores, strict=True) if 0 < c.ratio < 1]
-    if measured:
-        names = [cell.policy for cell, _ in measured]
-        shown = CALIBRATED if CALIBRATED in names else names[-1]
-        budgets = {cell.ratio: scores.kept_entries() for cell, scores in measured if cell.policy == shown}
-        plot_budgets(output / BUDGETS_FILE, budgets, module.scores[0].full_entries(), shown)
-    write_results(output / RESULTS_FILE, results)
-
-
-def _as_list(given: Sequence[float] | float) -> Sequence[float]:
-    return [given] if isinstance(given, (int, float)) else given

@@ -128,7 +128,7 @@ def test_text_file_named_mp4(door, clips, tmp_path) -> None:
     videos = shutil.copytree(clips / "videos", tmp_path / "videos")
     victim = sorted(videos.iterdir())[1]
     victim.write_text("this is not a film")
-    line = _only_line(door("evaluate.py", *_own_data(clips, "--data.video_root", videos)))
+    line = _only_line(door("evaluate.py", *_own_data(clips, "--data.video_root", videos, "--strict", "true")))
     assert line.startswith(f"{victim}: not a readable media file")
 
 

@@ -201,7 +201,15 @@ def test_limit_takes_whole_clips(question_file, export, tmp_path) -> None:
 def test_report_files_and_card(evaluated, export) -> None:
     output, results, text = evaluated
     assert {path.name for path in output.iterdir()} == {
-        *("results.json", "predictions.jsonl", "pareto.png", "budgets.png")
+        *(
+            "results.json",
+            "predictions.jsonl",
+            "failures.json",
+            "pareto.png",
+            "budgets.png",
+            "run.json",
+            "journal.jsonl",
+        )
     }
     assert (output / "pareto.png").read_bytes().startswith(b"\x89PNG")
     card = (export / "README.md").read_text()
@@ -246,7 +254,7 @@ def test_generated_clips_are_the_default(tmp_path) -> None:
     records = data.records()
     assert {record.video.parent.parent.name for record in records} == {"test-2-seed0"}
     assert len({record.video for record in records}) == 2
-    assert data.benchmark == "generated-clips/test (2 clips, seed 0)"
+    assert data.title == "generated-clips/test (2 clips, seed 0)"
 
 
 @pytest.mark.parametrize("given", ["0.5, 0.2,0.5", [0.2, 0.5], "0.2,0.5"])

@@ -63,7 +63,10 @@ def _text(*tables, width: int = 140) -> str:
 def test_results_have_exactly_the_fields_of_format_1(tmp_path: Path, results: Results) -> None:
     write_results(tmp_path / "results.json", results)
     written = json.loads((tmp_path / "results.json").read_text())
-    assert list(written) == ["format", "model", "benchmark", "when", "seed", "rows"]
+    added = ["score", "clips", "failed_clips", "failed_questions"]  # files from before they came are read too
+    assert list(written) == ["format", "model", "benchmark", "when", "seed", "rows", *added]
+    (tmp_path / "older.json").write_text(json.dumps({name: written[name] for name in written if name not in added}))
+    assert read_results(tmp_path / "older.json") == results
     assert (written["format"], written["model"], written["when"], written["seed"]) == (1, "tiny", "context", 7)
     assert set(written["rows"][0]) == {
         *("policy", "ratio", "n", "accuracy", "relative", "ci95"),

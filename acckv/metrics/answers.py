@@ -57,10 +57,3 @@ def score_answer(record: Record, prediction: str, vocabulary: Collection[str]) -
 def question_groups(record: Record) -> tuple[str, ...]:
     """The groups a question is reported in: its protocol's and its types'."""
     return (SINGLE if record.protocol == "word" else DESCRIPTIONS, *record.groups)
-
-
-def all_groups(records: Iterable[Record]) -> list[str]:
-    """Every group of some questions: protocols first, then types in alphabetical order."""
-    found = {name for record in records for name in question_groups(record)}
-    protocols = [name for name in (SINGLE, DESCRIPTIONS) if name in found]
-    return [*protocols, *sorted(found - {SINGLE, DESCRIPTIONS})]

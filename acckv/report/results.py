@@ -67,6 +67,9 @@ class Results:
         when: "context" or "prompt".
         seed: of the evaluation.
         rows: in the order of the table.
+        score: parser that the accuracies are by, "official" or "robust".
+        clips: that were asked about.
+        failed_clips, failed_questions: clips that could not be read and their questions, which no accuracy counts.
     """
 
     model: str
@@ -74,6 +77,10 @@ class Results:
     when: str
     seed: int
     rows: list[Row]
+    score: str = "robust"
+    clips: int = 0
+    failed_clips: int = 0
+    failed_questions: int = 0
 
     def row(self, policy: str, ratio: float) -> Row | None:
         """The row of a policy at a ratio, None if it was not measured."""
@@ -123,7 +130,12 @@ def read_results(path: str | Path) -> Results:
     if when not in ("context", "prompt"):
         raise InputError(f"{when!r} is neither 'context' nor 'prompt'", source=path, field="when")
     rows = [parse_row(row, path, i) for i, row in enumerate(top.items("rows"))]
-    return Results(top.text("model"), top.text("benchmark"), when, int(top.number("seed")), rows)
+    added: dict[str, Any] = {
+        name: int(top.number(name, 0)) for name in ("clips", "failed_clips", "failed_questions") if name in values
+    }
+    if "score" in values:
+        added["score"] = top.text("score")
+    return Results(top.text("model"), top.text("benchmark"), when, int(top.number("seed")), rows, **added)
 
 
 def write_predictions(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -109,7 +109,7 @@ def test_a_manifest_from_before_an_option_still_counts(tmp_path: Path) -> None:
 
 def test_evaluation_takes_a_variant(tmp_path: Path) -> None:
     data = EvaluationData(variant="blank", clips=2, cache_dir=str(tmp_path))
-    assert data.benchmark == "generated-clips/test/blank (2 clips, seed 0)"
+    assert data.title == "generated-clips/test/blank (2 clips, seed 0)"
     records = data.records()
     assert {record.groups[0] for record in records} == {"Audio"}
     assert records[0].video.parent.parent.parent == tmp_path / "variants" / "blank"
