@@ -16,16 +16,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from acckv import CompressionConfig, KVCompressor
 from acckv.adapters import load_model
 from acckv.config import PolicyName, When
+from acckv.controls import EvictedModality
 from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.metrics.answers import OFFICIAL, UNPARSED, all_groups, answer_vocabulary
+from acckv.modality import Modality
 from acckv.report.card import write_card
 from acckv.report.plots import plot_budgets, plot_pareto
 from acckv.report.results import (
+    AUDIO_EVICTED,
     CONTROL,
+    CONTROLS,
     FULL,
     PREDICTIONS_FILE,
     RESULTS_FILE,
+    VIDEO_EVICTED,
     Results,
     write_predictions,
     write_results,
@@ -33,6 +38,7 @@ from acckv.report.results import (
 from acckv.report.table import control_warning, render_group_tables, render_table
 from lightning_modules.evaluation import Cell, EvaluationModule
 from lightning_modules.evaluation_data import EvaluationData, clip_loader, group_by_clip
+from lightning_modules.evaluation_report import write_report
 
 CALIBRATED = "acckv-calibrated"
 POLICIES = (*get_args(PolicyName), CALIBRATED)
@@ -44,7 +50,7 @@ _TABLE_WIDTH = 120  # the group tables need this much; a narrower terminal wraps
 class EvaluationOptions:
     """Answer the same questions from every policy's compressed cache at every ratio.
 
-    The full cache and the control (every audio and video entry evicted) are always measured.
+    The full cache and the controls (all audio and video entries evicted, or those of one modality) are always measured.
 
     Args:
         model: the AV-LLM: tiny (packaged), a folder or a hub id.
@@ -54,13 +60,14 @@ class EvaluationOptions:
         ratios: kept shares of the audio and video entries, 0 to 1, separated by commas.
         when: compress after the media, before any question is seen (context), or after the whole prompt (prompt).
         limit: measure only this many clips, each with all its questions.
-        output: folder of results.json, predictions.jsonl, pareto.png and budgets.png.
+        output: folder of results.json, predictions.jsonl, pareto.png, budgets.png and report.html.
         seed: of random eviction and of the intervals.
         batch_size: clips that are prefilled together.
         data: what is asked about.
         word_tokens: longest one-word answer, in tokens.
         description_tokens: longest description, in tokens; those of the generated clips have up to 35,
             of their variants up to 50.
+        strips: clips whose kept entries the report shows.
         update_card: write the measured table into the model card of the export, where that is a folder.
         dtype: of the model: float32, bfloat16 or float16.
         accelerator: of the Trainer: auto, cpu or gpu.
@@ -78,6 +85,7 @@ class EvaluationOptions:
     data: EvaluationData = field(default_factory=EvaluationData)
     word_tokens: int = 4
     description_tokens: int = 40
+    strips: int = 3
     update_card: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -87,8 +95,9 @@ class EvaluationOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{value} is less than 1", field=name)
-        if self.seed < 0:
-            raise InputError(f"{self.seed} is less than 0", field="seed")
+        for name in ("seed", "strips"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{getattr(self, name)} is less than 0", field=name)
         self.policy_list()
         self.ratio_list()
 
@@ -135,7 +144,7 @@ def run_evaluation(
 
     Args:
         options: what to measure.
-        command: the command line, for the model card.
+        command: the command line, for the report and the model card.
         console: to print to.
         questions: (name, questions) to ask instead of those of `options.data`.
 
@@ -167,6 +176,8 @@ def run_evaluation(
     results = module.results(options.model, benchmark, options.seed)
     _print(console, results, module)
     _write(Path(options.output), results, module)
+    dataset = clip_loader(clips, 1).dataset
+    write_report(Path(options.output), results, module, dataset.__getitem__, options.strips, command)
     if options.update_card and any(cell.policy == CALIBRATED for cell in cells) and Path(options.compressor).is_dir():
         config = json.loads((Path(options.compressor) / "config.json").read_text(encoding="utf-8"))
         write_card(options.compressor, config, results, command=command)
@@ -174,7 +185,7 @@ def run_evaluation(
 
 
 def build_cells(options: EvaluationOptions) -> list[Cell]:
-    """The rows of the table: the full cache, the control, then every policy at every ratio.
+    """The rows of the table: the full cache, the controls, then every policy at every ratio.
 
     At ratio 0 all training-free policies hold the same cache, the control's; the calibrated compressor has a row of
     its own there, which shows whether its adapter answers without the media.
@@ -185,6 +196,8 @@ def build_cells(options: EvaluationOptions) -> list[Cell]:
     cells = [
         Cell(FULL, 1.0, KVCompressor(CompressionConfig(policy="full", when=options.when))),
         Cell(CONTROL, 0.0, KVCompressor(CompressionConfig(policy="random", when=options.when, seed=options.seed))),
+        Cell(AUDIO_EVICTED, 0.0, EvictedModality(Modality.AUDIO, options.when)),
+        Cell(VIDEO_EVICTED, 0.0, EvictedModality(Modality.VIDEO, options.when)),
     ]
     for policy in options.policy_list():
         if policy == FULL:
@@ -270,7 +283,9 @@ def _leads(module: EvaluationModule) -> list[str]:
     scored = dict(zip(((cell.policy, cell.ratio) for cell in module.cells), module.scores, strict=True))
     lines = []
     for (policy, ratio), scores in scored.items():
-        others = {name: s for (name, r), s in scored.items() if r == ratio and name not in (CALIBRATED, FULL, CONTROL)}
+        others = {
+            name: s for (name, r), s in scored.items() if r == ratio and name not in (CALIBRATED, FULL, *CONTROLS)
+        }
         if policy != CALIBRATED or not 0 < ratio < 1 or not others:
             continue
         best = max(others, key=lambda name: float(others[name].accuracy.compute()["accuracy"]))
