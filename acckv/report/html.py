@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from acckv.errors import InputError
 from acckv.metrics.answers import UNPARSED
 from acckv.metrics.intervals import Interval
-from acckv.report import figures
+from acckv.report import figures, tracks
 from acckv.report.answers import Answers, Flip, read_answers
 from acckv.report.files import whole_file
 from acckv.report.results import (
@@ -33,7 +33,7 @@ from acckv.report.results import (
     read_results,
 )
 from acckv.report.run_record import FAILURES_FILE, RUN_FILE, Budget, RunRecord, read_failures, read_run
-from acckv.report.strip import STRIPS_FILE, KeptEntries, Strip, load_strips
+from acckv.report.strip import STRIPS_FILE, Strip, load_strips
 from acckv.report.table import control_warning
 
 REPORT_FILE = "report.html"
@@ -223,18 +223,24 @@ def _flipped(results: Results, answers: Answers, shown: str | None) -> list[tupl
 
 
 def _strip(strip: Strip) -> dict[str, Any]:
-    """A strip with its pictures, the one at the ratio nearest to 0.1 unfolded."""
-
-    def drawn(kept: KeptEntries) -> dict[str, Any]:
-        picture = figures.picture(partial(figures.strip, strip, kept), figures.describe(strip, kept))
-        return {"kept": kept, "picture": picture, "times": figures.over_time(strip, kept)}
-
-    nearest = min(strip.kept, key=lambda kept: abs(kept.ratio - 0.1), default=None)
-    return {"strip": strip, "open": nearest, "pictures": [drawn(kept) for kept in strip.kept]}
+    """A strip with its tracks; the compressions of the ratio nearest to 0.1 are unfolded."""
+    nearest = min((kept.ratio for kept in strip.kept), key=lambda ratio: abs(ratio - 0.1), default=None)
+    drawn = [
+        {
+            "kept": kept,
+            "open": kept.ratio == nearest,
+            "left": tracks.frames_left(strip, kept),
+            "tracks": tracks.modality_tracks(strip, kept),
+            "times": tracks.over_time(strip, kept),
+        }
+        for kept in strip.kept
+    ]
+    marks = [(f"{100 * i / 4:g}", f"{strip.seconds * i / 4:.3g}") for i in range(5)]
+    return {"strip": strip, "frames": tracks.frames(strip), "wave": tracks.wave(strip), "marks": marks, "drawn": drawn}
 
 
 def _percent(share: float | None, digits: int = 1) -> str:
-    return "–" if share is None else f"{100 * share:.{digits}f}"
+    return "-" if share is None else f"{100 * share:.{digits}f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from acckv.report.files import whole_file
 STRIPS_FILE = "strips.safetensors"
 _THUMBNAILS = 16
 _THUMBNAIL_HEIGHT = 72
-_WAVE_BINS = 800
+_WAVE_BINS = 400
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def thumbnails(media: Media) -> Tensor:
 
 
 def envelope(audio: Tensor | None) -> Tensor:
-    """Lowest and highest sample of equal stretches of a sound: float16 [2, about 800], none without sound."""
+    """Lowest and highest sample of equal stretches of a sound: float16 [2, about 400], none without sound."""
     if audio is None or not len(audio):
         return torch.zeros(2, 0, dtype=torch.float16)
     each = max(1, len(audio) // _WAVE_BINS)
