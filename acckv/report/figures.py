@@ -15,7 +15,8 @@ from acckv.metrics.intervals import Interval
 from acckv.report.plots import line_style, spread
 from acckv.report.results import FULL, REFERENCE_NAMES, Results, Row
 
-_DPI = 144
+_DPI = 192
+_COLUMNS = 2  # of the legend
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,15 @@ def pareto(results: Results, intervals: Mapping[tuple[str, float], Interval], by
 
     Rows that keep no entry cannot be placed on a log axis; the controls are horizontal lines.
     """
-    figure = Figure(figsize=(5.6, 4.9), layout="constrained")
+    names = measured_policies(results)
+    lines = len(names) + len(_controls(results)) + 1
+    figure = Figure(figsize=(4.7, 3.9 + 0.22 * (-(-lines // _COLUMNS))), layout="constrained")
     axes = figure.subplots()
     _style(axes, theme)
     axes.axhline(100, color=theme.ink, linewidth=1.3, label=REFERENCE_NAMES[FULL])
     for row, style in zip(_controls(results), ("--", ":", "-."), strict=False):
         label = REFERENCE_NAMES[row.policy].replace(" (control)", "")
         axes.axhline(100 * (row.relative or 0), color=theme.muted, linestyle=style, linewidth=1.3, label=label)
-    names = measured_policies(results)
     ticks: set[float] = set()
     for i, name in enumerate(names):
         rows = [row for row in results.rows if row.policy == name and row.kept_entries > 0 and row.relative is not None]
@@ -102,7 +104,7 @@ def pareto(results: Results, intervals: Mapping[tuple[str, float], Interval], by
         axes.xaxis.set_major_locator(FixedLocator(_apart(sorted(ticks))))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
         axes.set_xlabel("kept audio and video entries, share of the full cache")
-    legend = figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, columnspacing=1.2)
+    legend = figure.legend(loc="outside lower center", ncols=_COLUMNS, frameon=False, fontsize=9.5, columnspacing=1.2)
     for text in legend.get_texts():
         text.set_color(theme.ink)
     return figure
