@@ -47,8 +47,8 @@ class ModalityTrack:
         """The track in words."""
         begin, end = self.peak_seconds
         return (
-            f"{100 * self.kept:.1f} % of {self.entries} {self.modality} entries kept, most at {begin:.1f} to {end:.1f} s "
-            f"({100 * self.peak:.0f} % over all layers)"
+            f"{100 * self.kept:.1f} % of {self.entries} {self.modality} entries kept, "
+            f"most at {begin:.1f} to {end:.1f} s ({100 * self.peak:.0f} % over all layers)"
         )
 
 
