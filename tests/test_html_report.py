@@ -55,8 +55,7 @@ def _cells() -> dict[tuple[str, float], tuple[float, float]]:
     }
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def _write_evaluation(tmp_path: Path) -> None:
     """Files of an evaluation in which every text is hostile."""
     rows = [_row(policy, ratio, *values) for (policy, ratio), values in _cells().items()]
     write_results(tmp_path / "results.json", Results(HOSTILE, HOSTILE, "context", 3, rows))
@@ -68,10 +67,8 @@ def folder(tmp_path: Path) -> Path:
             where = {"id": str(item), "clip": item // 8, "video": HOSTILE}
             lines.append({"policy": policy, "ratio": ratio, **where, **texts, "score": score})
     write_predictions(tmp_path / "predictions.jsonl", lines)
-    budgets = [
-        Budget("acckv-calibrated", 0.1, [[9.0, 1.0], [3.0, 2.0], [0.0, 0.0]]),
-        Budget("keydiff", 0.1, [[4, 1]] * 3),
-    ]
+    shares = [[9.0, 1.0], [3.0, 2.0], [0.0, 0.0]]
+    budgets = [Budget("acckv-calibrated", 0.1, shares), Budget("keydiff", 0.1, [[4.0, 1.0]] * 3)]
     write_run(tmp_path / "report.json", RunRecord(f"python evaluate.py {HOSTILE}", versions(), [36.0, 20.0], budgets))
     (tmp_path / "failures.json").write_text(json.dumps([{"clip": HOSTILE, "error": HOSTILE}]))
     kept = [_kept("acckv-calibrated", 0.1), _kept("keydiff", 0.2, heads=2)]
@@ -79,7 +76,6 @@ def folder(tmp_path: Path) -> Path:
     wave = envelope(torch.sin(torch.arange(16_000) / 5))
     strip = Strip(HOSTILE, HOSTILE, HOSTILE, "", 8.0, 4, (3, 3), pictures, wave, kept)
     save_strips(tmp_path / "strips.safetensors", [strip])
-    return tmp_path
 
 
 class _Page(HTMLParser):
@@ -120,8 +116,22 @@ def _page(folder: Path) -> tuple[str, _Page]:
     return text, _Page(text)
 
 
-def test_hostile_text_stays_text(folder: Path) -> None:
-    text, page = _page(folder)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, _Page]:
+    """Such files with their report."""
+    folder = tmp_path_factory.mktemp("eval")
+    _write_evaluation(folder)
+    return folder, *_page(folder)
+
+
+@pytest.fixture
+def folder(written: tuple[Path, str, _Page], tmp_path: Path) -> Path:
+    """A copy of them, to be changed."""
+    return Path(shutil.copytree(written[0], tmp_path / "eval"))
+
+
+def test_hostile_text_stays_text(written: tuple[Path, str, _Page]) -> None:
+    _, text, page = written
     assert page.all("script") == []
     assert all(not name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert all((image["src"] or "").startswith("data:image/") for image in page.all("img"))
@@ -131,22 +141,18 @@ def test_hostile_text_stays_text(folder: Path) -> None:
     assert "49" not in re.findall(r"{{.*?}}", page.text)
 
 
-def test_nothing_is_loaded_from_elsewhere(folder: Path) -> None:
-    text, page = _page(folder)
+def test_nothing_is_loaded_from_elsewhere(written: tuple[Path, str, _Page]) -> None:
+    _, text, page = written
     policy = next(meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    links = [
-        value
-        for _, attributes in page.elements
-        for name in ("src", "href", "srcset")
-        if (value := attributes.get(name))
-    ]
+    names = ("src", "href", "srcset")
+    links = [attributes[name] or "" for _, attributes in page.elements for name in names if name in attributes]
     assert all(link.startswith(("data:image/", "#")) for link in links)
     assert "http:" not in text and "https:" not in text and "@import" not in text and "url(" not in text
 
 
-def test_every_image_decodes_and_has_words(folder: Path) -> None:
-    _, page = _page(folder)
+def test_every_image_decodes_and_has_words(written: tuple[Path, str, _Page]) -> None:
+    _, _, page = written
     images = page.all("img")
     sources = [image["src"] or "" for image in images] + [source["srcset"] or "" for source in page.all("source")]
     # Two curves in two versions; frames; of each compression what is left and two maps.
@@ -161,8 +167,8 @@ def test_every_image_decodes_and_has_words(folder: Path) -> None:
     assert all(drawing["role"] == "img" and drawing["aria-label"] for drawing in drawings)
 
 
-def test_sections_and_tables_can_be_found_by_a_screen_reader(folder: Path) -> None:
-    text, page = _page(folder)
+def test_sections_and_tables_can_be_found_by_a_screen_reader(written: tuple[Path, str, _Page]) -> None:
+    _, text, page = written
     names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(names) == len(set(names))
     assert {(link["href"] or "")[1:] for link in page.all("a")} <= set(names)
@@ -220,7 +226,7 @@ def test_shares_over_time_are_those_of_the_entries() -> None:
     left = frames_left(clip, kept)
     assert left is not None
     with Image.open(io.BytesIO(base64.b64decode(left.split(",")[1]))) as image:
-        opacity = torch.tensor(list(image.convert("RGBA").getchannel("A").getdata())).view(6, 4, 6)[:, :, 2]
+        opacity = torch.tensor(list(image.convert("RGBA").getchannel("A").tobytes())).view(6, 4, 6)[:, :, 2]
     # Of the last picture the upper half was kept by half of all heads of the layers, the lower by three quarters.
     assert opacity[:, :3].max() == 0
     assert opacity[1, 3] == pytest.approx(255 * 0.5 / 0.75, abs=2)
@@ -228,7 +234,7 @@ def test_shares_over_time_are_those_of_the_entries() -> None:
 
 
 def test_made_again_from_the_files_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text, _ = _page(folder)
+    text = (folder / REPORT_FILE).read_text(encoding="utf-8")
     (folder / REPORT_FILE).unlink()
     assert main([str(folder)]) == 0
     assert (folder / REPORT_FILE).read_text(encoding="utf-8") == text
@@ -269,12 +275,8 @@ def test_run_record_survives_the_round_trip(folder: Path) -> None:
 
 
 def test_the_shown_policy_looks_at_the_entries() -> None:
-    rows = [
-        _row("full", 1.0, 1.0, 56),
-        _row("random", 0.1, 0.9, 5),
-        _row("h2o", 0.1, 0.3, 5),
-        _row("knorm", 0.1, 0.4, 5),
-    ]
+    measured = (("full", 1.0, 1.0, 56.0), ("random", 0.1, 0.9, 5.0), ("h2o", 0.1, 0.3, 5.0), ("knorm", 0.1, 0.4, 5.0))
+    rows = [_row(*values) for values in measured]
     assert shown_policy(Results("m", "b", "context", 0, rows)) == "knorm"
     assert shown_policy(Results("m", "b", "context", 0, rows[:2])) == "random"
     assert shown_policy(Results("m", "b", "context", 0, rows[:1])) is None
@@ -295,11 +297,11 @@ PROBE = """<script>addEventListener("load", () => {
 })</script>"""
 
 
-def test_a_browser_shows_all_of_it_on_a_phone(folder: Path) -> None:
+def test_a_browser_shows_all_of_it_on_a_phone(written: tuple[Path, str, _Page], folder: Path) -> None:
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
         pytest.skip(f"no browser is installed (looked for {', '.join(BROWSERS)})")
-    text, page = _page(folder)
+    _, text, page = written
     # The page allows no script, so a copy that does is measured.
     open_page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', PROBE, text)
     (folder / "probe.html").write_text(open_page.replace("<details>", "<details open>"), encoding="utf-8")

@@ -79,7 +79,7 @@ def test_control_has_no_ratio_and_no_text() -> None:
 
 def test_thumbnails_and_envelope(media: Media) -> None:
     pictures = thumbnails(media)
-    assert pictures.shape == (3, 3, 72, 72)
+    assert pictures.shape == (6, 3, 72, 72)
     assert pictures.dtype == torch.uint8
     assert pictures[0].float().mean() == pytest.approx(media.frames[0].float().mean().item(), abs=2)
     assert media.audio is not None

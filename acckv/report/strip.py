@@ -183,7 +183,7 @@ def save_strips(path: str | Path, strips: Sequence[Strip]) -> None:
         for i, strip in enumerate(strips)
     ]
     with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "1", "strips": json.dumps(described, ensure_ascii=False)})
+        save_file(tensors, temporary, metadata={"strips": json.dumps(described, ensure_ascii=False)})
 
 
 def load_strips(path: str | Path) -> list[Strip]:
