@@ -204,7 +204,7 @@ def load_strips(path: str | Path) -> list[Strip]:
 
 
 def _strip(values: dict[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> Strip:
-    def own(prefix: str) -> dict[str, Tensor]:
+    def own(prefix: str) -> dict[str, Any]:
         return {name: tensors[f"{prefix}{name}"] for name in _TENSORS if f"{prefix}{name}" in tensors}
 
     kept = [KeptEntries(**cell, **own(f"{prefix}{k}.")) for k, cell in enumerate(values.pop("kept"))]
