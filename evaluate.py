@@ -61,10 +61,10 @@ def merge() -> None:
         prog="evaluate.py merge", description="Join the parts of an evaluation that ran with --shard."
     )
     parser.add_argument("folders", nargs="+", help="output folders of the parts")
-    parser.add_function_arguments(merge_evaluations, skip={"folders", "console"})
+    parser.add_function_arguments(merge_evaluations, skip={"folders", "command", "console"})
     given = parser.parse_args(sys.argv[2:])
     quiet_libraries()
-    merge_evaluations(**vars(parser.instantiate(given)))
+    merge_evaluations(**vars(parser.instantiate(given)), command=shlex.join(["python", *sys.argv]))
 
 
 DOORS: dict[str, Callable[[], None]] = {"ask": ask, "merge": merge}

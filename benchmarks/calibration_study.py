@@ -29,7 +29,7 @@ from rich.table import Table
 
 from acckv.metrics import PairedComparison
 from acckv.report.files import whole_file
-from acckv.report.results import CONTROL, FULL, PREDICTIONS_FILE, RESULTS_FILE
+from acckv.report.results import CONTROLS, FULL, PREDICTIONS_FILE, RESULTS_FILE
 from acckv.weights import WEIGHT_GROUPS
 from benchmarks.generalisation import paired, read_scores
 from lightning_modules.calibration import CalibrationModule
@@ -216,7 +216,7 @@ def lines_of(output: Path, variant: Variant, rivals: dict[tuple[str, float], Sco
         each = [run[CALIBRATED, ratio] for run in runs]
         mean = {key: (sum(run[key][0] for run in each) / len(each), clip) for key, (_, clip) in each[0].items()}
         share = _compared(mean, runs[0][FULL, 1.0])
-        names = [name for name, at in rivals if at == ratio and name not in (FULL, CONTROL)]
+        names = [name for name, at in rivals if at == ratio and name not in (FULL, *CONTROLS)]
         best = max(names, key=lambda name: _mean(rivals[name, ratio]), default=None)
         lead = None if best is None else _compared(mean, rivals[best, ratio])
         lines.append(
@@ -306,7 +306,7 @@ def plot(path: Path, lines: Sequence[Line], rivals: dict[tuple[str, float], Scor
     figure = Figure(figsize=(13 if variants else 7, max(4.5, 1.2 + 0.3 * len(variants))), layout="constrained")
     panels = figure.subplots(1, 2 if variants else 1, squeeze=False)[0]
     left = panels[0]
-    policies = [name for name in dict.fromkeys(name for name, _ in rivals) if name not in (FULL, CONTROL)]
+    policies = [name for name in dict.fromkeys(name for name, _ in rivals) if name not in (FULL, *CONTROLS)]
     for name in policies:
         left.plot(RATIOS, [100 * _mean(rivals[name, ratio]) for ratio in RATIOS], color="#bbbbbb", linewidth=1)
     strongest = {ratio: max(policies, key=lambda name: _mean(rivals[name, ratio])) for ratio in RATIOS}

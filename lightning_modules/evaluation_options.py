@@ -9,9 +9,11 @@ from typing import Literal, get_args
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.config import PolicyName, When
+from acckv.controls import EvictedModality
 from acckv.data.benchmarks import Mode
 from acckv.errors import InputError
-from acckv.report.results import CONTROL, FULL
+from acckv.modality import Modality
+from acckv.report.results import AUDIO_EVICTED, CONTROL, FULL, VIDEO_EVICTED
 from lightning_modules.evaluation import Cell
 from lightning_modules.evaluation_data import EvaluationData, Shard
 
@@ -23,7 +25,7 @@ POLICIES = (*get_args(PolicyName), CALIBRATED)
 class EvaluationOptions:
     """Answer the same questions from every policy's compressed cache at every ratio.
 
-    The full cache and the control (every audio and video entry evicted) are always measured.
+    The full cache and the controls (all audio and video entries evicted, or those of one modality) are always measured.
 
     Args:
         model: the AV-LLM: tiny (packaged), a folder or a hub id.
@@ -33,8 +35,8 @@ class EvaluationOptions:
         ratios: kept shares of the audio and video entries, 0 to 1, separated by commas.
         when: compress after the media, before any question is seen (context), or after the whole prompt (prompt).
         limit: measure only this many clips, each with all its questions.
-        output: folder of results.json, predictions.jsonl, failures.json, pareto.png and budgets.png. A run that was cut
-            off goes on where it was.
+        output: folder of results.json, predictions.jsonl, failures.json, pareto.png, budgets.png and report.html. A run
+            that was cut off goes on where it was.
         overwrite: discard what the output folder holds of an evaluation with other settings.
         seed: of random eviction and of the intervals.
         batch_size: clips that are prefilled together.
@@ -44,6 +46,7 @@ class EvaluationOptions:
         word_tokens: longest one-word answer, in tokens. A benchmark has a limit of its own.
         description_tokens: longest description, in tokens; those of the generated clips have up to 35,
             of their variants up to 50.
+        strips: clips whose kept entries the report shows.
         strict: a clip that cannot be read is an error. Otherwise its questions are left out, and it is listed.
         update_card: write the measured table into the model card of the export, where that is a folder.
         dtype: of the model: float32, bfloat16 or float16.
@@ -67,6 +70,7 @@ class EvaluationOptions:
     score: Mode | None = None
     word_tokens: int = 4
     description_tokens: int = 40
+    strips: int = 3
     strict: bool = False
     update_card: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -79,8 +83,9 @@ class EvaluationOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{value} is less than 1", field=name)
-        if self.seed < 0:
-            raise InputError(f"{self.seed} is less than 0", field="seed")
+        for name in ("seed", "strips"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{getattr(self, name)} is less than 0", field=name)
         self.policy_list()
         self.ratio_list()
         Shard.parse(self.shard)
@@ -124,7 +129,7 @@ class EvaluationOptions:
 
 
 def build_cells(options: EvaluationOptions) -> list[Cell]:
-    """The rows of the table: the full cache, the control, then every policy at every ratio.
+    """The rows of the table: the full cache, the controls, then every policy at every ratio.
 
     At ratio 0 all training-free policies hold the same cache, the control's; the calibrated compressor has a row of
     its own there, which shows whether its adapter answers without the media.
@@ -135,6 +140,8 @@ def build_cells(options: EvaluationOptions) -> list[Cell]:
     cells = [
         Cell(FULL, 1.0, KVCompressor(CompressionConfig(policy="full", when=options.when))),
         Cell(CONTROL, 0.0, KVCompressor(CompressionConfig(policy="random", when=options.when, seed=options.seed))),
+        Cell(AUDIO_EVICTED, 0.0, EvictedModality(Modality.AUDIO, options.when)),
+        Cell(VIDEO_EVICTED, 0.0, EvictedModality(Modality.VIDEO, options.when)),
     ]
     for policy in options.policy_list():
         if policy == FULL:

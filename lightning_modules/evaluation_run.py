@@ -32,6 +32,7 @@ from lightning_modules.evaluation_journal import (
 )
 from lightning_modules.evaluation_options import CALIBRATED, POLICIES, EvaluationOptions, build_cells
 from lightning_modules.evaluation_progress import EvaluationProgress
+from lightning_modules.evaluation_report import write_report
 from lightning_modules.evaluation_setup import Setup, describe_settings
 from lightning_modules.evaluation_tables import evaluate_batches, print_tables, write_files
 
@@ -53,7 +54,7 @@ def run_evaluation(
 
     Args:
         options: what to measure.
-        command: the command line, for the model card.
+        command: the command line, for the report and the model card.
         console: to print to.
         questions: (name, questions) to ask instead of those of `options.data`.
 
@@ -111,6 +112,7 @@ def run_evaluation(
         return outcome.results
     print_tables(console, outcome)
     write_files(Path(options.output), outcome)
+    write_report(Path(options.output), outcome, command, module, setup.clips, options.strips)
     if options.update_card and any(cell.policy == CALIBRATED for cell in cells) and Path(options.compressor).is_dir():
         config = json.loads((Path(options.compressor) / "config.json").read_text(encoding="utf-8"))
         write_card(options.compressor, config, outcome.results, command=command)
@@ -122,6 +124,7 @@ def merge_evaluations(
     output: str,
     score: Mode | None = None,
     overwrite: bool = False,
+    command: str | None = None,
     console: Console | None = None,
 ) -> Results:
     """Join the shards of one evaluation: print the tables and write the files that one machine would have written.
@@ -131,6 +134,7 @@ def merge_evaluations(
         output: folder of the joint evaluation.
         score: parser that the accuracy is by, official or robust; None is official for a benchmark, else robust.
         overwrite: discard what the output folder holds of an evaluation with other settings.
+        command: the command line, for the report.
         console: to print to.
 
     Raises:
@@ -154,6 +158,7 @@ def merge_evaluations(
     outcome = evaluate_batches(setup, batches.values(), mode)
     print_tables(console or Console(), outcome)
     write_files(Path(output), outcome)
+    write_report(Path(output), outcome, command)
     return outcome.results
 
 

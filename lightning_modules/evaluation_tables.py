@@ -18,7 +18,7 @@ from acckv.metrics.judging import Judge
 from acckv.report.files import whole_file
 from acckv.report.plots import plot_budgets, plot_pareto
 from acckv.report.results import (
-    CONTROL,
+    CONTROLS,
     FULL,
     PREDICTIONS_FILE,
     RESULTS_FILE,
@@ -135,7 +135,7 @@ def _leads(outcome: Outcome) -> list[str]:
         others = {
             name: other
             for (name, r), other in outcome.scores.items()
-            if r == ratio and name not in (CALIBRATED, FULL, CONTROL)
+            if r == ratio and name not in (CALIBRATED, FULL, *CONTROLS)
         }
         if policy != CALIBRATED or not 0 < ratio < 1 or not others:
             continue

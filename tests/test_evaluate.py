@@ -20,6 +20,8 @@ from acckv.data.media import read_media
 from acckv.data.music_avqa import load_music_avqa
 from acckv.metrics.answers import answer_vocabulary, question_groups, score_answer
 from acckv.report.results import Results, read_results
+from acckv.report.run_record import read_run
+from acckv.report.strip import load_strips
 from acckv.weights import CalibratedWeights
 from lightning_modules.evaluation_data import EvaluationData
 from lightning_modules.evaluation_run import EvaluationOptions, build_cells, run_evaluation
@@ -102,7 +104,7 @@ def test_every_policy_at_every_ratio_on_the_same_questions(evaluated, question_f
     output, results, _ = evaluated
     records = load_music_avqa(question_file, question_file.parent / "videos")
     assert len(records) == 3 * (4 + 3) - 2
-    expected = [("full", 1.0), ("control", 0.0)]
+    expected = [("full", 1.0), ("control", 0.0), ("control_audio_evicted", 0.0), ("control_video_evicted", 0.0)]
     expected += [(policy, ratio) for policy in ("random", "snapkv") for ratio in RATIOS[:-1]]
     expected += [("acckv-calibrated", ratio) for ratio in RATIOS]
     assert [(row.policy, row.ratio) for row in results.rows] == expected
@@ -147,6 +149,8 @@ def test_kept_entries_are_exact(evaluated, tiny) -> None:
     _, results, _ = evaluated
     layers = find_adapter(tiny[0]).dimensions["layers"]
     for row in results.rows:
+        if row.policy.endswith("_evicted"):
+            continue
         budget = row.ratio * row.full_entries
         assert budget - 1.0 - 1.0 / layers <= row.kept_entries <= budget + 1e-6, (row.policy, row.ratio)
     sizes = {ratio: {row.kept_entries for row in results.rows if row.ratio == ratio} for ratio in (0.2, 0.05)}
@@ -158,6 +162,8 @@ def test_kept_entries_are_exact(evaluated, tiny) -> None:
     # Two of the clips hold 144 video and 128 audio entries, one has no sound.
     assert full.full_entries == pytest.approx((272 + 272 + 144) / 3)
     assert 0 < control.kv_bytes < 0.1 * full.kv_bytes
+    halves = [results.row(f"control_{name}_evicted", 0.0) for name in ("audio", "video")]
+    assert [row.kept_entries for row in halves if row is not None] == [144, pytest.approx(128 * 2 / 3, abs=1e-4)]
 
 
 def test_accuracies_are_those_of_the_predictions(evaluated, question_file) -> None:
@@ -194,22 +200,18 @@ def test_batching_changes_no_answer(evaluated, question_file, export, tmp_path) 
 def test_limit_takes_whole_clips(question_file, export, tmp_path) -> None:
     options = _options(question_file, export, tmp_path, limit=1, policies="full", update_card=False)
     results = run_evaluation(options, console=Console(file=io.StringIO()))
-    assert [(row.policy, row.n) for row in results.rows] == [("full", 7), ("control", 7)]
+    assert [(row.policy, row.n) for row in results.rows] == [
+        *(("full", 7), ("control", 7), ("control_audio_evicted", 7), ("control_video_evicted", 7))
+    ]
     assert {line["clip"] for line in _predictions(tmp_path)} == {0}
 
 
 def test_report_files_and_card(evaluated, export) -> None:
     output, results, text = evaluated
     assert {path.name for path in output.iterdir()} == {
-        *(
-            "results.json",
-            "predictions.jsonl",
-            "failures.json",
-            "pareto.png",
-            "budgets.png",
-            "run.json",
-            "journal.jsonl",
-        )
+        *("results.json", "predictions.jsonl", "failures.json", "pareto.png", "budgets.png"),
+        *("run.json", "journal.jsonl"),
+        *("report.json", "strips.safetensors", "report.html"),
     }
     assert (output / "pareto.png").read_bytes().startswith(b"\x89PNG")
     card = (export / "README.md").read_text()
@@ -219,6 +221,29 @@ def test_report_files_and_card(evaluated, export) -> None:
     assert f"| acckv-calibrated | 0.05 | {row.accuracy:.1%} |" in card
     assert "acckv-calibrated against" in text
     assert "control*" in text
+
+
+def test_report_says_what_was_measured(evaluated) -> None:
+    output, results, _ = evaluated
+    run = read_run(output / "report.json")
+    assert run.command == "python evaluate.py"
+    cells = [(name, ratio) for name in ("random", "snapkv", "acckv-calibrated") for ratio in (0.2, 0.05)]
+    assert [(budget.policy, budget.ratio) for budget in run.budgets] == cells
+    for budget in run.budgets:
+        measured = results.row(budget.policy, budget.ratio)
+        assert measured is not None
+        assert sum(map(sum, budget.kept)) / len(budget.kept) == pytest.approx(measured.kept_entries, abs=1e-3)
+    strips = load_strips(output / "strips.safetensors")
+    assert len({strip.clip for strip in strips}) == CLIPS
+    answers = _by_cell(output)
+    for strip in strips:
+        shown = [(entries.policy, entries.ratio) for entries in strip.kept]
+        assert shown == [(name, ratio) for ratio in (0.2, 0.05) for name in ("acckv-calibrated", "snapkv")]
+        for entries in strip.kept:
+            lines = answers[entries.policy, entries.ratio].values()
+            given = [line for line in lines if (line["video"], line["question"]) == (strip.clip, strip.question)]
+            assert entries.prediction in {line["prediction"] for line in given}
+    assert "python evaluate.py" in (output / "report.html").read_text(encoding="utf-8")
 
 
 def test_model_is_untouched_afterwards(question_file, export, tmp_path, tiny) -> None:

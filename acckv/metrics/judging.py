@@ -21,7 +21,8 @@ class Judged:
 
     Attributes:
         score: what accuracies are means of.
-        official, robust: by either parser; None where the benchmark has no such parser.
+        official, robust: by either parser; None where the benchmark has no such parser, or leaves the answer out of
+            its denominator.
         parsed: whether the parser that gives `score` found an answer.
     """
 
@@ -49,7 +50,8 @@ class Judge:
         if self.benchmark is not None:
             verdicts = {mode: judge(self.benchmark, record, text, mode) for mode in ("official", "robust")}
             chosen = verdicts[self.mode]
-            return Judged(chosen.score, verdicts["official"].score, verdicts["robust"].score, chosen.parsed)
+            official, robust = (verdict.score if verdict.counted else None for verdict in verdicts.values())
+            return Judged(chosen.score, official, robust, chosen.parsed)
         found = score_answer(record, text, self.vocabulary)
         if found.official is None:
             return Judged(found.score, None, None, found.parsed)
@@ -60,7 +62,7 @@ class Judge:
     def parsers(self) -> dict[str, Mode]:
         """Groups that say what a parser makes of all answers; the first has every answer that can be left unparsed."""
         if self.benchmark is not None:
-            return {ALL_OFFICIAL: "official", ALL_ROBUST: "robust"}
+            return {ALL_ROBUST: "robust", ALL_OFFICIAL: "official"}
         return {OFFICIAL: "official"} if self.mode == "robust" else {OFFICIAL: "official", ROBUST: "robust"}
 
     def groups(self, record: Record) -> tuple[str, ...]:

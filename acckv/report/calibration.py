@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from acckv.report.files import whole_file
-from acckv.report.results import CONTROL, FULL, Results
+from acckv.report.results import REFERENCE_NAMES, Results
 from acckv.report.table import control_warning
 
 MODALITIES = ("video", "audio")
@@ -114,7 +114,7 @@ def _accuracy(results: Results | None) -> list[str]:
     head = f"`{results.benchmark}`, {results.rows[0].n} questions. In brackets 95 % intervals over clips."
     lines = ["| policy | ratio | accuracy | of full | kept entries |", "|---|---|---|---|---|"]
     for row in results.rows:
-        name = {CONTROL: "every entry evicted (control)", FULL: "full cache"}.get(row.policy, row.policy)
+        name = REFERENCE_NAMES.get(row.policy, row.policy)
         low, high = row.ci95
         relative = "-" if row.relative is None else f"{row.relative:.1%}"
         accuracy = f"{row.accuracy:.1%} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -13,7 +14,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
 from acckv.report.files import whole_file
-from acckv.report.results import CONTROL, FULL, Results, Row
+from acckv.report.results import CONTROLS, FULL, Results, Row
 
 _DPI = 150
 _COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b4c9a", "#8c564b", "#7f7f00")
@@ -35,26 +36,20 @@ def plot_pareto(path: str | Path, results: Results) -> None:
     axes = figure.subplots()
     _reference(axes, results.full, "full cache", "#222222", "-")
     _reference(axes, results.control, "control: all evicted", "#999999", "--")
-    names = list(dict.fromkeys(r.policy for r in results.rows if r.policy not in (FULL, CONTROL)))
+    names = list(dict.fromkeys(r.policy for r in results.rows if r.policy not in (FULL, *CONTROLS)))
     shown: set[float] = set()
     for i, name in enumerate(names):
         rows = sorted((r for r in results.rows if r.policy == name and r.kept_entries > 0), key=lambda r: r.ratio)
         rows = [row for row in rows if row.full_entries > 0]
         shown |= {row.ratio for row in rows}
-        ours = name == _CALIBRATED
         axes.errorbar(
-            [_spread(row.kept_entries / row.full_entries, i, len(names)) for row in rows],
+            [spread(row.kept_entries / row.full_entries, i, len(names)) for row in rows],
             [100 * row.accuracy for row in rows],
             yerr=_bars(rows),
             label=name,
-            color=_CALIBRATED_COLOUR if ours else _COLOURS[i % len(_COLOURS)],
-            marker="o" if ours else _MARKERS[i % len(_MARKERS)],
-            linestyle="-" if ours else _LINES[i // len(_COLOURS) % len(_LINES)],
-            markersize=6 if ours else 4.5,
-            linewidth=2.4 if ours else 1.3,
             elinewidth=0.9,
             capsize=2,
-            zorder=4 if ours else 3,
+            **line_style(name, i),
         )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(sorted(shown)))
@@ -70,6 +65,19 @@ def plot_pareto(path: str | Path, results: Results) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, format="png")
+
+
+def line_style(name: str, index: int) -> dict[str, Any]:
+    """How a policy's curve is drawn: the calibrated one stands out, the others take their turn by `index`."""
+    if name == _CALIBRATED:
+        line = {"color": _CALIBRATED_COLOUR, "marker": "o", "linestyle": "-"}
+        return {**line, "markersize": 6, "linewidth": 2.4, "zorder": 4}
+    line = {
+        "color": _COLOURS[index % len(_COLOURS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": _LINES[index // len(_COLOURS) % len(_LINES)],
+    }
+    return {**line, "markersize": 4.5, "linewidth": 1.3, "zorder": 3}
 
 
 def plot_budgets(path: str | Path, budgets: Mapping[float, Tensor], full: Tensor, title: str) -> None:
@@ -173,7 +181,7 @@ def _bars(rows: list[Row]) -> list[list[float]]:
     return [down, up]
 
 
-def _spread(share: float, index: int, count: int) -> float:
+def spread(share: float, index: int, count: int) -> float:
     """Shift a point by at most 3 % of its value so that intervals of several policies do not hide each other."""
     return share * math.exp(0.03 * (2 * index / max(1, count - 1) - 1))
 

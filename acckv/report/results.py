@@ -17,7 +17,17 @@ RESULTS_FILE = "results.json"
 PREDICTIONS_FILE = "predictions.jsonl"
 CONTROL = "control"
 """Policy name of the row with every audio and video entry evicted."""
+AUDIO_EVICTED, VIDEO_EVICTED = "control_audio_evicted", "control_video_evicted"
+"""Policy names of the rows with all entries of one modality evicted and all of the other kept."""
+CONTROLS = (CONTROL, AUDIO_EVICTED, VIDEO_EVICTED)
 FULL = "full"
+REFERENCE_NAMES = {
+    FULL: "full cache",
+    CONTROL: "every entry evicted (control)",
+    AUDIO_EVICTED: "audio evicted (control)",
+    VIDEO_EVICTED: "video evicted (control)",
+}
+"""What tables for readers call the rows that are no compression."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +43,8 @@ class Row:
     """One policy at one ratio.
 
     Attributes:
-        policy: a policy's name, "acckv-calibrated", or "control".
-        ratio: kept share of the audio and video entries, 0..1.
+        policy: a policy's name, "acckv-calibrated", or one of `CONTROLS`.
+        ratio: kept share of the audio and video entries, 0..1; 0 for every control, the kept modality not counted.
         n: questions.
         accuracy: mean item score, 0..1.
         relative: accuracy as a share of the full cache's on the same questions; None where that is 0.

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from acckv.metrics.answers import UNPARSED
-from acckv.report.results import CONTROL, FULL, Results, Row
+from acckv.report.results import AUDIO_EVICTED, CONTROL, CONTROLS, FULL, VIDEO_EVICTED, Results, Row
 
 Paired = Mapping[tuple[str, float], tuple[float, float]]
 """(policy, ratio) -> 95 % interval of the share of the full cache, paired by clip."""
@@ -44,8 +44,8 @@ def render_table(results: Results, paired: Paired | None = None) -> Table:
     moment = f"when: {results.when}, {questions} questions, seed {results.seed}"
     table = Table(
         title=f"{results.benchmark} on {results.model}\n{moment}",
-        caption="control*: every audio and video entry evicted. Entries: audio and video, a layer and clip. "
-        "Brackets: 95 % intervals, clips drawn with replacement.",
+        caption="control*: every audio and video entry evicted; no audio*, no video*: all of one modality. "
+        "Entries: audio and video, a layer and clip. Brackets: 95 % intervals, clips drawn with replacement.",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("policy", no_wrap=True)
@@ -64,14 +64,14 @@ def render_table(results: Results, paired: Paired | None = None) -> Table:
             "-" if row.relative is None else _with_interval(row.relative, share),
             f"{row.kept_entries:.1f} / {row.full_entries:.0f}",
             f"{row.kv_bytes:,}",
-            style="bold" if row.policy in (CONTROL, FULL) else None,
+            style="bold" if row.policy in (*CONTROLS, FULL) else None,
         )
     return table
 
 
 def render_group_tables(results: Results) -> list[Table]:
     """Accuracy by question group: one table a ratio between 0 and 1, the full cache and the control first."""
-    references = [row for row in (results.full, results.control) if row is not None]
+    references = [row for row in results.rows if row.policy == FULL or row.policy in CONTROLS]
     others = [row for row in results.rows if row not in references]
     ratios = list(dict.fromkeys(row.ratio for row in others if 0 < row.ratio < 1))
     return [_group_table(ratio, [*references, *(row for row in others if row.ratio == ratio)]) for ratio in ratios]
@@ -92,7 +92,8 @@ def _group_table(ratio: float, rows: Sequence[Row]) -> Table:
 
 
 def _name(row: Row) -> str:
-    return f"{row.policy}*" if row.policy == CONTROL else row.policy
+    short = {CONTROL: "control*", AUDIO_EVICTED: "no audio*", VIDEO_EVICTED: "no video*"}
+    return short.get(row.policy, row.policy)
 
 
 def _with_interval(value: float, bounds: tuple[float, float] | None) -> str:

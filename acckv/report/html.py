@@ -1,0 +1,263 @@
+"""`report.html`: one evaluation in one file that needs nothing else, `python -m acckv.report.html runs/eval`.
+
+Made from the files in an evaluation's folder alone (`results.json`, `predictions.jsonl`; `report.json`,
+`strips.safetensors` and `failures.json` where they are there), so it can be made again without a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from acckv.errors import InputError
+from acckv.metrics.answers import UNPARSED
+from acckv.metrics.intervals import Interval
+from acckv.report import figures, tracks
+from acckv.report.answers import Answers, Flip, read_answers
+from acckv.report.files import whole_file
+from acckv.report.results import (
+    CONTROLS,
+    FULL,
+    PREDICTIONS_FILE,
+    REFERENCE_NAMES,
+    RESULTS_FILE,
+    Results,
+    Row,
+    read_results,
+)
+from acckv.report.run_record import FAILURES_FILE, RUN_FILE, Budget, RunRecord, read_failures, read_run
+from acckv.report.strip import STRIPS_FILE, Strip, load_strips
+from acckv.report.table import control_warning
+
+REPORT_FILE = "report.html"
+MOST_FLIPS = 25
+"""Flipped answers that are listed of one cell and direction; the rest is counted."""
+_CALIBRATED = "acckv-calibrated"
+
+
+def write_html(folder: str | Path) -> Path:
+    """Write `report.html` into the folder of an evaluation; returns its path.
+
+    Raises:
+        InputError: results.json or predictions.jsonl is missing, or a file is not whole.
+    """
+    folder = Path(folder)
+    results = read_results(folder / RESULTS_FILE)
+    answers = read_answers(folder / PREDICTIONS_FILE)
+    run = read_run(folder / RUN_FILE) if (folder / RUN_FILE).exists() else None
+    strips = load_strips(folder / STRIPS_FILE) if (folder / STRIPS_FILE).exists() else []
+    text = render_html(results, answers, run, strips, read_failures(folder / FAILURES_FILE))
+    with whole_file(folder / REPORT_FILE) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return folder / REPORT_FILE
+
+
+def render_html(
+    results: Results, answers: Answers, run: RunRecord | None, strips: Sequence[Strip], failures: Sequence[Any] = ()
+) -> str:
+    """The report as HTML; everything that was read is escaped.
+
+    Args:
+        run: None leaves out the command, the versions and the budgets.
+        failures: broken clips.
+    """
+    environment = Environment(
+        loader=PackageLoader("acckv.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=True,
+    )
+    environment.filters |= {"percent": _percent, "bytes": lambda size: f"{size:,}"}
+    shown = shown_policy(results)
+    cells = [(row.policy, row.ratio) for row in results.rows]
+    intervals = {cell: found for cell in cells if (found := answers.share_of_full(cell, results.seed)) is not None}
+    return environment.get_template("report.html.jinja").render(
+        results=results,
+        shown=shown,
+        run=run,
+        failures=failures,
+        warning=control_warning(results),
+        names=REFERENCE_NAMES,
+        clips=len({answer.clip for answer in answers.full.values()}),
+        rows=[_line(row, intervals.get((row.policy, row.ratio))) for row in results.rows],
+        headline=_headline(results, shown, intervals),
+        pareto=_pareto(results, intervals),
+        controls=[row for row in results.rows if row.policy == FULL or row.policy in CONTROLS],
+        groups=_groups(results),
+        budgets=_budgets(run, shown),
+        flips=_flips(results, answers),
+        flipped=_flipped(results, answers, shown),
+        most=MOST_FLIPS,
+        strips=[_strip(strip) for strip in strips],
+    )
+
+
+def shown_policy(results: Results) -> str | None:
+    """The policy that a report is about: the calibrated one, else the most accurate that looks at the entries."""
+    names = figures.measured_policies(results)
+    if _CALIBRATED in names or not names:
+        return _CALIBRATED if names else None
+
+    def accuracy(name: str) -> float:
+        rows = [row.accuracy for row in results.rows if row.policy == name and 0 < row.ratio < 1]
+        return sum(rows) / len(rows) if rows else 0.0
+
+    return max([name for name in names if name != "random"] or names, key=accuracy)
+
+
+# ------------------------------------------------------------------ parts
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table with the interval of its share of the full cache."""
+
+    row: Row
+    name: str
+    interval: Interval | None
+
+
+def _line(row: Row, interval: Interval | None) -> Line:
+    return Line(row, REFERENCE_NAMES.get(row.policy, row.policy), interval)
+
+
+def _headline(
+    results: Results, shown: str | None, intervals: Mapping[tuple[str, float], Interval]
+) -> list[tuple[Line, Row | None]]:
+    """The shown policy's rows between 0 and 1, each with the best training-free row at its ratio."""
+    found: list[tuple[Line, Row | None]] = []
+    for row in results.rows:
+        if row.policy == shown and 0 < row.ratio < 1:
+            others = [r for r in results.rows if r.ratio == row.ratio and r.policy not in (shown, *REFERENCE_NAMES)]
+            best = max(others, key=lambda other: other.accuracy, default=None)
+            found.append((_line(row, intervals.get((row.policy, row.ratio))), best))
+    return found
+
+
+def _pareto(results: Results, intervals: Mapping[tuple[str, float], Interval]) -> list[figures.Picture]:
+    if not figures.measured_policies(results) or results.full is None or results.full.accuracy <= 0:
+        return []
+    pictures = []
+    for by_bytes, over in ((False, "the kept share of entries"), (True, "the bytes of keys and values")):
+        alt = (
+            f"Accuracy in % of the full cache's over {over}, a line a policy with 95 % intervals; controls are "
+            "horizontal lines. All numbers are in the table below."
+        )
+        pictures.append(figures.picture(partial(figures.pareto, results, intervals, by_bytes), alt))
+    return pictures
+
+
+def _groups(results: Results) -> list[tuple[str, list[Row], list[tuple[str, int, list[float | None]]]]]:
+    """Tables of accuracy by group: title, columns, and rows of name, questions and accuracies."""
+    references = [row for row in results.rows if row.policy in REFERENCE_NAMES]
+    others = [row for row in results.rows if row.policy not in REFERENCE_NAMES]
+    tables = []
+    for ratio in dict.fromkeys(row.ratio for row in others if 0 < row.ratio < 1):
+        columns = [*references, *(row for row in others if row.ratio == ratio)]
+        lines = []
+        for name in dict.fromkeys(name for row in columns for name in row.groups if name != UNPARSED):
+            scores = [row.groups.get(name) for row in columns]
+            count = max(score.n for score in scores if score is not None)
+            lines.append((name, count, [None if score is None else score.accuracy for score in scores]))
+        tables.append((f"ratio {ratio:g}", columns, lines))
+    return tables
+
+
+def _budgets(run: RunRecord | None, shown: str | None) -> list[dict[str, Any]]:
+    """Heat tables, the shown policy's first: of each layer the kept share of video and audio at every ratio."""
+    if run is None:
+        return []
+    by_policy: dict[str, list[Budget]] = {}
+    for budget in run.budgets:
+        by_policy.setdefault(budget.policy, []).append(budget)
+    tables = []
+    for policy in sorted(by_policy, key=lambda name: name != shown):
+        columns = by_policy[policy]
+        shares = [
+            [[kept / full if full else None for kept, full in zip(layer, run.full, strict=True)] for layer in b.kept]
+            for b in columns
+        ]
+        tops = [max((s for layer in column for s in layer if s is not None), default=0) or 1 for column in shares]
+        layers = [
+            [
+                [(s, 0 if s is None else round(100 * s / top)) for s in column[layer]]
+                for column, top in zip(shares, tops, strict=True)
+            ]
+            for layer in range(len(shares[0]))
+        ]
+        tables.append(
+            {"policy": policy, "ratios": [b.ratio for b in columns], "layers": layers, "open": policy == shown}
+        )
+    return tables
+
+
+def _flips(results: Results, answers: Answers) -> list[tuple[Row, int, int]]:
+    """Of every row but the full cache's: answers lost and won."""
+    found = []
+    for row in results.rows:
+        if row.policy != FULL:
+            flips = answers.flips((row.policy, row.ratio))
+            found.append((row, len(flips.lost), len(flips.won)))
+    return found
+
+
+def _flipped(results: Results, answers: Answers, shown: str | None) -> list[tuple[Row, str, int, list[Flip]]]:
+    """Tables of the shown policy's flipped answers: row, direction, how many there are, and the first of them."""
+    found = []
+    for row in results.rows:
+        if row.policy != shown or not 0 < row.ratio < 1:
+            continue
+        flips = answers.flips((row.policy, row.ratio))
+        for direction, members in (("lost", flips.lost), ("won", flips.won)):
+            if members:
+                found.append((row, direction, len(members), members[:MOST_FLIPS]))
+    return found
+
+
+def _strip(strip: Strip) -> dict[str, Any]:
+    """A strip with its tracks; the compressions of the ratio nearest to 0.1 are unfolded."""
+    nearest = min((kept.ratio for kept in strip.kept), key=lambda ratio: abs(ratio - 0.1), default=None)
+    drawn = [
+        {
+            "kept": kept,
+            "open": kept.ratio == nearest,
+            "left": tracks.frames_left(strip, kept),
+            "tracks": tracks.modality_tracks(strip, kept),
+            "times": tracks.over_time(strip, kept),
+        }
+        for kept in strip.kept
+    ]
+    marks = [(f"{100 * i / 4:g}", f"{strip.seconds * i / 4:.3g}") for i in range(5)]
+    return {"strip": strip, "frames": tracks.frames(strip), "wave": tracks.wave(strip), "marks": marks, "drawn": drawn}
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return "-" if share is None else f"{100 * share:.{digits}f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The door; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m acckv.report.html",
+        description="Write report.html from the files that evaluate.py left in a folder. No model is needed.",
+    )
+    parser.add_argument("folder", type=Path, help="output folder of evaluate.py, such as runs/eval")
+    options = parser.parse_args(arguments)
+    try:
+        print(f"Report: {write_html(options.folder)}")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
