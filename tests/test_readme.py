@@ -43,7 +43,7 @@ def test_python_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "audio_features": torch.randn(1, 10, 64),
     }
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for number, block in enumerate(blocks):
         exec(compile(block, f"README block {number}", "exec"), names)
         if "budget=64" in block:
