@@ -45,7 +45,12 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    for known in (".*does not have many workers.*", ".*treespec, LeafSpec.*deprecated.*"):
+    known_notes = (
+        ".*does not have many workers.*",
+        ".*treespec, LeafSpec.*deprecated.*",
+        ".*is_gradient_checkpointing.*",
+    )
+    for known in known_notes:
         warnings.filterwarnings("ignore", message=known)
 
 
