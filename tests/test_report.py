@@ -70,7 +70,7 @@ def test_results_have_exactly_the_fields_of_format_1(tmp_path: Path, results: Re
     assert (written["format"], written["model"], written["when"], written["seed"]) == (1, "tiny", "context", 7)
     assert set(written["rows"][0]) == {
         *("policy", "ratio", "n", "accuracy", "relative", "ci95"),
-        *("kept_entries", "full_entries", "kv_bytes", "groups"),
+        *("kept_entries", "full_entries", "kv_bytes", "groups", "standard_error", "metrics"),
     }
     assert written["rows"][1]["policy"] == "control"
     assert written["rows"][1]["ratio"] == 0
