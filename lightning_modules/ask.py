@@ -31,8 +31,11 @@ class AskOptions:
     The clip is compressed before the question is seen.
 
     Args:
-        video: a media file.
+        video: a video, a picture or a sound.
         question: what to ask about it.
+        audio: file with the sound, in place of the sound of the video.
+        start: seconds of the file at which the clip begins; none is its beginning.
+        end: seconds of the file at which the clip ends; none is its end.
         model: the AV-LLM: tiny (packaged), a folder or a hub id.
         compressor: export of a calibration, a folder or a hub id; none takes a training-free policy.
         policy: a training-free policy; None is acckv-calibrated with a compressor, keydiff without.
@@ -45,6 +48,9 @@ class AskOptions:
 
     video: str
     question: str
+    audio: str | None = None
+    start: float | None = None
+    end: float | None = None
     model: str = "tiny"
     compressor: str | None = None
     policy: str | None = None
@@ -99,7 +105,7 @@ def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked,
         InputError: the clip, the model or the compressor is not usable.
     """
     console = console or Console()
-    media = read_media(options.video)
+    media = read_media(options.video, audio=options.audio, start=options.start, end=options.end)
     compressor = _compressor(options)
     model, processor = load_model(options.model, dtype=options.dtype, device=_device(options.accelerator))
     inputs: dict[str, Any] = {

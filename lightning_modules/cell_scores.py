@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from acckv.data.records import Record
-from acckv.metrics import GroupedAccuracy, Interval, PairedComparison
+from acckv.metrics import GroupedAccuracy, Interval, PairedComparison, clustered_standard_error
 from acckv.metrics.answers import UNPARSED
 from acckv.metrics.judging import Judge, Judged
 from acckv.report.results import GroupScore, Row
@@ -32,6 +33,7 @@ class CellScores:
         self.judge = judge
         self._parsed: dict[str, list[float]] = {name: [] for name in judge.parsers}
         self._unparsed = 0
+        self._videos: list[Path] = []
         self._kept: Tensor | None = None
         self._full = torch.zeros(2, dtype=torch.float64)
         self._bytes = 0
@@ -57,6 +59,7 @@ class CellScores:
         for name, mode in self.judge.parsers.items():
             values = [one.official if mode == "official" else one.robust for one in judged]
             self._parsed[name] += [value for value in values if value is not None]
+        self._videos += [record.video for _, record in records]
         self._unparsed += sum(not one.parsed for one in judged)
         self._add_sizes(answers)
         return judged
@@ -93,8 +96,14 @@ class CellScores:
         paired.update(scores, other.accuracy.items()[0], clips)
         return paired.compute()["difference"].item(), paired.difference_interval()
 
-    def row(self, policy: str, ratio: float) -> Row:
-        """The row of `results.json`."""
+    def standard_error(self) -> float | None:
+        """Of the accuracy, clustered by video (several clips may be cut from one); None where there is only one."""
+        numbers = {video: number for number, video in enumerate(dict.fromkeys(self._videos))}
+        videos = torch.tensor([numbers[video] for video in self._videos])
+        return clustered_standard_error(self.accuracy.items()[0], videos) if len(numbers) > 1 else None
+
+    def row(self, policy: str, ratio: float, metrics: Mapping[str, float | None]) -> Row:
+        """The row of `results.json`; `metrics` are the scores of all answers together."""
         result = self.accuracy.compute()
         relative = self.against_full.compute()["relative"].item()
         groups = {}
@@ -118,6 +127,8 @@ class CellScores:
             full_entries=round(float(self.full_entries().sum()), 4),
             kv_bytes=round(self._bytes / self._rows),
             groups=groups,
+            standard_error=self.standard_error(),
+            metrics=dict(metrics),
         )
 
 

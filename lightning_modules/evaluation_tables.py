@@ -12,8 +12,10 @@ import torch
 from rich.console import Console
 
 from acckv.data.benchmarks import Mode
+from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.metrics.answers import UNPARSED
+from acckv.metrics.corpus import CIDER, corpus_scores
 from acckv.metrics.judging import Judge
 from acckv.report.files import whole_file
 from acckv.report.plots import plot_budgets, plot_pareto
@@ -26,7 +28,7 @@ from acckv.report.results import (
     write_predictions,
     write_results,
 )
-from acckv.report.table import control_warning, render_group_tables, render_table
+from acckv.report.table import control_warning, render_group_tables, render_metric_tables, render_table
 from lightning_modules.cell_scores import CellScores, prediction
 from lightning_modules.evaluation_journal import Batch, failed_clips
 from lightning_modules.evaluation_options import CALIBRATED
@@ -70,11 +72,15 @@ def evaluate_batches(setup: Setup, batches: Iterable[Batch], mode: Mode) -> Outc
     failed = failed_clips(batches)
     failures = [{"clip": str(setup.clips[clip][0].video), "error": error} for clip, error in failed.items()]
     predictions = []
+    asked: list[Record] = []
+    texts: dict[tuple[str, float], list[str]] = {cell: [] for cell in scores}
     for part in (part for batch in batches for part in batch.parts):
         records = [(clip, setup.clips[clip][place]) for clip, place in part.questions]
+        asked += [record for _, record in records]
         full_scores = None
         for (policy, ratio), cell, answers in zip(scores, scores.values(), part.cells, strict=True):
             judged = cell.add(records, answers, full_scores)
+            texts[policy, ratio] += answers.texts
             if full_scores is None:
                 full_scores = torch.tensor([one.score for one in judged])
             for (clip, record), text, one in zip(records, answers.texts, judged, strict=True):
@@ -87,7 +93,7 @@ def evaluate_batches(setup: Setup, batches: Iterable[Batch], mode: Mode) -> Outc
         setup.settings["benchmark"],
         setup.settings["when"],
         seed,
-        [cell.row(policy, ratio) for (policy, ratio), cell in scores.items()],
+        [cell.row(*name, corpus_scores(asked, texts[name], mode)) for name, cell in scores.items()],
         score=mode,
         clips=len({line["clip"] for line in predictions}),
         failed_clips=len(failed),
@@ -104,7 +110,9 @@ def print_tables(console: Console, outcome: Outcome) -> None:
         console.print(table)
     intervals = {cell: scores.relative_interval() for cell, scores in outcome.scores.items()}
     console.print(render_table(results, {cell: pair for cell, pair in intervals.items() if pair is not None}))
-    for line in [*_leads(outcome), *_parsing(outcome)]:
+    for table in render_metric_tables(results):
+        console.print(table)
+    for line in [*_leads(outcome), *_parsing(outcome), *_left_out(outcome)]:
         console.print(line, highlight=False)
     for line in _failures(outcome):
         console.print(line, style="bold red", highlight=False, soft_wrap=True)
@@ -161,6 +169,13 @@ def _parsing(outcome: Outcome) -> list[str]:
     most = max(shares, key=lambda name: shares[name])
     what = "answers without a known word" if outcome.judge.benchmark is None else "answers that could not be parsed"
     return [f"{what} (counted as wrong): most {shares[most]:.1%}, {most}"]
+
+
+def _left_out(outcome: Outcome) -> list[str]:
+    """That CIDEr is missing beside the other scores of captions."""
+    row = outcome.results.rows[0]
+    missing = "BLEU-4" in row.metrics and CIDER not in row.metrics
+    return [f"{CIDER} is left out: it needs pip install 'acckv[captions]'"] if missing else []
 
 
 def _failures(outcome: Outcome) -> list[str]:

@@ -65,12 +65,15 @@ def test_results_have_exactly_the_fields_of_format_1(tmp_path: Path, results: Re
     written = json.loads((tmp_path / "results.json").read_text())
     added = ["score", "clips", "failed_clips", "failed_questions"]  # files from before they came are read too
     assert list(written) == ["format", "model", "benchmark", "when", "seed", "rows", *added]
-    (tmp_path / "older.json").write_text(json.dumps({name: written[name] for name in written if name not in added}))
+    older = {name: json.loads(json.dumps(written[name])) for name in written if name not in added}
+    for row in older["rows"]:
+        del row["standard_error"], row["metrics"]
+    (tmp_path / "older.json").write_text(json.dumps(older))
     assert read_results(tmp_path / "older.json") == results
     assert (written["format"], written["model"], written["when"], written["seed"]) == (1, "tiny", "context", 7)
     assert set(written["rows"][0]) == {
         *("policy", "ratio", "n", "accuracy", "relative", "ci95"),
-        *("kept_entries", "full_entries", "kv_bytes", "groups"),
+        *("kept_entries", "full_entries", "kv_bytes", "groups", "standard_error", "metrics"),
     }
     assert written["rows"][1]["policy"] == "control"
     assert written["rows"][1]["ratio"] == 0
@@ -111,6 +114,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, res
         (lambda v: v["rows"][0].update(accuracy=True), "rows[0].accuracy: True"),
         (lambda v: v["rows"][0].update(ci95=[0.1]), "rows[0].ci95"),
         (lambda v: v["rows"][0]["groups"].update(Audio={"n": 3}), "rows[0].groups.Audio.accuracy: missing"),
+        (lambda v: v["rows"][0]["metrics"].update(CIDEr="x"), "rows[0].metrics.CIDEr: 'x' is not a number"),
+        (lambda v: v["rows"][0].update(standard_error=-1), "rows[0].standard_error: -1"),
         (lambda v: v["rows"].append("row"), "rows[6]: expected an object"),
     ],
 )

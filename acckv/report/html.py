@@ -34,7 +34,7 @@ from acckv.report.results import (
 )
 from acckv.report.run_record import FAILURES_FILE, RUN_FILE, Budget, RunRecord, read_failures, read_run
 from acckv.report.strip import STRIPS_FILE, Strip, load_strips
-from acckv.report.table import control_warning
+from acckv.report.table import control_warning, metric_names
 
 REPORT_FILE = "report.html"
 MOST_FLIPS = 25
@@ -92,6 +92,7 @@ def render_html(
         pareto=_pareto(results, intervals),
         controls=[row for row in results.rows if row.policy == FULL or row.policy in CONTROLS],
         groups=_groups(results),
+        metrics=_metrics(results),
         budgets=_budgets(run, shown),
         flips=_flips(results, answers),
         flipped=_flipped(results, answers, shown),
@@ -157,17 +158,24 @@ def _pareto(results: Results, intervals: Mapping[tuple[str, float], Interval]) -
 
 def _groups(results: Results) -> list[tuple[str, list[Row], list[tuple[str, int, list[float | None]]]]]:
     """Tables of accuracy by group: title, columns, and rows of name, questions and accuracies."""
-    references = [row for row in results.rows if row.policy in REFERENCE_NAMES]
-    others = [row for row in results.rows if row.policy not in REFERENCE_NAMES]
     tables = []
-    for ratio in dict.fromkeys(row.ratio for row in others if 0 < row.ratio < 1):
-        columns = [*references, *(row for row in others if row.ratio == ratio)]
+    for ratio, columns in results.by_ratio():
         lines = []
         for name in dict.fromkeys(name for row in columns for name in row.groups if name != UNPARSED):
             scores = [row.groups.get(name) for row in columns]
             count = max(score.n for score in scores if score is not None)
             lines.append((name, count, [None if score is None else score.accuracy for score in scores]))
         tables.append((f"ratio {ratio:g}", columns, lines))
+    return tables
+
+
+def _metrics(results: Results) -> list[tuple[str, list[Row], list[tuple[str, list[float | None]]]]]:
+    """Tables of scores of all answers together: title, columns, and rows of name and values."""
+    tables = []
+    for ratio, columns in results.by_ratio() or [(1.0, results.references)]:
+        lines = [(name, [row.metrics.get(name) for row in columns]) for name in metric_names(columns)]
+        if lines:
+            tables.append((f"ratio {ratio:g}", columns, lines))
     return tables
 
 

@@ -53,6 +53,8 @@ class Row:
         full_entries: audio and video entries before compression; mean over clips.
         kv_bytes: bytes of keys and values held for a clip, text entries included, over all layers; mean over clips.
         groups: score of each question group.
+        standard_error: of `accuracy`, clustered by video; None where there is only one video.
+        metrics: scores of all answers together, such as BLEU-4; None where a score is not defined.
     """
 
     policy: str
@@ -65,6 +67,8 @@ class Row:
     full_entries: float
     kv_bytes: int
     groups: dict[str, GroupScore] = field(default_factory=dict)
+    standard_error: float | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,17 @@ class Results:
     def row(self, policy: str, ratio: float) -> Row | None:
         """The row of a policy at a ratio, None if it was not measured."""
         return next((row for row in self.rows if row.policy == policy and row.ratio == ratio), None)
+
+    @property
+    def references(self) -> list[Row]:
+        """The rows that are no compression: the full cache and the controls."""
+        return [row for row in self.rows if row.policy in REFERENCE_NAMES]
+
+    def by_ratio(self) -> list[tuple[float, list[Row]]]:
+        """For each ratio between 0 and 1 the references and all policies at it, as columns of a table."""
+        others = [row for row in self.rows if row.policy not in REFERENCE_NAMES]
+        ratios = dict.fromkeys(row.ratio for row in others if 0 < row.ratio < 1)
+        return [(ratio, [*self.references, *(row for row in others if row.ratio == ratio)]) for ratio in ratios]
 
     @property
     def full(self) -> Row | None:
@@ -174,6 +189,7 @@ def parse_row(values: Any, source: str | Path, index: int) -> Row:
     for name, score in named.values.items():
         group = _Fields(score, row.source, f"{named.prefix}{name}.")
         groups[name] = GroupScore(int(group.number("n", 0)), group.optional("accuracy", 0, 1))
+    metrics = _Fields(row.values.get("metrics", {}), row.source, f"{row.prefix}metrics.")  # older files have none
     return Row(
         policy=row.text("policy"),
         ratio=row.number("ratio", 0, 1),
@@ -185,6 +201,8 @@ def parse_row(values: Any, source: str | Path, index: int) -> Row:
         full_entries=row.number("full_entries", 0),
         kv_bytes=int(row.number("kv_bytes", 0)),
         groups=groups,
+        standard_error=row.optional("standard_error", 0, math.inf) if "standard_error" in row.values else None,
+        metrics={name: metrics.optional(name, 0, math.inf) for name in metrics.values},
     )
 
 

@@ -70,24 +70,46 @@ def render_table(results: Results, paired: Paired | None = None) -> Table:
 
 
 def render_group_tables(results: Results) -> list[Table]:
-    """Accuracy by question group: one table a ratio between 0 and 1, the full cache and the control first."""
-    references = [row for row in results.rows if row.policy == FULL or row.policy in CONTROLS]
-    others = [row for row in results.rows if row not in references]
-    ratios = list(dict.fromkeys(row.ratio for row in others if 0 < row.ratio < 1))
-    return [_group_table(ratio, [*references, *(row for row in others if row.ratio == ratio)]) for ratio in ratios]
+    """Accuracy by question group: one table a ratio between 0 and 1, the full cache and the controls first."""
+    return [_group_table(ratio, rows) for ratio, rows in results.by_ratio()]
 
 
 def _group_table(ratio: float, rows: Sequence[Row]) -> Table:
-    table = Table(title=f"accuracy in % by question group, ratio {ratio:g}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("group", no_wrap=True)
-    table.add_column("n", justify="right")
-    for row in rows:
-        table.add_column(_name(row).replace("_", "_\n").replace("-", "-\n"), justify="right", no_wrap=True)
+    table = _empty_table(f"accuracy in % by question group, ratio {ratio:g}", ("group", "n"), rows)
     for name in dict.fromkeys(name for row in rows for name in row.groups if name != UNPARSED):
         scores = [row.groups.get(name) for row in rows]
         count = max(score.n for score in scores if score is not None)
         cells = ["-" if s is None or s.accuracy is None else f"{100 * s.accuracy:.1f}" for s in scores]
         table.add_row(name, str(count), *cells)
+    return table
+
+
+def render_metric_tables(results: Results) -> list[Table]:
+    """Scores of all answers together, a table as those of the groups; without policies, of full cache and controls."""
+    tables = []
+    for ratio, rows in results.by_ratio() or [(1.0, results.references)]:
+        names = metric_names(rows)
+        if names:
+            table = _empty_table(f"scores of all answers together, ratio {ratio:g}", ("score",), rows)
+            for name in names:
+                values = [row.metrics.get(name) for row in rows]
+                table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in values))
+            tables.append(table)
+    return tables
+
+
+def metric_names(rows: Sequence[Row]) -> list[str]:
+    """The scores that rows have, in their order."""
+    return list(dict.fromkeys(name for row in rows for name in row.metrics))
+
+
+def _empty_table(title: str, first: Sequence[str], rows: Sequence[Row]) -> Table:
+    """The first columns, then one a row of the results."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in first:
+        table.add_column(name, justify="left" if name == first[0] else "right", no_wrap=True)
+    for row in rows:
+        table.add_column(_name(row).replace("_", "_\n").replace("-", "-\n"), justify="right", no_wrap=True)
     return table
 
 
