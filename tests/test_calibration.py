@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv import InputError, KVCompressor
 from acckv.data.batching import Turn, pack_turns
@@ -47,7 +48,12 @@ def fit(cache: Path, folder: Path, steps: int = 4, stop: int | None = None, resu
     torch.manual_seed(0)
     module = CalibrationModule(**options)
     data = AVDataModule(
-        when=options.get("when", "context"), train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache)
+        when=options.get("when", "context"),
+        train_clips=6,
+        validation_clips=2,
+        batch_size=2,
+        turns=2,
+        cache_dir=str(cache),
     )
     checkpoint = ModelCheckpoint(dirpath=folder, filename="step-{step}", every_n_train_steps=2, save_top_k=-1)
     callbacks: list[Callback] = [checkpoint, ExportCompressor(str(folder / "export"), new_tokens=4)]
@@ -90,6 +96,38 @@ def test_resume_is_exact(cache: Path, tmp_path: Path) -> None:
     first = KVCompressor.from_pretrained(tmp_path / "whole" / "export").weights.state_dict()
     second = KVCompressor.from_pretrained(tmp_path / "cut" / "export").weights.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Fail(Callback):
+    """Raises after a step."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        raise RuntimeError("the disk is full")
+
+
+def test_a_run_that_fails_leaves_nothing_behind(cache: Path, tmp_path: Path) -> None:
+    """The session is closed; a checkpoint of the moment holds LoRA all the same."""
+    shadowed = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    module = CalibrationModule()
+    trainer = Trainer(
+        max_steps=4,
+        callbacks=[OnExceptionCheckpoint(tmp_path), Fail()],
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    )
+    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, turns=1, cache_dir=str(cache))
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        trainer.fit(module, data)
+    assert dict(ALL_ATTENTION_FUNCTIONS._local_mapping) == shadowed
+    assert module.live.attached is None and not any(".lora_" in name for name, _ in module.named_modules())
+    with pytest.raises(InputError, match="session: is closed"):
+        module.live.prefill(input_ids=torch.tensor([[1]]))
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["state_dict"]
+    assert any(".lora_" in name for name in saved)
 
 
 @pytest.mark.parametrize(

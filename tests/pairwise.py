@@ -1,0 +1,22 @@
+"""Parameters of tests in which one axis need not meet every combination of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import Any
+
+
+def by_turns(turns: Sequence[Any], *axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Every combination of the axes, each with one of `turns`; neighbours on any axis get another.
+
+    So each of two turns meets each value of each axis, where there are two axes of two values or more:
+
+    >>> by_turns(["sdpa", "eager"], ["greedy", "beams"], [0.5, 0.1])
+    [('sdpa', 'greedy', 0.5), ('eager', 'greedy', 0.1), ('eager', 'beams', 0.5), ('sdpa', 'beams', 0.1)]
+    """
+    places = product(*(enumerate(axis) for axis in axes))
+    return [
+        (turns[sum(place for place, _ in combination) % len(turns)], *(value for _, value in combination))
+        for combination in places
+    ]
