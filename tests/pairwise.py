@@ -8,7 +8,7 @@ from typing import Any
 
 
 def by_turns(turns: Sequence[Any], *axes: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """Every combination of the axes, each with one of `turns`; neighbours on any axis get another.
+    """Every combination of the axes, each after one of `turns` (values or tuples); neighbours on any axis get another.
 
     So each of two turns meets each value of each axis, where there are two axes of two values or more. Rows with the
     same turn stand together, since it is often what a fixture is made from:
@@ -18,6 +18,7 @@ def by_turns(turns: Sequence[Any], *axes: Iterable[Any]) -> list[tuple[Any, ...]
     """
     rows: list[list[tuple[Any, ...]]] = [[] for _ in turns]
     for combination in product(*(enumerate(axis) for axis in axes)):
-        turn = sum(place for place, _ in combination) % len(turns)
-        rows[turn].append((turns[turn], *(value for _, value in combination)))
+        place = sum(place for place, _ in combination) % len(turns)
+        turn = turns[place] if isinstance(turns[place], tuple) else (turns[place],)
+        rows[place].append((*turn, *(value for _, value in combination)))
     return [row for part in rows for row in part]

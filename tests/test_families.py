@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, get_args
 
 import pytest
@@ -123,7 +124,9 @@ def test_a_prompt_itself_sees_everything(built: Built) -> None:
 
 
 @pytest.mark.parametrize(
-    ("built", "policy", "when"), by_turns(ATTENTION, ["keydiff", "snapkv", "acckv"], WHEN), indirect=["built"]
+    ("built", "when", "family", "policy"),
+    by_turns(list(product(ATTENTION, WHEN)), FAMILIES, ["keydiff", "snapkv", "acckv"]),
+    indirect=["built", "family"],
 )
 def test_left_padded_batch_equals_single_rows(built: Built, policy: str, when: Any) -> None:
     """Clips, beginnings and questions of different length; every row has its own budget."""
