@@ -189,7 +189,7 @@ def test_accuracies_are_those_of_the_predictions(evaluated, question_file) -> No
 
 def test_batching_changes_no_answer(evaluated, question_file, export, tmp_path) -> None:
     # The first two clips were answered together, the third alone.
-    options = _options(question_file, export, tmp_path, batch_size=1, limit=2, policies="snapkv", ratios="0.2")
+    options = _options(question_file, export, tmp_path, batch_size=1, limit=2, policies="snapkv", ratios=0.2, strips=0)
     run_evaluation(options, console=Console(file=io.StringIO()))
     alone, together = _by_cell(tmp_path), _by_cell(evaluated[0])
     for cell, lines in alone.items():

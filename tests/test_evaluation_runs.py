@@ -56,6 +56,7 @@ def options(benchmark: Path, output: Path, **changes: object) -> EvaluationOptio
         "ratios": [0.2],
         "output": str(output),
         "batch_size": 2,
+        "strips": 0,
         "accelerator": "cpu",
         "data": EvaluationData(benchmark="custom", root=str(benchmark)),
     }
