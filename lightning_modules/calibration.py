@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from torch import Tensor
 
 from acckv import lora
@@ -22,6 +22,7 @@ from acckv.session import Prefill, Session
 from acckv.simulation import enable_checkpointing
 from acckv.weights import WEIGHT_GROUPS, CalibratedWeights
 from lightning_modules.datamodule import CalibrationBatch
+from lightning_modules.interrupted import TeardownOnException
 from lightning_modules.losses import Divergence, Match, divergence, mismatch, outputs_of
 from lightning_modules.sharding import shard_frozen
 from lightning_modules.step_mean import StepMean
@@ -185,6 +186,9 @@ class CalibrationModule(LightningModule):
             enable_checkpointing(self.live.adapter.decoder)
         if self.device_mesh is not None:
             shard_frozen(self, self.live.adapter.decoder, self.device_mesh["data_parallel"])
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [TeardownOnException()]
 
     def teardown(self, stage: str) -> None:
         if self.session is not None:

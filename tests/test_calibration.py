@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv import InputError, KVCompressor
 from acckv.data.batching import Turn, pack_turns
@@ -47,7 +48,12 @@ def fit(cache: Path, folder: Path, steps: int = 4, stop: int | None = None, resu
     torch.manual_seed(0)
     module = CalibrationModule(**options)
     data = AVDataModule(
-        when=options.get("when", "context"), train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache)
+        when=options.get("when", "context"),
+        train_clips=6,
+        validation_clips=2,
+        batch_size=2,
+        turns=2,
+        cache_dir=str(cache),
     )
     checkpoint = ModelCheckpoint(dirpath=folder, filename="step-{step}", every_n_train_steps=2, save_top_k=-1)
     callbacks: list[Callback] = [checkpoint, ExportCompressor(str(folder / "export"), new_tokens=4)]
@@ -76,6 +82,13 @@ def trained(module: CalibrationModule) -> dict[str, torch.Tensor]:
     return values | (lora.tensors if lora is not None else {})
 
 
+def moved_weights(module: CalibrationModule) -> set[str]:
+    """Names of the weights that are not where they start."""
+    weights = module.compressor.weights
+    start = CalibratedWeights(*weights.shape).state_dict()
+    return {name for name, value in weights.state_dict().items() if not torch.equal(value, start[name])}
+
+
 def test_resume_is_exact(cache: Path, tmp_path: Path) -> None:
     whole = fit(cache, tmp_path / "whole")
     fit(cache, tmp_path / "cut", stop=2)
@@ -92,37 +105,60 @@ def test_resume_is_exact(cache: Path, tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+class Fail(Callback):
+    """Raises after a step."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        raise RuntimeError("the disk is full")
+
+
+def test_a_run_that_fails_leaves_nothing_behind(cache: Path, tmp_path: Path) -> None:
+    """The session is closed; a checkpoint of the moment holds LoRA all the same."""
+    shadowed = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    module = CalibrationModule()
+    trainer = Trainer(
+        max_steps=4,
+        callbacks=[OnExceptionCheckpoint(tmp_path), Fail()],
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    )
+    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, turns=1, cache_dir=str(cache))
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        trainer.fit(module, data)
+    assert dict(ALL_ATTENTION_FUNCTIONS._local_mapping) == shadowed
+    assert module.live.attached is None and not any(".lora_" in name for name, _ in module.named_modules())
+    with pytest.raises(InputError, match="session: is closed"):
+        module.live.prefill(input_ids=torch.tensor([[1]]))
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["state_dict"]
+    assert any(".lora_" in name for name in saved)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"lora_scope": "all"},
-        {"lora_rank": 0},
-        {"preset": "paper"},
+        {"lora_rank": 0, "preset": "paper"},
         {"when": "prompt", "preset": "paper"},
         {"overrides": {"integration": True}, "divergence": "reverse", "match": "hidden"},
         {"lora_targets": ("q_proj", "v_proj"), "match": "attention", "full_share": 0.0},
     ],
-    ids=["scope-all", "weights-only", "paper", "prompt", "hidden", "attention"],
+    ids=["scope-all", "weights-only", "prompt", "hidden", "attention"],
 )
 def test_variants_train_and_export(cache: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     """ExportCompressor compares live and reloaded answers, and raises where they differ."""
-    before = CalibrationModule(**options)
-    before.configure_model()
     module = fit(cache, tmp_path, steps=2, **options)
-    start = before.compressor.state_dict()
-    moved = [name for name, value in module.compressor.state_dict().items() if not torch.equal(value, start[name])]
-    before.teardown("fit")
-    assert "weights.layer_budget" in moved and "weights.saliency" in moved
+    moved = moved_weights(module)
+    assert "layer_budget" in moved and "saliency" in moved
     assert (tmp_path / "export" / "adapter").exists() == (options.get("lora_rank") != 0)
 
 
 def test_only_the_groups_that_learn_move(cache: Path, tmp_path: Path) -> None:
     module = fit(cache, tmp_path, steps=2, learn=("budgets", "redundancy"), lora_rank=0)
-    start = CalibratedWeights(*module.compressor.weights.shape).state_dict()
-    moved = {
-        name for name, value in module.compressor.weights.state_dict().items() if not torch.equal(value, start[name])
-    }
-    assert moved == {"layer_budget", "modality_budget", "redundancy"}
+    assert moved_weights(module) == {"layer_budget", "modality_budget", "redundancy"}
     with pytest.raises(InputError, match=r"model\.learn: 'head' is not one of budgets, "):
         CalibrationModule(learn=("head",))
     with pytest.raises(InputError, match=r"model\.learn: is empty"):

@@ -188,7 +188,8 @@ def test_accuracies_are_those_of_the_predictions(evaluated, question_file) -> No
 
 
 def test_batching_changes_no_answer(evaluated, question_file, export, tmp_path) -> None:
-    options = _options(question_file, export, tmp_path, batch_size=1, policies="snapkv", ratios="0.2")
+    # The first two clips were answered together, the third alone.
+    options = _options(question_file, export, tmp_path, batch_size=1, limit=2, policies="snapkv", ratios=0.2, strips=0)
     run_evaluation(options, console=Console(file=io.StringIO()))
     alone, together = _by_cell(tmp_path), _by_cell(evaluated[0])
     for cell, lines in alone.items():
@@ -257,13 +258,18 @@ def test_model_is_untouched_afterwards(question_file, export, tmp_path, tiny) ->
     assert set(vars(find_adapter(model).decoder)) == keys
 
 
+@pytest.fixture(scope="module")
+def after_the_prompt(question_file, export, tmp_path_factory) -> Path:
+    output, policies = tmp_path_factory.mktemp("prompt"), "snapkv,keydiff,acckv"
+    options = _options(question_file, export, output, when="prompt", limit=2, policies=policies, ratios="0.1")
+    assert run_evaluation(options, console=Console(file=io.StringIO())).when == "prompt"
+    return output
+
+
 @pytest.mark.parametrize("policy", ["snapkv", "keydiff", "acckv"])
-def test_when_prompt_answers_as_generate_inside_the_context(policy, question_file, export, tmp_path, tiny) -> None:
+def test_when_prompt_answers_as_generate_inside_the_context(policy, after_the_prompt, question_file, tiny) -> None:
     model, processor = tiny
-    options = _options(question_file, export, tmp_path, when="prompt", limit=2, policies=policy, ratios="0.1")
-    results = run_evaluation(options, console=Console(file=io.StringIO()))
-    assert results.when == "prompt"
-    lines = _by_cell(tmp_path)[policy, 0.1]
+    lines = _by_cell(after_the_prompt)[policy, 0.1]
     records = [r for r in load_music_avqa(question_file, question_file.parent / "videos") if r.id in lines]
     assert len(records) == 12
     for record in records[::3]:

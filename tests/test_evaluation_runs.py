@@ -22,6 +22,7 @@ from acckv.data.benchmarks import judge, load_benchmark
 from acckv.data.clips import video_folder, write_clips
 from acckv.data.encoding import encode
 from acckv.data.media import read_media
+from acckv.data.music_avqa import load_music_avqa
 from acckv.errors import InputError
 from acckv.metrics.judging import ALL_OFFICIAL, ALL_ROBUST
 from acckv.report.results import Results, read_results
@@ -36,11 +37,15 @@ FILES = ("results.json", "predictions.jsonl", "failures.json")
 
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Generated clips in the layout of MUSIC-AVQA: one-word questions alone."""
+    """Generated clips in the format for data of one's own: one-word questions alone."""
     root = tmp_path_factory.mktemp("benchmark")
     file = write_clips(root / "clips", "test", CLIPS, questions_per_clip=QUESTIONS, workers=1, progress=False)
-    rows = [row for row in json.loads(file.read_text()) if "Description" not in row["type"]]
-    (root / "avqa-test.json").write_text(json.dumps(rows))
+    rows = [
+        {"video": f"videos/{r.video.name}", "question": r.question, "answer": r.answer, "groups": r.groups}
+        for r in load_music_avqa(file, video_folder(file))
+        if r.protocol == "word"
+    ]
+    (root / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     video_folder(file).rename(root / "videos")
     return root
 
@@ -51,8 +56,9 @@ def options(benchmark: Path, output: Path, **changes: object) -> EvaluationOptio
         "ratios": [0.2],
         "output": str(output),
         "batch_size": 2,
+        "strips": 0,
         "accelerator": "cpu",
-        "data": EvaluationData(benchmark="music_avqa", root=str(benchmark)),
+        "data": EvaluationData(benchmark="custom", root=str(benchmark)),
     }
     return EvaluationOptions(**{**given, **changes})  # type: ignore[arg-type]
 
@@ -60,7 +66,7 @@ def options(benchmark: Path, output: Path, **changes: object) -> EvaluationOptio
 def arguments(benchmark: Path, output: Path) -> list[str]:
     """The command line of `options`."""
     script = [sys.executable, str(ROOT / "evaluate.py"), "--policies", "random,keydiff", "--ratios", "0.2"]
-    data = ["--data.benchmark", "music_avqa", "--data.root", str(benchmark)]
+    data = ["--data.benchmark", "custom", "--data.root", str(benchmark)]
     return [*script, *data, "--output", str(output), "--batch_size", "2", "--accelerator", "cpu"]
 
 
@@ -101,15 +107,15 @@ def cut(whole: Path, tmp_path: Path) -> Path:
 
 
 def test_a_benchmark_is_scored_by_both_parsers(benchmark: Path, whole: Path) -> None:
-    records = {record.id: record for record in load_benchmark("music_avqa", benchmark)}
+    records = {record.id: record for record in load_benchmark("custom", benchmark)}
     results = read_results(whole / "results.json")
-    assert results.benchmark == "MUSIC-AVQA/test"
+    assert results.benchmark == "custom/test"
     assert (results.score, results.clips, results.failed_clips) == ("official", CLIPS, 0)
     for row in results.rows:
         own = [line for line in lines(whole) if (line["policy"], line["ratio"]) == (row.policy, row.ratio)]
         assert {line["id"] for line in own} == set(records) and row.n == len(own) == CLIPS * QUESTIONS
         for name, mode in ((ALL_OFFICIAL, "official"), (ALL_ROBUST, "robust")):
-            verdicts = [judge("music_avqa", records[line["id"]], line["prediction"], mode) for line in own]  # type: ignore[arg-type]
+            verdicts = [judge("custom", records[line["id"]], line["prediction"], mode) for line in own]  # type: ignore[arg-type]
             assert [line[mode] for line in own] == [verdict.score for verdict in verdicts]
             assert row.groups[name].accuracy == pytest.approx(sum(v.score for v in verdicts) / len(verdicts))
         assert row.accuracy == pytest.approx(row.groups[ALL_OFFICIAL].accuracy)
@@ -139,7 +145,7 @@ def test_finished_answers_are_scored_anew_by_the_other_parser(benchmark: Path, w
         ({"benchmark": "music_avqa"}, "data.root: is missing"),
         ({"benchmark": "nothing", "root": "."}, "benchmark: 'nothing' is not one of"),
         ({"root": "."}, "data.root: is of use only together with data.benchmark"),
-        ({"benchmark": "music_avqa", "root": ".", "question_file": "x.json"}, "not both"),
+        ({"benchmark": "music_avqa", "root": ".", "question_file": "x.json"}, "question_file: cannot be combined"),
         ({"split": "tset"}, "data.split: 'tset' is not one of train, validation, test"),
     ],
 )
@@ -315,7 +321,7 @@ def test_no_readable_clip_is_an_error(benchmark: Path, tmp_path: Path) -> None:
 
 
 def test_ask_gives_what_generate_gives(benchmark: Path) -> None:
-    record = load_benchmark("music_avqa", benchmark)[0]
+    record = load_benchmark("custom", benchmark)[0]
     console = Console(file=io.StringIO(), width=120)
     asked = AskOptions(str(record.video), record.question, policy="snapkv", ratio=0.1, max_new_tokens=6)
     full, compressed = run_ask(asked, console)

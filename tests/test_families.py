@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, get_args
 
 import pytest
@@ -14,6 +15,7 @@ from acckv.adapters import find_adapter
 from acckv.cache import compressed_layers
 from acckv.config import PolicyName
 from tests.families import FAMILIES, Family, Tokenizer
+from tests.pairwise import by_turns
 from tests.reference import Ledger, masked
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
@@ -26,6 +28,7 @@ MODES: dict[str, dict[str, Any]] = {
 #: Its end occurs in it before, so that prompt lookup guesses from the first step on.
 ECHO = (20, 21, 22, 23, 20, 21)
 POLICIES = [name for name in get_args(PolicyName) if name != "full"]
+ATTENTION, WHEN = ["sdpa", "eager"], ["context", "prompt"]
 
 Built = tuple[Family, Any]
 
@@ -35,7 +38,7 @@ def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
+@pytest.fixture(scope="module", params=ATTENTION)
 def built(request: pytest.FixtureRequest, family: Family) -> Built:
     return family, family.build(request.param)
 
@@ -71,8 +74,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("when", ["context", "prompt"])
+@pytest.mark.parametrize(("built", "mode", "when"), by_turns(ATTENTION, MODES, WHEN), indirect=["built"])
 def test_generation_equals_masked_full_attention(
     built: Built, mode: str, when: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +94,7 @@ def test_generation_equals_masked_full_attention(
     assert whole.shape == tokens.shape and not torch.allclose(logits, full, atol=1e-3)
 
 
-@pytest.mark.parametrize("when", ["context", "prompt"])
+@pytest.mark.parametrize("when", WHEN)
 def test_ratio_one_is_the_plain_model_and_nothing_stays(sdpa: Built, when: Any) -> None:
     family, model = sdpa
     inputs = family.clip(model)
@@ -121,8 +123,11 @@ def test_a_prompt_itself_sees_everything(built: Built) -> None:
     assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("when", ["context", "prompt"])
-@pytest.mark.parametrize("policy", ["keydiff", "snapkv", "acckv"])
+@pytest.mark.parametrize(
+    ("built", "when", "family", "policy"),
+    by_turns(list(product(ATTENTION, WHEN)), FAMILIES, ["keydiff", "snapkv", "acckv"]),
+    indirect=["built", "family"],
+)
 def test_left_padded_batch_equals_single_rows(built: Built, policy: str, when: Any) -> None:
     """Clips, beginnings and questions of different length; every row has its own budget."""
     family, model = built
@@ -167,8 +172,7 @@ def test_budget_is_exact_over_the_layers_that_it_counts(sdpa: Built, policy: str
     assert [layer.physical - int(layer.kept.sum()) for layer in layers] == [text] * family.layers
 
 
-@pytest.mark.parametrize("when", ["context", "prompt"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("when", "family", "policy"), by_turns(WHEN, FAMILIES, POLICIES), indirect=["family"])
 def test_evicting_while_prefilling_keeps_what_a_shared_prefill_keeps(sdpa: Built, policy: str, when: Any) -> None:
     """Every policy on every family: layer by layer, from embeddings kept apart, and all layers together."""
     family, model = sdpa

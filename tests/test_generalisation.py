@@ -24,7 +24,7 @@ def test_compares_with_the_best_training_free_policy(tmp_path: Path) -> None:
     main(
         [
             *("--compressor", str(tmp_path / "export"), "--output", str(output), "--variants", "silent,blank"),
-            *("--policies", "random,keydiff", "--ratios", "0.1", "--clips", "2", "--accelerator", "cpu"),
+            *("--policies", "random,keydiff", "--ratios", "0.1", "--clips", "1", "--accelerator", "cpu"),
             *("--cache-dir", str(tmp_path / "clips")),
         ]
     )

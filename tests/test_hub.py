@@ -7,39 +7,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-from acckv import CompressionConfig, KVCompressor
+import pytest
+from huggingface_hub import constants
+
+from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.adapters import find_adapter, load_model
 from acckv.tiny import TINY_MODEL
 from acckv.weights import CalibratedWeights
 from tests import checkpoints
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-SCRIPT = """
-import torch
-from acckv import InputError, KVCompressor
-from acckv.adapters import load_model
-
-def total(tensors):
-    return sum(float(tensor.detach().double().abs().sum()) for tensor in tensors)
-
-for name in ("org/tiny-av-llm", "org/decoder"):
-    model, processor = load_model(name)
-    print(type(model).__name__, type(processor).__name__, total(model.parameters()))
-compressor = KVCompressor.from_pretrained("org/compressor").with_ratio(0.1)
-print(compressor.name, total(compressor.weights.parameters()))
-with compressor(load_model("org/tiny-av-llm")[0]):
-    print("fits")
-for load in (load_model, KVCompressor.from_pretrained):
-    try:
-        load("org/absent")
-    except InputError as error:
-        print(error)
-"""
 
 
 def put(cache: Path, name: str, source: Path) -> None:
@@ -61,7 +40,7 @@ def total(tensors: object) -> float:
     return sum(float(tensor.detach().double().abs().sum()) for tensor in tensors)
 
 
-def test_hub_ids_are_resolved(tmp_path: Path) -> None:
+def test_hub_ids_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "hub"
     model, _ = load_model("tiny")
     sizes = find_adapter(model).dimensions
@@ -72,16 +51,22 @@ def test_hub_ids_are_resolved(tmp_path: Path) -> None:
     put(cache, "org/tiny-av-llm", TINY_MODEL)
     put(cache, "org/decoder", decoder)
     put(cache, "org/compressor", tmp_path / "export")
-    environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0] == f"{type(model).__name__} Qwen2_5OmniProcessor {total(model.parameters())}"
-    assert lines[1] == f"Qwen2ForCausalLM TextProcessor {total(load_model(decoder)[0].parameters())}"
-    assert lines[2] == f"acckv-calibrated {total(weights.parameters())}"
-    assert lines[3] == "fits"
-    assert lines[4].startswith("org/absent: cannot be loaded: ")
-    assert lines[5] == "org/absent: is neither a folder nor a hub repository that can be reached"
+    # What HF_HUB_CACHE and HF_HUB_OFFLINE set when the hub's library is imported.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    found, processor = load_model("org/tiny-av-llm")
+    assert type(found) is type(model) and type(processor).__name__ == "Qwen2_5OmniProcessor"
+    assert total(found.parameters()) == total(model.parameters())
+    plain, text = load_model("org/decoder")
+    assert (type(plain).__name__, type(text).__name__) == ("Qwen2ForCausalLM", "TextProcessor")
+    assert total(plain.parameters()) == total(load_model(decoder)[0].parameters())
+    loaded = KVCompressor.from_pretrained("org/compressor").with_ratio(0.1)
+    assert loaded.name == "acckv-calibrated" and loaded.weights is not None
+    assert total(loaded.weights.parameters()) == total(weights.parameters())
+    with loaded(found):
+        pass
+    with pytest.raises(InputError, match=r"^org/absent: cannot be loaded: "):
+        load_model("org/absent")
+    with pytest.raises(InputError, match=r"^org/absent: is neither a folder nor a hub repository that can be reached$"):
+        KVCompressor.from_pretrained("org/absent")

@@ -26,11 +26,13 @@ from acckv.rotary import Rotation, rotate, unrotate
 from acckv.scoring import Observation
 from lightning_modules.evaluation_run import EvaluationOptions
 from tests import tiny_omni
+from tests.pairwise import by_turns
 from tests.test_equivalence import QUESTION, masked_full_attention
 
 SEEDS = st.integers(0, 10_000)
 LAYERS, ENTRIES, PADDING, KV_HEADS, HEADS, SIZE = 4, 24, 5, 2, 4, 6
 COMPRESSING = [name for name in get_args(PolicyName) if name != "full"]
+ATTENTION = ["sdpa", "eager"]
 FREQUENCIES = [0.9, 0.2, 0.03]
 
 
@@ -516,9 +518,11 @@ def test_a_padded_row_is_planned_as_the_row_alone(policy: str, seed: int, ratio:
         assert torch.allclose(one, other, atol=1e-5), "padding was merged into what is kept"
 
 
-@pytest.mark.parametrize("ratio", [0.6, 0.2])
-@pytest.mark.parametrize("when", ["context", "prompt"])
-@pytest.mark.parametrize("policy", [name for name in COMPRESSING if name != "acckv"])
+@pytest.mark.parametrize(
+    ("model", "policy", "when", "ratio"),
+    by_turns(ATTENTION, [name for name in COMPRESSING if name != "acckv"], ["context", "prompt"], [0.6, 0.2]),
+    indirect=["model"],
+)
 def test_eviction_is_simulation_is_masking(model: Any, policy: str, when: Any, ratio: float) -> None:
     """The evicted cache, the gated full cache and masked full attention without a cache give the same logits."""
     inputs = tiny_omni.context() if when == "context" else tiny_omni.prompt()
@@ -564,7 +568,7 @@ def tiny(implementation: str) -> Any:
     return tiny_omni.build(3, implementation)
 
 
-@pytest.fixture(params=["sdpa", "eager"])
+@pytest.fixture(params=ATTENTION)
 def model(request: pytest.FixtureRequest) -> Any:
     return tiny(request.param)
 

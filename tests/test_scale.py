@@ -154,7 +154,7 @@ def curve(folder: Path, column: str) -> list[float]:
         return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
 
 
-SHORT = ("--trainer.max_steps=3", "--trainer.limit_val_batches=0")
+SHORT = ("--trainer.max_steps=2", "--trainer.limit_val_batches=0")
 FSDP = (
     *(
         "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
@@ -194,7 +194,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     assert two.wait(timeout=500) == 0, (tmp_path / "log").read_text()
     for column in ("kl", "train/ratio"):
         one, both = (curve(tmp_path / name, column) for name in ("one", "two"))
-        assert len(one) == 3 and both == pytest.approx(one, abs=1e-4)
+        assert len(one) == 2 and both == pytest.approx(one, abs=1e-4)
     exports = [load_file(tmp_path / name / "export" / "model.safetensors") for name in ("one", "two")]
     for export in exports:
         # It moves all scores alike, which changes nothing: its gradient is rounding, of which Adam makes whole steps.

@@ -13,12 +13,14 @@ from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.cache import compressed_layers
 from acckv.config import PolicyName
 from tests import tiny_omni
+from tests.pairwise import by_turns
 
 POLICIES = [name for name in get_args(PolicyName) if name != "full"]
+ATTENTION, WHEN = ["sdpa", "eager"], ["context", "prompt"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
+@pytest.fixture(scope="module", params=ATTENTION)
 def model(request: pytest.FixtureRequest) -> Any:
     return tiny_omni.build(attention=request.param)
 
@@ -38,8 +40,9 @@ def fingerprint(model: Any) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("when", ["context", "prompt"])
-@pytest.mark.parametrize("policy", ["full", *POLICIES])
+@pytest.mark.parametrize(
+    ("model", "policy", "when"), by_turns(ATTENTION, ["full", *POLICIES], WHEN), indirect=["model"]
+)
 def test_ratio_one_is_the_plain_model(model: Any, policy: str, when: Any) -> None:
     plain = model.generate(**tiny_omni.prompt(), **GREEDY)
     before = fingerprint(model)
@@ -50,9 +53,7 @@ def test_ratio_one_is_the_plain_model(model: Any, policy: str, when: Any) -> Non
     assert torch.equal(plain, model.generate(**tiny_omni.prompt(), **GREEDY))
 
 
-@pytest.mark.parametrize("when", ["context", "prompt"])
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("ratio", [0.5, 0.13, 0.0])
+@pytest.mark.parametrize(("when", "policy", "ratio"), by_turns(WHEN, POLICIES, [0.5, 0.13, 0.0]))
 def test_budget_is_exact_and_nothing_stays(sdpa: Any, policy: str, when: Any, ratio: float) -> None:
     before = fingerprint(sdpa)
     with KVCompressor(CompressionConfig(policy=policy, when=when, ratio=ratio))(sdpa, tiny_omni.Tokenizer()) as session:
@@ -81,7 +82,7 @@ def test_an_error_inside_leaves_nothing(sdpa: Any) -> None:
     assert fingerprint(sdpa) == before
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("model", "policy"), by_turns(ATTENTION, POLICIES), indirect=["model"])
 def test_generate_equals_compress_then_answer(model: Any, policy: str) -> None:
     question = torch.tensor([[20, 21, 22]])
     with KVCompressor(CompressionConfig(policy=policy, ratio=0.3))(model, tiny_omni.Tokenizer()) as session:
@@ -119,8 +120,11 @@ def left_padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-@pytest.mark.parametrize("when", ["context", "prompt"])
-@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "random"])
+@pytest.mark.parametrize(
+    ("model", "policy", "when"),
+    by_turns(ATTENTION, [name for name in POLICIES if name != "random"], WHEN),
+    indirect=["model"],
+)
 def test_left_padded_batch_equals_single_rows(model: Any, policy: str, when: Any) -> None:
     """Clips whose media start and end at different places, questions of different length."""
     rows = [
