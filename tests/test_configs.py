@@ -131,7 +131,8 @@ def test_a_step_of_a_family(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         *("train.py", "fit", "--config", ROOT / "configs" / name, "--model.base_model", base),
         *data,
         *("--trainer.accelerator", "cpu", "--trainer.max_steps", 1, "--trainer.accumulate_grad_batches", 2),
-        *("--trainer.default_root_dir", tmp_path / "run", "--evaluation.clips", 2),
+        *("--trainer.default_root_dir", tmp_path / "run", "--evaluation.clips", 1),
+        *("--evaluation.policies", "[keydiff,acckv-calibrated]", "--evaluation.ratios", "[0.2]"),
     )
     assert code == 0
     exported = KVCompressor.from_pretrained(tmp_path / "run" / "export")
@@ -141,6 +142,6 @@ def test_a_step_of_a_family(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch,
         *("evaluate.py", "--model", base, "--compressor", tmp_path / "run" / "export", "--dtype", "bfloat16"),
         *("--policies", "keydiff,acckv-calibrated", "--ratios", "0.2", "--accelerator", "cpu", *asked),
-        *("--output", tmp_path / "eval"),
+        *("--description_tokens", 4, "--output", tmp_path / "eval"),
     )
     assert code == 0 and (tmp_path / "eval" / "results.json").is_file()
