@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,12 +16,14 @@ from acckv.data.benchmarks import find_benchmark, load_benchmark
 from acckv.data.clips import VARIANTS, default_root, video_folder, write_clips
 from acckv.data.encoded import EncodedClip, load_encoded, read_clip
 from acckv.data.media import Media
+from acckv.data.media_cache import MediaCache
 from acckv.data.music_avqa import load_music_avqa
 from acckv.data.records import Record
 from acckv.errors import InputError
 from lightning_modules.evaluation_journal import Journal
 from lightning_modules.evaluation_setup import Setup
 
+ClipReader = Callable[[Record], Media | EncodedClip]
 GeneratedSplit = Literal["train", "validation", "test"]
 
 
@@ -43,6 +46,7 @@ class EvaluationData:
         clips: number of generated clips.
         cache_dir: where generated clips are kept; none is the user's cache folder.
         seed: of the generated clips.
+        media_cache: folder that decoded clips are kept in between evaluations; none decodes them anew each time.
     """
 
     benchmark: str | None = None
@@ -56,6 +60,7 @@ class EvaluationData:
     clips: int = 64
     cache_dir: str | None = None
     seed: int = 0
+    media_cache: str | None = None
 
     @property
     def title(self) -> str:
@@ -90,6 +95,12 @@ class EvaluationData:
         split = self.split or "test"
         file = write_clips(folder, split, self.clips, seed=self.seed, **VARIANTS[self.variant])  # type: ignore[arg-type]
         return load_music_avqa(file, video_folder(file))
+
+    def reader(self) -> ClipReader:
+        """Reads what a question is about."""
+        if self.media_cache is None:
+            return read_clip
+        return partial(read_clip, read_media=MediaCache(self.media_cache).read_record_media)
 
     def _check(self) -> None:
         """Every option is of use, and at most one source is given."""
@@ -173,11 +184,12 @@ class EvaluationClips(LightningDataModule):
 
     Args:
         journal: of the evaluation; shard: this machine's.
+        read: reads a clip.
     """
 
-    def __init__(self, journal: Journal, shard: Shard) -> None:
+    def __init__(self, journal: Journal, shard: Shard, read: ClipReader = read_clip) -> None:
         super().__init__()
-        self.journal, self.shard = journal, shard
+        self.journal, self.shard, self.read = journal, shard, read
 
     def test_dataloader(self) -> DataLoader[ClipBatch]:
         """Batches, each read when it is due."""
@@ -188,7 +200,7 @@ class EvaluationClips(LightningDataModule):
         setup, finished = self.journal.setup, self.journal.finished()
         mine = self.shard.share(setup.batches, trainer.global_rank, trainer.world_size)
         left = [number for number in mine if number not in finished]
-        return DataLoader(_Batches(setup), batch_size=None, sampler=left)
+        return DataLoader(_Batches(setup, self.read), batch_size=None, sampler=left)
 
     def transfer_batch_to_device(self, batch: ClipBatch, device: torch.device, dataloader_idx: int) -> ClipBatch:
         """Clips stay where they are; what the processor makes of them is moved."""
@@ -196,18 +208,17 @@ class EvaluationClips(LightningDataModule):
 
 
 class _Batches(Dataset[ClipBatch]):
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
+    def __init__(self, setup: Setup, read: ClipReader) -> None:
+        self.setup, self.read = setup, read
 
     def __getitem__(self, number: int) -> ClipBatch:
         members = self.setup.members(number)
         files = self.setup.files(number)  # before they are read: a change in between shows
         records = [self.setup.clips[clip] for clip in members]
-        return ClipBatch(number, members.start, [_read(questions[0]) for questions in records], records, files)
+        return ClipBatch(number, members.start, [self._read(questions[0]) for questions in records], records, files)
 
-
-def _read(record: Record) -> Media | EncodedClip | InputError:
-    try:
-        return read_clip(record)
-    except InputError as error:
-        return error
+    def _read(self, record: Record) -> Media | EncodedClip | InputError:
+        try:
+            return self.read(record)
+        except InputError as error:
+            return error

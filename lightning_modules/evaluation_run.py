@@ -94,7 +94,7 @@ def run_evaluation(
             on_batch=finish,
         )
         try:
-            _answer(trainer, module, EvaluationClips(journal, shard))
+            _answer(trainer, module, EvaluationClips(journal, shard, options.data.reader()))
         except InputError:
             journal.remove_if_empty()
             raise

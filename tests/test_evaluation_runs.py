@@ -172,6 +172,22 @@ def test_the_journal_is_what_results_are_made_of(benchmark: Path, whole: Path, c
     assert len(changed) == 1 and lines(cut)[0]["prediction"].startswith("MARK ")
 
 
+def test_decoded_clips_are_kept_between_evaluations(
+    benchmark: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = EvaluationData(benchmark="custom", root=str(benchmark), media_cache=str(tmp_path / "media"))
+    given = {"data": data, "policies": "full", "limit": 2}
+    run(options(benchmark, tmp_path / "first", **given))
+    assert len(list((tmp_path / "media").iterdir())) == 2
+
+    def decode(*_: object, **__: object) -> None:
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr("acckv.data.media_cache.read_record_media", decode)
+    run(options(benchmark, tmp_path / "second", **given))
+    assert_same(tmp_path / "first", tmp_path / "second")
+
+
 def test_a_changed_clip_has_its_batch_answered_again(benchmark: Path, whole: Path, tmp_path: Path) -> None:
     for name in ("run.json", "journal.jsonl"):
         shutil.copy(whole / name, tmp_path)
@@ -283,7 +299,7 @@ def test_a_broken_clip_is_counted_and_listed_and_asked_once_it_is_mended(
     with pytest.raises(InputError, match=str(broken)):
         run(options(root, output, strict=True))
     results, text = run(options(root, output))
-    assert [row.n for row in results.rows] == [(CLIPS - 1) * QUESTIONS] * 4
+    assert {row.n for row in results.rows} == {(CLIPS - 1) * QUESTIONS}
     assert (results.clips, results.failed_clips, results.failed_questions) == (CLIPS - 1, 1, QUESTIONS)
     assert f"1 of {CLIPS} clips could not be read; their {QUESTIONS} questions are in no accuracy" in text
     failure = json.loads((output / "failures.json").read_text())

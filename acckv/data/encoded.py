@@ -13,7 +13,7 @@ start of the answer, with the decoder's own turn markers; it is tokenised as it 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,13 +57,16 @@ class EncodedClip:
         return "audio-video" if video and audio else "audio" if audio else "video"
 
 
-def read_clip(record: Record) -> Media | EncodedClip:
+def read_clip(record: Record, read_media: Callable[[Record], Media] = read_record_media) -> Media | EncodedClip:
     """What a question is about: a file of embeddings, or its media.
+
+    Args:
+        read_media: reads media, such as :meth:`acckv.data.media_cache.MediaCache.read_record_media`.
 
     Raises:
         InputError: it cannot be read, or is malformed.
     """
-    return read_encoded_clip(record.video) if record.video.suffix == SUFFIX else read_record_media(record)
+    return read_encoded_clip(record.video) if record.video.suffix == SUFFIX else read_media(record)
 
 
 def write_encoded_clip(folder: str | Path, clip: str, inputs_embeds: Tensor, modality_ids: Tensor) -> Path:
