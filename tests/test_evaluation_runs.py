@@ -241,6 +241,7 @@ def test_a_shard_is_a_part_of_a_whole(text: str) -> None:
         EvaluationOptions(shard=text)
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(benchmark: Path, whole: Path, tmp_path: Path) -> None:
     """Three batches over two processes; neither fills up its share."""
     command = [*arguments(benchmark, tmp_path), "--devices", "2"]
