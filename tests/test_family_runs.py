@@ -133,7 +133,7 @@ def test_clips_of_the_wrong_kind(tmp_path: Path) -> None:
         run("tiny", clips)
     with pytest.raises(InputError, match=r"clip 2\.safetensors: inputs_embeds: has a width of 32, the decoder's is 64"):
         run(decoder, wide)
-    with pytest.raises(InputError, match=r"cannot be combined"):
+    with pytest.raises(InputError, match=r"data\.variant: is of use only with generated clips"):
         EvaluationData(encoded=str(clips), variant="noisy").records()
     with pytest.raises(InputError, match=r"model\.when: is 'prompt'"):
         AVDataModule(source="encoded", encoded=str(clips), when="prompt")
