@@ -11,7 +11,7 @@ from torch import Tensor
 from acckv import CompressionConfig, KVCompressor
 from tests.families import FAMILIES
 
-QUICK = ["gemma4", "videollama2"]
+QUICK = ["videollama2"]
 
 
 @pytest.mark.parametrize(

@@ -193,8 +193,9 @@ def test_batching_changes_no_answer(evaluated, question_file, export, tmp_path) 
     run_evaluation(options, console=Console(file=io.StringIO()))
     alone, together = _by_cell(tmp_path), _by_cell(evaluated[0])
     for cell, lines in alone.items():
+        assert len(lines) == 2 * 7 - 2
         assert {k: line["prediction"] for k, line in lines.items()} == {
-            k: line["prediction"] for k, line in together[cell].items()
+            k: together[cell][k]["prediction"] for k in lines
         }
 
 
