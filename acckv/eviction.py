@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -126,17 +127,21 @@ class Eviction:
                 return
         self.watch.forget_probe(self.cache, layer)
 
+    @cached_property
+    def heads(self) -> list[KVCompressor]:
+        """What each KV head is compressed with where heads hold different entries; the same in all layers."""
+        return [self.compressor.head(index) for index in range(max(labels.shape[1] for labels in self.planning))]
+
     def _plan(self, slot: int, seen: Observation) -> LayerPlan:
         """What becomes of a layer whose budget is settled."""
         labels, budget = self.planning[slot], self.budgets[:, slot]
         if labels.shape[1] == 1:
             return self._plan_with(self.compressor, slot, seen, labels[:, 0], budget)
         # Heads hold different entries: each is planned as if the layer had no other.
-        heads = [self.compressor.head(index) for index in range(labels.shape[1])]
         return join_heads(
             [
-                self._plan_with(alone, slot, one_head(seen, index), labels[:, index], budget)
-                for index, alone in enumerate(heads)
+                self._plan_with(self.heads[index], slot, one_head(seen, index), labels[:, index], budget)
+                for index in range(labels.shape[1])
             ]
         )
 

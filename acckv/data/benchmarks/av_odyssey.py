@@ -35,6 +35,8 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
 
     Media that are inside the parquet files are written to the user's cache folder, unless they are there already.
     """
+    # Data sets of the same name in two places do not share a folder.
+    unpacked = default_root().parent / UNPACKED / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
     records = []
     for row in read_parquet(sorted(root.glob("av_odyssey*.parquet")), root):
         groups = (
@@ -43,13 +45,13 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
             f"data type/{row.string('data_type')}",
         )
         if in_groups(groups, subset):
-            records.append(_record(root, row, groups))
+            records.append(_record(root, unpacked, row, groups))
     return records
 
 
-def _record(root: Path, row: Row, groups: tuple[str, ...]) -> Record:
+def _record(root: Path, unpacked: Path, row: Row, groups: tuple[str, ...]) -> Record:
     options = bare_options(row, "options")
-    media = _media(root, row)
+    media = _media(root, unpacked, row)
     names = re.findall(r"\[(?:img|video|audio)\d+\]", " ".join([row.string("question"), *options]))
     for name in names:
         if name not in media:
@@ -73,7 +75,7 @@ def _record(root: Path, row: Row, groups: tuple[str, ...]) -> Record:
     )
 
 
-def _media(root: Path, row: Row) -> dict[str, Path]:
+def _media(root: Path, unpacked: Path, row: Row) -> dict[str, Path]:
     """Name, such as "[img1]", -> file."""
     media = {}
     for name, column in COLUMNS.items():
@@ -82,11 +84,11 @@ def _media(root: Path, row: Row) -> dict[str, Path]:
         for number, field in enumerate(fields, start=1):
             value = listed[number - 1] if listed else row.values.get(field)
             if value:
-                media[f"[{name}{number}]"] = _file(root, row, field, value)
+                media[f"[{name}{number}]"] = _file(root, unpacked, row, field, value)
     return media
 
 
-def _file(root: Path, row: Row, field: str, value: Any) -> Path:
+def _file(root: Path, unpacked: Path, row: Row, field: str, value: Any) -> Path:
     """The file of a path, of bytes, or of both as `datasets` writes them: `{"bytes": .., "path": ..}`."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -96,8 +98,7 @@ def _file(root: Path, row: Row, field: str, value: Any) -> Path:
         raise row.error(field, f"expected bytes or a path, got {type(value).__name__}")
     name = re.sub(r"[^\w-]", "_", f"{row.string('question_id')}_{field}")
     ending = next((ending for start, ending in SIGNATURES.items() if value.startswith(start)), ".mp4")
-    folder = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
-    file = default_root().parent / UNPACKED / folder / (name + ending)
+    file = unpacked / (name + ending)
     try:
         if not file.is_file() or file.stat().st_size != len(value):
             file.parent.mkdir(parents=True, exist_ok=True)

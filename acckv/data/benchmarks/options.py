@@ -15,7 +15,7 @@ def bare_options(row: Row, field: str) -> tuple[str, ...]:
     """Options without their letters, from texts such as "A. left"; texts that have none are taken as they are.
 
     Raises:
-        InputError: no list of at least two and at most eight texts.
+        InputError: no list of at least two texts and at most as many as there are LETTERS.
     """
     options = row.strings(field)
     if not 2 <= len(options) <= len(LETTERS):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from acckv.data.benchmarks.base import Mode, Verdict
-from acckv.data.benchmarks.letters import exact_letter, robust_letter
+from acckv.data.benchmarks.letters import exact_letter
+from acckv.data.benchmarks.options import judge_letters
 from acckv.data.music_avqa import official_match, robust_answer, robust_match
 from acckv.data.records import Record
 from acckv.metrics.captions import caption_tokens, rouge_l
@@ -38,10 +39,8 @@ def judge_description(record: Record, answer: str, mode: Mode) -> Verdict:
     return Verdict(word_accuracy(answer, record.answer), bool(answer.split()))
 
 
-def judge_choice(record: Record, answer: str, mode: Mode) -> Verdict:
-    """Official: a letter or an option's text and nothing else. Robust: the option that a sentence means."""
-    letter = (exact_letter if mode == "official" else robust_letter)(answer, record.options or ())
-    return Verdict(float(letter == record.answer), letter is not None)
+judge_choice = judge_letters(lambda answer, record: exact_letter(answer, record.options or ()))
+"""Official: a letter or an option's text and nothing else. Robust: the option that a sentence means."""
 
 
 def judge_yes_no(record: Record, answer: str, mode: Mode) -> Verdict:
