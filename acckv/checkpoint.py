@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +14,7 @@ from acckv.compressor import KVCompressor
 from acckv.config import CompressionConfig, LoraScope
 from acckv.errors import InputError
 from acckv.lora import LoraWeights
+from acckv.report.files import whole_folder
 from acckv.weights import CalibratedWeights
 
 FORMAT = 2
@@ -36,21 +34,8 @@ def save(compressor: KVCompressor, folder: Path, results: list[dict[str, Any]] |
     """
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())):
         raise InputError("exists and is no export; choose another folder", source=folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as staging:
         _write(compressor, staging, results)
-        staging.chmod(0o755)
-        if folder.exists():
-            old = staging.with_name(staging.name + "-old")
-            os.replace(folder, old)
-            os.replace(staging, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(staging, folder)
-    finally:
-        if staging.exists():
-            shutil.rmtree(staging)
 
 
 def _write(compressor: KVCompressor, folder: Path, results: list[dict[str, Any]] | None) -> None:

@@ -33,7 +33,7 @@ class EvaluationData:
 
     Args:
         benchmark: name of a benchmark, asked and scored as its authors do; none takes the generated clips.
-        root: folder of the benchmark, as its authors distribute it.
+        root: folder of the benchmark, as its authors distribute it, or its hub id: org/name or org/name@revision.
         subset: a part of the benchmark, such as a subtask; none is all of it.
         question_file: questions in the MUSIC-AVQA format, instead of a benchmark.
         video_root: folder of the question file's `<video_id>.mp4`; none is the folder of the file.

@@ -16,6 +16,7 @@ from acckv.data.benchmarks.avsd import AVSD
 from acckv.data.benchmarks.base import Benchmark, Mode, Verdict
 from acckv.data.benchmarks.custom import CUSTOM
 from acckv.data.benchmarks.daily_omni import DAILY_OMNI
+from acckv.data.benchmarks.hub import local_folder
 from acckv.data.benchmarks.music_avqa import MUSIC_AVQA
 from acckv.data.benchmarks.mvbench import MVBENCH
 from acckv.data.benchmarks.omnibench import OMNIBENCH
@@ -61,23 +62,21 @@ def load_benchmark(name: str, root: str | Path, split: str | None = None, subset
 
     Args:
         name: of the benchmark.
-        root: its folder, in the layout its authors distribute.
+        root: its folder, in the layout its authors distribute, or its hub id, `org/name` or `org/name@revision`.
         split: e.g. "test"; None is the benchmark's default.
         subset: a part of it, such as a subtask; None is all.
 
     Raises:
         InputError: an unknown name, split or subset, a missing file, or a malformed record, with file and field.
     """
-    benchmark, root = find_benchmark(name), Path(root)
-    if not root.is_dir():
-        raise InputError("no such folder", source=root)
+    benchmark = find_benchmark(name)
     if split is not None and split not in benchmark.splits:
         known = ", ".join(benchmark.splits) or "nothing: it has no splits"
         raise InputError(f"{benchmark.title} has no split {split!r}; there is {known}", field="split")
     if subset is not None and benchmark.subsets and subset not in benchmark.subsets:
         known = ", ".join(benchmark.subsets)
         raise InputError(f"{benchmark.title} has no subset {subset!r}; there is {known}", field="subset")
-    default = benchmark.splits[0] if benchmark.splits else None
+    default, root = (benchmark.splits[0] if benchmark.splits else None), local_folder(root)
     records = benchmark.load(root, split or default, subset)
     if not records:
         raise InputError(f"no question of {benchmark.title} with split {split!r} and subset {subset!r}", source=root)

@@ -7,27 +7,20 @@ video_path and audio_path. Question and options name them as `[img1]`, `[video1]
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from acckv.data.benchmarks.base import Benchmark, Mode, Verdict
 from acckv.data.benchmarks.letters import av_odyssey_letter, robust_letter
 from acckv.data.benchmarks.options import bare_options, in_groups, letter_of, lettered
-from acckv.data.clips import default_root
+from acckv.data.benchmarks.packed_media import PackedMedia
 from acckv.data.fields import Row
 from acckv.data.parquet import read_parquet
 from acckv.data.records import Record
-from acckv.errors import InputError
-from acckv.report.files import whole_file
 
 COLUMNS = {"img": "image", "video": "video", "audio": "audio"}
 """Name in a question -> start of the columns."""
-UNPACKED = "av_odyssey"
-"""Folder of the user's cache that media inside the parquet files are written to, once."""
-SIGNATURES = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"RIFF": ".wav", b"ID3": ".mp3", b"\xff\xfb": ".mp3"}
 
 
 def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
@@ -35,8 +28,7 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
 
     Media that are inside the parquet files are written to the user's cache folder, unless they are there already.
     """
-    # Data sets of the same name in two places do not share a folder.
-    unpacked = default_root().parent / UNPACKED / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    packed = PackedMedia("av_odyssey", root)
     records = []
     for row in read_parquet(sorted(root.glob("av_odyssey*.parquet")), root):
         groups = (
@@ -45,13 +37,13 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
             f"data type/{row.string('data_type')}",
         )
         if in_groups(groups, subset):
-            records.append(_record(root, unpacked, row, groups))
+            records.append(_record(packed, row, groups))
     return records
 
 
-def _record(root: Path, unpacked: Path, row: Row, groups: tuple[str, ...]) -> Record:
+def _record(packed: PackedMedia, row: Row, groups: tuple[str, ...]) -> Record:
     options = bare_options(row, "options")
-    media = _media(root, unpacked, row)
+    media = _media(packed, row)
     names = re.findall(r"\[(?:img|video|audio)\d+\]", " ".join([row.string("question"), *options]))
     for name in names:
         if name not in media:
@@ -75,7 +67,7 @@ def _record(root: Path, unpacked: Path, row: Row, groups: tuple[str, ...]) -> Re
     )
 
 
-def _media(root: Path, unpacked: Path, row: Row) -> dict[str, Path]:
+def _media(packed: PackedMedia, row: Row) -> dict[str, Path]:
     """Name, such as "[img1]", -> file."""
     media = {}
     for name, column in COLUMNS.items():
@@ -84,29 +76,8 @@ def _media(root: Path, unpacked: Path, row: Row) -> dict[str, Path]:
         for number, field in enumerate(fields, start=1):
             value = listed[number - 1] if listed else row.values.get(field)
             if value:
-                media[f"[{name}{number}]"] = _file(root, unpacked, row, field, value)
+                media[f"[{name}{number}]"] = packed.file(row, field, value, row.string("question_id"))
     return media
-
-
-def _file(root: Path, unpacked: Path, row: Row, field: str, value: Any) -> Path:
-    """The file of a path, of bytes, or of both as `datasets` writes them: `{"bytes": .., "path": ..}`."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
-        return root / value
-    if not isinstance(value, bytes):
-        raise row.error(field, f"expected bytes or a path, got {type(value).__name__}")
-    name = re.sub(r"[^\w-]", "_", f"{row.string('question_id')}_{field}")
-    ending = next((ending for start, ending in SIGNATURES.items() if value.startswith(start)), ".mp4")
-    file = unpacked / (name + ending)
-    try:
-        if not file.is_file() or file.stat().st_size != len(value):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(file) as partial:
-                partial.write_bytes(value)
-    except OSError as error:
-        raise InputError(f"the media inside the parquet files cannot be written here ({error})", source=file) from error
-    return file
 
 
 def prompt(record: Record) -> str:

@@ -1,4 +1,7 @@
-"""OmniBench in its authors' layout: `dataset/batch-5_1142_20240817.jsonl`, `mm_data/image/` and `mm_data/audio/`.
+"""OmniBench in its authors' layouts.
+
+Of their repository: `dataset/batch-5_1142_20240817.jsonl`, `mm_data/image/` and `mm_data/audio/`. Of the hub:
+`data/*.parquet` with the same columns and the media in `image` and `audio`.
 
 Each line is a record like
 
@@ -16,7 +19,9 @@ from pathlib import Path
 from acckv.data.benchmarks.base import Benchmark
 from acckv.data.benchmarks.letters import LETTERS, omnibench_letter
 from acckv.data.benchmarks.options import bare_options, in_subset, judge_letters, lettered
+from acckv.data.benchmarks.packed_media import PackedMedia
 from acckv.data.fields import Row, read_rows
+from acckv.data.parquet import read_parquet
 from acckv.data.records import Record
 
 QUESTIONS = "dataset/batch-5_1142_20240817.jsonl"
@@ -24,18 +29,33 @@ QUESTIONS = "dataset/batch-5_1142_20240817.jsonl"
 
 def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     """The questions; `subset` is a task type or audio type."""
-    return in_subset((_record(root, row) for row in read_rows(root / QUESTIONS)), subset)
+    parts = sorted((root / "data").glob("*.parquet"))
+    if parts and not (root / QUESTIONS).is_file():
+        packed = PackedMedia("omnibench", root)
+        return in_subset((_packed_record(packed, row) for row in read_parquet(parts, root / "data")), subset)
+    return in_subset((_listed_record(root, row) for row in read_rows(root / QUESTIONS)), subset)
 
 
-def _record(root: Path, row: Row) -> Record:
+def _listed_record(root: Path, row: Row) -> Record:
+    image, audio = row.string("image_path"), row.string("audio_path")
+    return _record(row, root / "mm_data/image" / image, root / "mm_data/audio" / audio)
+
+
+def _packed_record(packed: PackedMedia, row: Row) -> Record:
+    name = str(row.integer("index"))
+    image, audio = (packed.file(row, field, row.values.get(field), name) for field in ("image", "audio"))
+    return _record(row, image, audio)
+
+
+def _record(row: Row, image: Path, audio: Path) -> Record:
     options = bare_options(row, "options")
     answer, texts = row.string("answer").split(), [text.split() for text in row.strings("options")]
     if answer not in texts:
         raise row.error("answer", f"{row.string('answer')!r} is not one of the options")
     return Record(
         id=str(row.integer("index")),
-        video=root / "mm_data/image" / row.string("image_path"),
-        audio=root / "mm_data/audio" / row.string("audio_path"),
+        video=image,
+        audio=audio,
         question=row.string("question"),
         options=options,
         # The original looks for a letter in the answer's text, which fails for short texts and finds A in "A man ..".

@@ -1,5 +1,7 @@
 """WorldSense in its authors' layout: `worldsense_qa.json` and `videos/<video>.mp4`, which have their sound.
 
+The authors' archives hold bare videos, which may lie beside the questions too.
+
 The file maps videos to what is asked of them:
 
     {"aBcDeFgH": {"duration": "1-2min", "domain": "Music", "sub_category": "Covers", "audio_class": ["Music"],
@@ -12,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from acckv.data.benchmarks.base import Benchmark
+from acckv.data.benchmarks.layout import video_folder
 from acckv.data.benchmarks.letters import WORLDSENSE_PREFIXES, first_capital
 from acckv.data.benchmarks.options import bare_options, in_subset, judge_letters, letter_of, lettered
 from acckv.data.fields import Row, read_json
@@ -35,6 +38,7 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     videos = read_json(file)
     if not isinstance(videos, dict):
         raise InputError(f"expected an object with a field for each video, got {type(videos).__name__}", source=file)
+    folder = video_folder(root, "videos")
     records: list[Record] = []
     for name, values in videos.items():
         if not isinstance(values, dict):
@@ -43,16 +47,16 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
         for task in (field for field in values if "task" in field):
             if not isinstance(values[task], dict):
                 raise video.error(task, f"expected an object, got {values[task]!r}")
-            records.append(_record(root, name, video, task))
+            records.append(_record(folder, name, video, task))
     return in_subset(records, subset)
 
 
-def _record(root: Path, name: str, video: Row, task: str) -> Record:
+def _record(folder: Path, name: str, video: Row, task: str) -> Record:
     row = Row(video.file, f"{video.place}, {task}", video.values[task])
     options = bare_options(row, "candidates")
     return Record(
         id=f"{name}/{task}",
-        video=root / "videos" / f"{name}.mp4",
+        video=folder / f"{name}.mp4",
         audio=None,
         question=row.string("question"),
         options=options,

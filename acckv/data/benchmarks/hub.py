@@ -1,0 +1,72 @@
+"""A benchmark by its hub id: what was downloaded, with its archives unpacked, as the folder that a loader reads.
+
+    load_benchmark("worldsense", "honglyhly/WorldSense")
+    load_benchmark("video_mme", "lmms-lab/Video-MME@<commit>")
+
+Downloads stay in the hub's own cache. Where a data set keeps its videos in archives, these are unpacked once into the
+user's cache folder, beside links to all other files; so the videos are on the disk twice.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+from rich.progress import track
+
+from acckv.data.clips import default_root
+from acckv.errors import InputError
+from acckv.report.files import whole_folder
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+UNPACKED = "hub"
+"""Folder of the user's cache that archives are unpacked to."""
+
+
+def local_folder(root: str | Path) -> Path:
+    """`root` itself if it is a folder; otherwise the hub's data set of that name, `org/name` or `org/name@revision`.
+
+    Raises:
+        InputError: neither, the hub cannot be reached, or an archive is broken.
+    """
+    folder, name = Path(root), str(root)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/")) or name.count("/") != 1:
+        raise InputError("no such folder, and no hub id (org/name)", source=root)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        snapshot = Path(snapshot_download(repository, repo_type="dataset", revision=revision or None))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError("is neither a folder nor a data set of the hub that can be reached", source=root) from error
+    files = sorted(file for file in snapshot.rglob("*") if file.is_file())
+    if not any(file.name.endswith(ARCHIVES) for file in files):
+        return snapshot
+    unpacked = default_root().parent / UNPACKED / repository.replace("/", "--") / snapshot.name
+    if not unpacked.is_dir():
+        with whole_folder(unpacked) as partial:
+            for file in track(files, description=f"unpacking {repository}"):
+                _put(file, partial / file.relative_to(snapshot).parent)
+    return unpacked
+
+
+def _put(file: Path, folder: Path) -> None:
+    """What an archive holds, or a link to any other file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not file.name.endswith(ARCHIVES):
+        (folder / file.name).symlink_to(os.path.abspath(file))
+        return
+    try:
+        if file.name.endswith(".zip"):
+            # zipfile itself drops the parts of a member's name that would lead out of the folder.
+            shutil.unpack_archive(file, folder, "zip")
+        else:
+            shutil.unpack_archive(file, folder, "gztar" if file.name.endswith("gz") else "tar", filter="data")
+    except (zipfile.BadZipFile, tarfile.TarError, shutil.ReadError, EOFError, OSError) as error:
+        raise InputError(f"cannot be unpacked ({error}); is it cut off?", source=file) from error
