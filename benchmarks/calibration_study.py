@@ -75,6 +75,7 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         Variant("gains", "+ gains", _up_to("gains")),
         Variant("probes", "+ probes", _up_to("probes")),
         Variant("scorer", "+ scorer", _up_to("scorer")),
+        Variant("redundancy", "+ competition of neighbours", _up_to("redundancy")),
         Variant("merging", "+ merge weights (merging on)", _up_to("merging", **MERGING)),
         Variant("alignment", "+ alignment (merging on)", _up_to("alignment", **MERGING)),
         Variant("lora_merging", "+ LoRA (merging on)", MERGING),
@@ -83,6 +84,7 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         Variant("no_gains", "default without gains and redistribution", {"learn": _without("gains")}),
         Variant("no_alignment", "default without cross-calibration", {"learn": _without("alignment")}),
         Variant("no_scorer", "default without the scorer", {"learn": _without("scorer")}),
+        Variant("no_redundancy", "default without competition", {"learn": _without("redundancy")}),
     ),
     "scopes": (
         Variant("rank0", "weights only (rank 0)", {"lora_rank": 0}),

@@ -1,0 +1,188 @@
+r"""What the saliency scorer should see and how large it should be: validation KL of calibrations with other scorers.
+
+    python -m benchmarks.scorer_study --steps 400 --output benchmarks/results/scorer.json
+
+Every line trains `configs/calib.yaml` for that many steps with one scorer in place of the default, which is linear in
+an entry's own key and value, for each layer, KV head and modality. The measure is what settings are chosen by: KL(full
+cache || hard selection) on the validation clips, in nats a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from lightning import Trainer, seed_everything
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+
+from acckv.report.files import whole_file
+from acckv.weights import CalibratedWeights
+from lightning_modules.calibration import CalibrationModule
+from lightning_modules.datamodule import AVDataModule
+from lightning_modules.doors import quiet_libraries
+
+RATIOS = (0.2, 0.05, 0.02)
+PLACES = 5
+
+
+class KeysAlone(CalibratedWeights):
+    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
+        return super().saliency_score(layer, keys, torch.zeros_like(values), members)
+
+
+class ValuesAlone(CalibratedWeights):
+    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
+        return super().saliency_score(layer, torch.zeros_like(keys), values, members)
+
+
+class OneForBothModalities(CalibratedWeights):
+    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
+        everyone = torch.stack([members.any(1), torch.zeros_like(members[:, 0])], dim=1)
+        return super().saliency_score(layer, keys, values, everyone)
+
+
+class OneForAllLayers(CalibratedWeights):
+    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
+        return super().saliency_score(0, keys, values, members)
+
+
+class WithPlace(CalibratedWeights):
+    """Sees also where an entry is in its segment (a run of one modality) and in the clip."""
+
+    def __init__(self, layers: int, kv_heads: int, query_heads: int, head_size: int, probes: int) -> None:
+        super().__init__(layers, kv_heads, query_heads, head_size, probes)
+        self.saliency_place = nn.Parameter(torch.zeros(layers, 2, kv_heads, PLACES))
+
+    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
+        by_place = torch.einsum("bnf,mkf,bmn->bkn", places(members), self.saliency_place[layer], members.float())
+        return super().saliency_score(layer, keys, values, members) + by_place
+
+
+class Perceptron(CalibratedWeights):
+    """A hidden layer over key, value and modality, for each layer and head."""
+
+    hidden = 16
+
+    def __init__(self, layers: int, kv_heads: int, query_heads: int, head_size: int, probes: int) -> None:
+        super().__init__(layers, kv_heads, query_heads, head_size, probes)
+        generator, inputs = torch.Generator().manual_seed(1), 2 * head_size + 2
+        shape = (layers, kv_heads, inputs, self.hidden)
+        self.saliency_first = nn.Parameter(torch.randn(*shape, generator=generator) / math.sqrt(inputs))
+        self.saliency_last = nn.Parameter(torch.zeros(layers, kv_heads, self.hidden))
+
+    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
+        entries = torch.cat([keys, values], dim=-1).float()
+        entries = entries * (entries.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        kinds = members.float().transpose(1, 2)[:, None].expand(*entries.shape[:3], 2)
+        hidden = functional.gelu(torch.cat([entries, kinds], dim=-1) @ self.saliency_first[layer])
+        score = (hidden * self.saliency_last[layer][:, None]).sum(-1)
+        linear = super().saliency_score(layer, keys, values, members)
+        return linear + score * members.any(1, keepdim=True)
+
+
+class WidePerceptron(Perceptron):
+    hidden = 64
+
+
+SCORERS: dict[str, type[CalibratedWeights]] = {
+    "key and value, linear (default)": CalibratedWeights,
+    "key alone": KeysAlone,
+    "value alone": ValuesAlone,
+    "+ place in segment and clip": WithPlace,
+    "+ a layer of 16 hidden units": Perceptron,
+    "+ a layer of 64 hidden units": WidePerceptron,
+    "one for both modalities": OneForBothModalities,
+    "one for all layers": OneForAllLayers,
+}
+
+
+def places(members: Tensor) -> Tensor:
+    """Place in the segment 0..1, sine and cosine of it, and of the place in the clip, ``[B, N, 5]``."""
+    kind = members[:, 0].long() + 2 * members[:, 1].long()
+    count = kind.shape[1]
+    index = torch.arange(count).expand_as(kind)
+    new = functional.pad(kind[:, 1:] != kind[:, :-1], (1, 0), value=True)
+    start = torch.where(new, index, 0).cummax(1).values
+    last = functional.pad(new[:, 1:], (0, 1), value=True)
+    end = torch.where(last, index, count).flip(1).cummin(1).values.flip(1)
+    inside, clip = (index - start + 0.5) / (end - start + 1), (index + 0.5) / count
+    waves = [wave(math.tau * place) for place in (inside, clip) for wave in (torch.sin, torch.cos)]
+    return torch.stack([inside, *waves], dim=-1)
+
+
+class WithScorer(CalibrationModule):
+    """A calibration with another class of weights."""
+
+    kind: type[CalibratedWeights] = CalibratedWeights
+
+    def fresh_weights(self, sizes: dict[str, int]) -> CalibratedWeights:
+        return self.kind(
+            sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], self.options.probe_queries
+        )
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        # What a scorer adds is in no group of weights that can be learned or left.
+        for name, parameter in self.compressor.weights.named_parameters():  # type: ignore[union-attr]
+            if name.startswith("saliency"):
+                parameter.requires_grad_(True)
+
+
+def validation_kl(
+    config: dict, data: AVDataModule, kind: type[CalibratedWeights], steps: int, seed: int, folder: Path
+) -> dict[str, float]:
+    """Train with one scorer; ratio -> KL on the validation clips."""
+    seed_everything(seed, verbose=False)
+    data.reorder(seed)
+    module = WithScorer(**config["model"] | {"seed": seed, "validation_ratios": RATIOS})
+    module.kind = kind
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        gradient_clip_val=config["trainer"]["gradient_clip_val"],
+        val_check_interval=steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, data)
+    return {f"{ratio:g}": float(trainer.callback_metrics[f"val/kl@{ratio:g}"]) for ratio in RATIOS}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/scorer.json"), help="file of all results")
+    parser.add_argument("--config", type=Path, default=Path("configs/calib.yaml"), help="the calibration")
+    parser.add_argument("--steps", type=int, default=400, help="of each training")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache-dir", default=None, help="of the generated clips")
+    given = parser.parse_args(arguments)
+    quiet_libraries()
+    config = yaml.safe_load(given.config.read_text(encoding="utf-8"))
+    data = AVDataModule(**{**config["data"], "keep": "prefill", "cache_dir": given.cache_dir})
+    table = Table("scorer", *(f"KL at {ratio:g}" for ratio in RATIOS), box=box.SIMPLE_HEAD)
+    rows: dict[str, dict[str, float]] = {}
+    for label, kind in SCORERS.items():
+        rows[label] = validation_kl(config, data, kind, given.steps, given.seed, given.output.parent)
+        table.add_row(label, *(f"{kl:.4f}" for kl in rows[label].values()))
+        with whole_file(given.output) as file:
+            file.write_text(json.dumps({"steps": given.steps, "seed": given.seed, "kl": rows}, indent=1) + "\n")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What the studies compare: every variant can be built, every scorer starts as the default does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from acckv.weights import WEIGHT_GROUPS, CalibratedWeights
+from benchmarks.calibration_study import STUDIES, Variant
+from benchmarks.scorer_study import SCORERS, places
+from lightning_modules.calibration import CalibrationModule
+
+CONFIG = yaml.safe_load((Path(__file__).parents[1] / "configs/calib.yaml").read_text(encoding="utf-8"))
+VARIANTS = [variant for variants in STUDIES.values() for variant in variants]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_every_variant_can_be_built_and_changes_what_it_says(variant: Variant) -> None:
+    module = CalibrationModule(**CONFIG["model"] | variant.options)
+    changed = {name for name, value in variant.options.items() if module.hparams[name] == value}
+    assert changed == set(variant.options)
+
+
+def test_variants_have_names_of_their_own_and_take_every_group_away() -> None:
+    assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
+    steps = [set(v.options["learn"]) for v in STUDIES["ablations"] if v.options.get("lora_rank") == 0]
+    added = [after - before for before, after in zip([set(), *steps], steps, strict=False)]
+    assert [name for names in added for name in names] == list(WEIGHT_GROUPS)
+
+
+@pytest.mark.parametrize("kind", SCORERS.values(), ids=lambda kind: kind.__name__)
+def test_every_scorer_starts_at_nothing_and_learns_from_what_it_may_see(kind: type[CalibratedWeights]) -> None:
+    torch.manual_seed(0)
+    weights = kind(layers=2, kv_heads=2, query_heads=4, head_size=3, probes=0)
+    keys, values = torch.randn(2, 1, 2, 6, 3).unbind(0)
+    members = torch.tensor([[[1, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0]]], dtype=torch.bool)
+    score = weights.saliency_score(1, keys, values, members)
+    assert score.shape == (1, 2, 6) and not score.any()
+    (score * torch.randn(6)).sum().backward()
+    learned = {name for name, weight in weights.named_parameters() if weight.grad is not None and weight.grad.any()}
+    extra = {"WithPlace": {"saliency_place"}, "Perceptron": {"saliency_last"}, "WidePerceptron": {"saliency_last"}}
+    assert learned == {"saliency", "saliency_bias"} | extra.get(kind.__name__, set())
+    seen_keys, seen_values = weights.saliency.grad.abs().sum((0, 1, 2)).split(3)  # type: ignore[union-attr]
+    assert bool(seen_keys.any()) == (kind.__name__ != "ValuesAlone")
+    assert bool(seen_values.any()) == (kind.__name__ != "KeysAlone")
+
+
+def test_places_in_segment_and_clip() -> None:
+    video = torch.tensor([[1, 1, 0, 0, 0, 1]], dtype=torch.bool)
+    audio = torch.tensor([[0, 0, 1, 1, 0, 0]], dtype=torch.bool)
+    found = places(torch.stack([video, audio], dim=1))
+    assert found.shape == (1, 6, 5)
+    assert found[0, :, 0].tolist() == [0.25, 0.75, 0.25, 0.75, 0.5, 0.5]
+    torch.testing.assert_close(found[0, 0, 1:3], torch.tensor([1.0, 0.0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[0, 1, 3:], torch.tensor([1.0, 0.0]), atol=1e-6, rtol=0)
