@@ -133,10 +133,13 @@ def _line(row: Row, interval: Interval | None) -> Line:
 def _headline(
     results: Results, shown: str | None, intervals: Mapping[tuple[str, float], Interval]
 ) -> list[tuple[Line, Row | None]]:
-    """The shown policy's rows between 0 and 1, each with the best training-free row at its ratio."""
+    """The shown policy's rows between 0 and 1, each with the best training-free row at its ratio.
+
+    None where the full cache got nothing right, so that there is nothing to keep.
+    """
     found: list[tuple[Line, Row | None]] = []
     for row in results.rows:
-        if row.policy == shown and 0 < row.ratio < 1:
+        if row.policy == shown and 0 < row.ratio < 1 and row.relative is not None:
             others = [r for r in results.rows if r.ratio == row.ratio and r.policy not in (shown, *REFERENCE_NAMES)]
             best = max(others, key=lambda other: other.accuracy, default=None)
             found.append((_line(row, intervals.get((row.policy, row.ratio))), best))
