@@ -32,7 +32,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from acckv.report.files import whole_file
 from lightning_modules.calibration import CalibrationModule
-from lightning_modules.datamodule import AVDataModule, CalibrationBatch
+from lightning_modules.clip_dataset import CalibrationBatch
+from lightning_modules.datamodule import AVDataModule
 
 FORMAT = 2
 FINE_TUNING = "LoRA fine-tuning"

@@ -21,7 +21,7 @@ from acckv.pipeline import LayerPlan
 from acckv.session import Prefill, Session
 from acckv.simulation import enable_checkpointing
 from acckv.weights import WEIGHT_GROUPS, CalibratedWeights
-from lightning_modules.datamodule import CalibrationBatch
+from lightning_modules.clip_dataset import CalibrationBatch
 from lightning_modules.interrupted import TeardownOnException
 from lightning_modules.losses import Divergence, Match, divergence, mismatch, outputs_of
 from lightning_modules.sharding import shard_frozen

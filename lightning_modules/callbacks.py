@@ -11,7 +11,8 @@ from lightning import Callback, LightningModule, Trainer
 from acckv.compressor import KVCompressor
 from acckv.report.results import Results
 from lightning_modules.calibration import CalibrationModule
-from lightning_modules.datamodule import AVDataModule, CalibrationBatch
+from lightning_modules.clip_dataset import CalibrationBatch
+from lightning_modules.datamodule import AVDataModule
 from lightning_modules.evaluation_run import CALIBRATED, EvaluationOptions, run_evaluation
 from lightning_modules.sharding import is_sharded
 

@@ -23,8 +23,9 @@ from acckv.ragged import DecoderInputs
 from acckv.weights import CalibratedWeights
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.callbacks import ExportCompressor
-from lightning_modules.datamodule import AVDataModule, StepSampler
+from lightning_modules.datamodule import AVDataModule
 from lightning_modules.losses import divergence, mismatch
+from lightning_modules.step_sampler import StepSampler
 
 ROOT = Path(__file__).parent.parent
 

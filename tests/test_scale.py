@@ -20,7 +20,8 @@ from acckv import KVCompressor
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.callbacks import ExportCompressor
 from lightning_modules.cli import main
-from lightning_modules.datamodule import AVDataModule, StepSampler
+from lightning_modules.datamodule import AVDataModule
+from lightning_modules.step_sampler import StepSampler
 
 ROOT = Path(__file__).parent.parent
 
