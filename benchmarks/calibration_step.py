@@ -4,8 +4,9 @@
 
 The fine-tuning step runs context and turns with gradients through LoRA on all tokens and a cross entropy. The
 calibration step of scope 'after' shares one prefill without gradients between teacher and student; on later visits of
-a clip that prefill is kept (`data.keep: prefill`). Scope 'all' prefills once more, with gradients. Both adapt the same
-layers at the same rank and start from encoded clips. Steps take turns, so that a drift of the machine meets all.
+a clip that prefill is kept (`data.keep: prefill`). Scope 'all' prefills once more, with gradients. Unless a line says
+otherwise all adapt the same layers at the same rank; all start from encoded clips. Steps take turns, so that a drift of
+the machine meets all.
 
 Memory is what autograd holds for the backward pass at its start, the parameters left out: the peak of a step but for
 what its operations use and drop. (An operating system's figures say little here: an allocator keeps what was freed.)
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +37,9 @@ from lightning_modules.calibration import CalibrationModule
 from lightning_modules.clip_dataset import CalibrationBatch
 from lightning_modules.datamodule import AVDataModule
 
-FORMAT = 2
+FORMAT = 3
 FINE_TUNING = "LoRA fine-tuning"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,14 @@ class Row:
     """One kind of step on one kind of batch.
 
     Attributes:
-        step: what it is; questions: on each clip; tokens: of context and of turns, a clip.
+        step: what it is; variant: of `benchmarks.calibration_study` that is trained by such steps, if there is one.
+        questions: on each clip; tokens: of context and of turns, a clip.
         seconds: median; time: median of the ratios to the fine-tuning step beside it, time_range: least and most.
         megabytes: held for the backward pass; memory: as a share of the fine-tuning step's.
     """
 
     step: str
+    variant: str | None
     questions: int
     tokens: tuple[int, int]
     seconds: float
@@ -60,6 +65,16 @@ class Row:
 
 
 Step = Callable[[CalibrationModule, CalibrationBatch], Tensor]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is measured: a variant of the study, options of the module, what a step computes, on which batch."""
+
+    variant: str | None
+    options: dict[str, Any]
+    step: Step
+    batch: CalibrationBatch
 
 
 def calibration_loss(module: CalibrationModule, batch: CalibrationBatch) -> Tensor:
@@ -111,18 +126,22 @@ def measure(questions: int, clips: int, repeats: int) -> list[Row]:
     """All kinds of step on one batch."""
     first, later = batches(questions, clips)
     kinds = {
-        FINE_TUNING: ("all", fine_tuning_loss, first),
-        "calibration, scope 'after', first visit": ("after", calibration_loss, first),
-        "calibration, scope 'after', later visits": ("after", calibration_loss, later),
-        "calibration, scope 'all'": ("all", calibration_loss, first),
+        FINE_TUNING: Kind(None, {"lora_scope": "all"}, fine_tuning_loss, first),
+        "calibration, first visit": Kind(None, {}, calibration_loss, first),
+        "calibration, later visits": Kind("lora", {}, calibration_loss, later),
+        "calibration, later visits, LoRA on attention alone": Kind(
+            "attention", {"lora_targets": ATTENTION}, calibration_loss, later
+        ),
+        "calibration, later visits, weights alone": Kind("rank0", {"lora_rank": 0}, calibration_loss, later),
+        "calibration, scope 'all'": Kind("all", {"lora_scope": "all"}, calibration_loss, first),
     }
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     for repeat in track(range(repeats + 1), description=f"{questions or 'all'} questions a clip"):
-        for name, (scope, step, batch) in kinds.items():
+        for name, kind in kinds.items():
             torch.manual_seed(0)
-            module = CalibrationModule(lora_scope=scope)  # type: ignore[arg-type]
+            module = CalibrationModule(**kind.options)
             module.configure_model()
-            result = measured(step, module, batch)
+            result = measured(kind.step, module, kind.batch)
             module.teardown("fit")
             if repeat:  # the first round warms up
                 seen[name].append(result)
@@ -134,6 +153,7 @@ def measure(questions: int, clips: int, repeats: int) -> list[Row]:
         rows.append(
             Row(
                 name,
+                kinds[name].variant,
                 int(first.turns.turn.max()) + 1,
                 (context, turns),
                 statistics.median(took for took, _ in results),
@@ -163,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10, help="rounds that are measured")
     parser.add_argument("--clips", type=int, default=8, help="of a batch")
-    parser.add_argument("--questions", default="0,1", help="on each clip, 0 for all; separated by commas")
+    parser.add_argument("--questions", default="0,4,1", help="on each clip, 0 for all; separated by commas")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/calibration_step.json"), help="JSON file")
     given = parser.parse_args()
     rows = [row for part in given.questions.split(",") for row in measure(int(part), given.clips, given.repeats)]

@@ -106,6 +106,8 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         Variant("no_probes", "no probe queries", {"learn": _without("probes"), "probe_queries": 0}),
     ),
 }
+SCOPES = (*(variant for variant in STUDIES["ablations"] if variant.name == "lora"), *STUDIES["scopes"])
+"""What LoRA adapts, from the default on."""
 
 
 class Study:
@@ -266,8 +268,12 @@ def table(lines: Sequence[Line]) -> Table:
     return made
 
 
-def markdown(lines: Sequence[Line]) -> str:
-    """The README's section: the default over seeds, then every variant, as shares of the full cache's accuracy in %."""
+def markdown(lines: Sequence[Line], costs: Sequence[dict[str, Any]] = ()) -> str:
+    """The README's section: the default over seeds, then every variant, as shares of the full cache's accuracy in %.
+
+    Args:
+        costs: rows of `benchmarks.calibration_step`, for a table of what each scope of LoRA buys and costs.
+    """
     text = []
     default = [line for line in lines if line.variant == "default"]
     if default:
@@ -295,7 +301,24 @@ def markdown(lines: Sequence[Line]) -> str:
             rows = [line for line in others if line.variant == name]
             cells = " | ".join(f"{100 * row.relative:.1f}" for row in rows)
             text.append(f"| {rows[0].label} | {rows[0].training_seconds / 60:.1f} | {cells} |")
+    if costs:
+        text += ["", *_scopes(lines, costs)]
     return "\n".join(text) + "\n"
+
+
+def _scopes(lines: Sequence[Line], costs: Sequence[dict[str, Any]]) -> list[str]:
+    """A row a scope: accuracy as a share of the full cache's, time and memory of a step by questions a clip."""
+    numbers = sorted({row["questions"] for row in costs})
+    each = [f"{what}, {number} a clip" for what in ("time", "memory") for number in numbers]
+    text = ["| | " + " | ".join([*(f"{ratio:g}" for ratio in (1.0, *RATIOS)), *each]) + " |"]
+    text.append("|---" * (2 + len(RATIOS) + len(each)) + "|")
+    for variant in SCOPES:
+        shares = [f"{100 * line.relative:.1f}" for line in lines if line.variant == variant.name and line.ratio > 0]
+        found = {row["questions"]: row for row in costs if row["variant"] == variant.name}
+        if shares and found:
+            prices = [f"{found[number][what]:.2f}" for what in ("time", "memory") for number in numbers]
+            text.append(f"| {variant.label} | " + " | ".join([*shares, *prices]) + " |")
+    return text
 
 
 def _range(ends: tuple[float, float] | None) -> str:
@@ -360,6 +383,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=96, help="test clips, 11 questions each")
     parser.add_argument("--clips-seed", type=int, default=1, help="of the test clips")
     parser.add_argument("--cache-dir", default=None, help="of the generated clips")
+    parser.add_argument(
+        "--costs", type=Path, help="what benchmarks.calibration_step wrote, for a table of LoRA's scopes"
+    )
     given = parser.parse_args(arguments)
     quiet_libraries()
     console = Console(width=170)
@@ -374,12 +400,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 study.run(variant, seed)
     rivals = read_scores(study.training_free() / PREDICTIONS_FILE)
     lines = [line for group in STUDIES.values() for v in group for line in lines_of(given.output, v, rivals)]
+    costs = json.loads(given.costs.read_text(encoding="utf-8"))["rows"] if given.costs else ()
     training_free = {f"{name}@{ratio:g}": _mean(scores) for (name, ratio), scores in rivals.items()}
     values = {"format": FORMAT, "training_free": training_free, "rows": [asdict(line) for line in lines]}
     with whole_file(given.output / FILE) as file:
         file.write_text(json.dumps(values, indent=1) + "\n")
     with whole_file(given.output / TEXT_FILE) as file:
-        file.write_text(markdown(lines), encoding="utf-8")
+        file.write_text(markdown(lines, costs), encoding="utf-8")
     plot(given.output / PLOT, lines, rivals)
     console.print(table(lines))
 
