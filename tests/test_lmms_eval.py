@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from rich.console import Console
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.adapters import find_adapter, load_model
+from acckv.data.media import read_media
 from acckv.errors import InputError
 from acckv.plugins.lmms_eval import Acckv, AcckvSimple
 from acckv.plugins.lmms_manifest import manifest
@@ -184,6 +186,36 @@ def test_answers_keep_their_order(documents: list[dict[str, Any]]) -> None:
 
     answers = model.generate_until([ask(number, 4 + number % 2) for number in order])
     assert answers == [documents[number]["answer"] for number in order]
+
+
+def test_pictures_and_sounds_that_a_data_set_decoded(documents: list[dict[str, Any]]) -> None:
+    """As OmniBench gives them: the same answer by both kinds of model, and as from the files."""
+    media = ROOT / "tests/fixtures/benchmarks/omnibench/mm_data"
+    picture, sound = media / "image/1_24.png", media / "audio/1_24.mp3"
+    heard = read_media(sound)
+    in_memory = [{"array": heard.audio.numpy(), "sampling_rate": heard.sampling_rate}, PIL.Image.open(picture)]
+    question = documents[0]["question"]
+
+    def ask(model: Acckv, *arguments: Any) -> list[str]:
+        model.task_dict = {"clips": {"test": documents}}
+        return model.generate_until(
+            [
+                Instance(
+                    "generate_until", (*arguments, 0, "clips", "test"), 0, {"task": "clips", "doc_id": 0, "repeats": 1}
+                )
+            ]
+        )
+
+    def messages(parts: list[Any]) -> Any:
+        kinds = zip(("audio", "image"), parts, strict=True)
+        content = [*({"type": kind, "url": part} for kind, part in kinds), {"type": "text", "text": question}]
+        return lambda document: [{"role": "user", "content": content}]
+
+    limit = {"max_new_tokens": 4}
+    options = {"policy": "keydiff", "ratio": 0.2}
+    from_files = ask(Acckv(**options), "", messages([str(sound), str(picture)]), limit)
+    assert ask(Acckv(**options), "", messages(in_memory), limit) == from_files
+    assert ask(AcckvSimple(**options), question, limit, lambda document: in_memory) == from_files
 
 
 def test_rank_and_world_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -15,7 +18,8 @@ from acckv.data.clips import video_folder, write_clips
 from acckv.data.encoding import encode
 from acckv.data.media import read_media
 from acckv.errors import InputError
-from acckv.plugins.answering import Answerer, build_compressor
+from acckv.plugins.answering import Answerer, Clip, build_compressor
+from acckv.plugins.media_store import MediaStore
 from acckv.plugins.requests import ClipRef, Generation, Prompt, read_prompt
 
 QUESTIONS = ["What colour was the circle?", "Which sound came after the beep?", "List the shapes in order."]
@@ -40,10 +44,10 @@ def user(*content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> list[ClipRef]:
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Clip]:
     root = tmp_path_factory.mktemp("clips")
     file = write_clips(root, "test", 2, workers=1, progress=False)
-    return [ClipRef(path) for path in sorted(video_folder(file).iterdir())]
+    return [(ClipRef(path),) for path in sorted(video_folder(file).iterdir())]
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +61,51 @@ def tiny() -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     ("messages", "prompt"),
     [
-        (user(video(), text("who?")), Prompt(ClipRef(Path("clip.mp4")), "who?")),
-        (user(video(), text("who "), text("when?")), Prompt(ClipRef(Path("clip.mp4")), "who when?")),
-        (user(text("who?")), Prompt(None, "who?")),
-        ([{"role": "user", "content": "who?"}], Prompt(None, "who?")),
-        (user(video(start_time=2, end_time=4.5), text("")), Prompt(ClipRef(Path("clip.mp4"), 2.0, 4.5), "")),
-        (user(video(url="file:///a/b.mp4")), Prompt(ClipRef(Path("/a/b.mp4")), "")),
+        (user(video(), text("who?")), Prompt((ClipRef(Path("clip.mp4")),), "who?")),
+        (user(video(), text("who "), text("when?")), Prompt((ClipRef(Path("clip.mp4")),), "who when?")),
+        (user(text("who?")), Prompt((), "who?")),
+        (
+            user({"type": "image", "url": "a.png"}, {"type": "audio", "url": {"path": "b.mp3"}}, video(), text("who?")),
+            Prompt((ClipRef(Path("a.png")), ClipRef(Path("b.mp3")), ClipRef(Path("clip.mp4"))), "who?"),
+        ),
+        ([{"role": "user", "content": "who?"}], Prompt((), "who?")),
+        (user(video(start_time=2, end_time=4.5), text("")), Prompt((ClipRef(Path("clip.mp4"), 2.0, 4.5),), "")),
+        (user(video(url="file:///a/b.mp4")), Prompt((ClipRef(Path("/a/b.mp4")),), "")),
         (
             user(video(url={"path": "b.mp4", "video_start": 1, "video_end": None})),
-            Prompt(ClipRef(Path("b.mp4"), 1.0, None), ""),
+            Prompt((ClipRef(Path("b.mp4"), 1.0, None),), ""),
         ),
     ],
 )
-def test_messages_make_a_prompt(messages: list[dict[str, Any]], prompt: Prompt) -> None:
-    assert read_prompt(messages, "task") == prompt
+def test_messages_make_a_prompt(messages: list[dict[str, Any]], prompt: Prompt, tmp_path: Path) -> None:
+    assert read_prompt(messages, "task", MediaStore(tmp_path)) == prompt
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_and_sounds_in_memory_become_files(tmp_path: Path) -> None:
+    store = MediaStore(tmp_path / "store")
+    colours = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    wave = np.sin(np.arange(8000) / 10).astype(np.float32)
+    both = np.stack([wave, 0 * wave])
+    forms = [
+        {"array": wave / 2, "sampling_rate": 16_000, "path": None},
+        {"array": both, "sampling_rate": 16_000},
+        SimpleNamespace(get_all_samples=lambda: SimpleNamespace(data=torch.from_numpy(both), sample_rate=16_000)),
+    ]
+    prompts = [
+        read_prompt(user({"type": "audio", "url": form}, image(colours), text("what?")), "task", store)
+        for form in forms
+    ]
+    assert prompts[0] == prompts[1] == prompts[2]  # named by what they hold
+    sound, picture = prompts[0].media
+    assert {path.name for path in store.folder.iterdir()} == {sound.path.name, picture.path.name}
+    assert np.array_equal(np.asarray(PIL.Image.open(picture.path)), colours)
+    heard = read_media(sound.path)
+    assert heard.frames is None and heard.audio.numpy() == pytest.approx(wave / 2, abs=1e-6)
+
+
+def image(colours: np.ndarray) -> dict[str, Any]:
+    return {"type": "image", "url": PIL.Image.fromarray(colours)}
 
 
 @pytest.mark.parametrize(
@@ -79,16 +114,15 @@ def test_messages_make_a_prompt(messages: list[dict[str, Any]], prompt: Prompt) 
         ([{"role": "system", "content": "be brief"}, *user(text("who?"))], "not the turns system, user"),
         ([*user(text("who?")), {"role": "assistant", "content": "me"}], "not the turns user, assistant"),
         ([], "one user turn"),
-        (user(video(), video(), text("who?")), "more than one video"),
-        (user(text("who?"), video()), "text before its video"),
-        (user({"type": "image", "url": "a.png"}), "type 'image' is not served"),
-        (user({"type": "audio", "url": "a.wav"}), "type 'audio' is not served"),
-        (user(video(url=3)), "given as int, not as a path"),
+        (user(text("who?"), video()), "text before a part of type 'video'"),
+        (user(video(), text("who?"), {"type": "image", "url": "a.png"}), "text before a part of type 'image'"),
+        (user({"type": "tool", "url": "a.wav"}), "type 'tool' is not served"),
+        (user(video(url=3)), "type 'video' is given as int, not as a path"),
     ],
 )
 def test_other_messages_are_refused(messages: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(InputError, match=f"task: messages: .*{message}"):
-        read_prompt(messages, "task")
+        read_prompt(messages, "task", MediaStore(Path("store")))
 
 
 @pytest.mark.parametrize(
@@ -128,10 +162,10 @@ def test_an_answer_ends_at_the_first_of_the_texts_that_end_it() -> None:
 # ------------------------------------------------------------------ answers
 
 
-def plain(tiny: tuple[Any, Any], config: CompressionConfig, clip: ClipRef, question: str, **options: Any) -> Any:
+def plain(tiny: tuple[Any, Any], config: CompressionConfig, clip: Clip, question: str, **options: Any) -> Any:
     """`generate` as the README shows it: the new tokens' text, their ids, and the logits before each."""
     model, processor = tiny
-    inputs = encode(processor, [read_media(clip.path)], [question])
+    inputs = encode(processor, [read_media(clip[0].path)], [question])
     with KVCompressor(config)(model, processor):
         out = model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **options)
     ids = out.sequences[0, inputs["input_ids"].shape[1] :]
@@ -139,7 +173,7 @@ def plain(tiny: tuple[Any, Any], config: CompressionConfig, clip: ClipRef, quest
 
 
 @pytest.mark.parametrize("config", COMPRESSORS[1:], ids=lambda config: f"{config.policy}-{config.when}")
-def test_answers_are_those_of_generate(tiny: tuple[Any, Any], clips: list[ClipRef], config: CompressionConfig) -> None:
+def test_answers_are_those_of_generate(tiny: tuple[Any, Any], clips: list[Clip], config: CompressionConfig) -> None:
     answerer = Answerer(*tiny, KVCompressor(config))
     expected = [[plain(tiny, config, clip, question, max_new_tokens=8)[0] for question in QUESTIONS] for clip in clips]
     assert [answerer.answer(clip, QUESTIONS, GREEDY) for clip in clips] == expected
@@ -148,7 +182,7 @@ def test_answers_are_those_of_generate(tiny: tuple[Any, Any], clips: list[ClipRe
     assert answerer.sizes.ratio == pytest.approx(config.ratio, abs=0.01)
 
 
-def test_a_clip_is_compressed_once(tiny: tuple[Any, Any], clips: list[ClipRef]) -> None:
+def test_a_clip_is_compressed_once(tiny: tuple[Any, Any], clips: list[Clip]) -> None:
     answerer = Answerer(*tiny, KVCompressor(COMPRESSORS[1]))
     answerer.answer(clips[0], QUESTIONS[:2], GREEDY)
     once = answerer.sizes.full
@@ -159,7 +193,7 @@ def test_a_clip_is_compressed_once(tiny: tuple[Any, Any], clips: list[ClipRef]) 
     assert answerer.sizes.full == 2 * once
 
 
-def test_beams_and_samples_are_those_of_generate(tiny: tuple[Any, Any], clips: list[ClipRef]) -> None:
+def test_beams_and_samples_are_those_of_generate(tiny: tuple[Any, Any], clips: list[Clip]) -> None:
     config, question = COMPRESSORS[1], QUESTIONS[2]
     answerer = Answerer(*tiny, KVCompressor(config))
     beams = Generation(max_new_tokens=8, num_beams=3)
@@ -177,7 +211,7 @@ def test_beams_and_samples_are_those_of_generate(tiny: tuple[Any, Any], clips: l
 
 @pytest.mark.parametrize("config", COMPRESSORS[1:], ids=lambda config: f"{config.policy}-{config.when}")
 def test_losses_are_those_of_generated_tokens(
-    tiny: tuple[Any, Any], clips: list[ClipRef], config: CompressionConfig
+    tiny: tuple[Any, Any], clips: list[Clip], config: CompressionConfig
 ) -> None:
     answerer = Answerer(*tiny, KVCompressor(config))
     answer, ids, logits = plain(tiny, config, clips[0], QUESTIONS[2], max_new_tokens=5)
@@ -196,22 +230,36 @@ def test_text_alone_is_answered_by_the_plain_model(tiny: tuple[Any, Any]) -> Non
     inputs = processor(text=[prompt], return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
     expected = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
-    assert answerer.answer(None, [QUESTIONS[2]], GREEDY) == [expected]
-    assert answerer.losses(None, QUESTIONS[2], [expected, "low"])[0][1]
+    assert answerer.answer((), [QUESTIONS[2]], GREEDY) == [expected]
+    assert answerer.losses((), QUESTIONS[2], [expected, "low"])[0][1]
     assert answerer.sizes.ratio == 1.0
 
 
-def test_sound_can_be_left_out(tiny: tuple[Any, Any], clips: list[ClipRef]) -> None:
+def test_sound_can_be_left_out(tiny: tuple[Any, Any], clips: list[Clip]) -> None:
     heard, mute = (Answerer(*tiny, KVCompressor(COMPRESSORS[0]), sound=sound) for sound in (True, False))
     heard.answer(clips[0], QUESTIONS, GREEDY)
     answers = mute.answer(clips[0], QUESTIONS, GREEDY)
-    clip = replace(read_media(clips[0].path), audio=None)
+    clip = replace(read_media(clips[0][0].path), audio=None)
     model, processor = tiny
     for question, answer in zip(QUESTIONS, answers, strict=True):
         inputs = encode(processor, [clip], [question])
         ids = model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
         assert answer == processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
     assert mute.sizes.full < heard.sizes.full
+
+
+@pytest.mark.parametrize("config", COMPRESSORS[1:], ids=lambda config: f"{config.policy}-{config.when}")
+def test_a_picture_and_a_sound_are_one_clip(tiny: tuple[Any, Any], config: CompressionConfig) -> None:
+    folder = Path(__file__).parent / "fixtures/benchmarks/omnibench/mm_data"
+    picture, sound = folder / "image/1_24.png", folder / "audio/1_24.mp3"
+    model, processor = tiny
+    inputs = encode(processor, [read_media(picture, audio=sound)], [QUESTIONS[2]])
+    with KVCompressor(config)(model, processor):
+        ids = model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+    expected = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+    for sound_of_videos in (True, False):  # this sound is not a video's
+        answerer = Answerer(*tiny, KVCompressor(config), sound=sound_of_videos)
+        assert answerer.answer((ClipRef(sound), ClipRef(picture)), [QUESTIONS[2]], GREEDY) == [expected]
 
 
 # ------------------------------------------------------------------ the compressor's options

@@ -12,11 +12,14 @@ from torch import Tensor
 from acckv import CompressionConfig, KVCompressor
 from acckv.cache import CompressedCache
 from acckv.data.encoding import encode, encode_context, question_suffix
-from acckv.data.media import MAX_PIXELS, Media, read_media
+from acckv.data.media import MAX_PIXELS, Media, join_media, read_media
 from acckv.errors import InputError
 from acckv.plugins.requests import ClipRef, Generation
 from acckv.ragged import left_padded
 from acckv.session import Session
+
+Clip = tuple[ClipRef, ...]
+"""What a question is about, read as one clip."""
 
 
 def build_compressor(
@@ -85,11 +88,11 @@ class Answerer:
         self.model, self.processor, self.compressor = model, processor, compressor
         self.fps, self.max_pixels, self.sound = fps, max_pixels, sound
         self.sizes = Sizes()
-        self._media: tuple[ClipRef, Media] | None = None
-        self._cache: tuple[ClipRef, CompressedCache] | None = None
+        self._media: tuple[Clip, Media] | None = None
+        self._cache: tuple[Clip, CompressedCache] | None = None
 
-    def answer(self, clip: ClipRef | None, questions: Sequence[str], generation: Generation) -> list[str]:
-        """The answers to questions about one clip (None: about nothing), in one batch where that can be.
+    def answer(self, clip: Clip, questions: Sequence[str], generation: Generation) -> list[str]:
+        """The answers to questions about one clip (empty: about nothing), in one batch where that can be.
 
         With `when: context` the clip is prefilled and compressed once. With `when: prompt` it is prefilled with each
         question.
@@ -97,7 +100,7 @@ class Answerer:
         Raises:
             InputError: the clip cannot be read.
         """
-        if clip is None:
+        if not clip:
             new = [self._generate(self._text_inputs(question), generation) for question in questions]
         elif self._once:
             with self._session() as session:
@@ -113,7 +116,7 @@ class Answerer:
         return [generation.cut(text) for text in texts]
 
     @torch.no_grad()
-    def losses(self, clip: ClipRef | None, question: str, answers: Sequence[str]) -> list[tuple[float, bool]]:
+    def losses(self, clip: Clip, question: str, answers: Sequence[str]) -> list[tuple[float, bool]]:
         """How well the compressed cache predicts given answers.
 
         Returns:
@@ -123,7 +126,7 @@ class Answerer:
             InputError: an answer has no token, or the clip cannot be read.
         """
         targets = [self._answer_ids(answer) for answer in answers]
-        if clip is None:
+        if not clip:
             inputs = self._text_inputs(question)
             logits = [self.model(input_ids=torch.cat([inputs["input_ids"], ids[None]], 1)).logits[0] for ids in targets]
         else:
@@ -141,7 +144,7 @@ class Answerer:
     def _session(self) -> Session:
         return self.compressor(self.model, self.processor)
 
-    def _logits(self, session: Session, clip: ClipRef, question: str, targets: list[Tensor]) -> list[Tensor]:
+    def _logits(self, session: Session, clip: Clip, question: str, targets: list[Tensor]) -> list[Tensor]:
         """For each target ``[tokens, vocabulary]`` from at least the token before it to its last."""
         if self._once:
             cache, first = self._context(session, clip), None
@@ -161,7 +164,7 @@ class Answerer:
         own = [each[-len(row) :] for each, row in zip(logits, rows, strict=True)]
         return own if first is None else [torch.cat([first, each]) for each in own]
 
-    def _context(self, session: Session, clip: ClipRef) -> CompressedCache:
+    def _context(self, session: Session, clip: Clip) -> CompressedCache:
         """The compressed cache of a clip; that of the last clip is kept."""
         if self._cache is None or self._cache[0] != clip:
             inputs = self._moved(encode_context(self.processor, self._read(clip)))
@@ -169,16 +172,17 @@ class Answerer:
             self.sizes.add(self._cache[1])
         return self._cache[1]
 
-    def _prompt(self, clip: ClipRef, question: str) -> dict[str, Any]:
+    def _prompt(self, clip: Clip, question: str) -> dict[str, Any]:
         if self._media is None or self._media[0] != clip:
             self._media = clip, self._read(clip)
         return encode(self.processor, [self._media[1]], [question])
 
-    def _read(self, clip: ClipRef) -> Media:
-        media = read_media(
-            clip.path, start=clip.start, end=clip.end, fps=self.fps, max_pixels=self.max_pixels or MAX_PIXELS
-        )
-        return media if self.sound else replace(media, audio=None)
+    def _read(self, clip: Clip) -> Media:
+        size: dict[str, Any] = {"fps": self.fps, "max_pixels": self.max_pixels or MAX_PIXELS}
+        parts = [read_media(part.path, start=part.start, end=part.end, **size) for part in clip]
+        if not self.sound:
+            parts = [part if part.frames is None else replace(part, audio=None) for part in parts]
+        return join_media(parts)
 
     def _text_inputs(self, question: str) -> dict[str, Any]:
         """Model inputs of a prompt without media."""

@@ -9,8 +9,10 @@ too; nothing else conflicts.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from tqdm import tqdm
 from acckv.adapters import load_model
 from acckv.errors import InputError
 from acckv.plugins.answering import Answerer, build_compressor
+from acckv.plugins.media_store import MediaStore
 from acckv.plugins.requests import Generation, Prompt, read_prompt
 
 
@@ -37,7 +40,7 @@ class Acckv(lmms):
         seed: of the random policy.
         dtype: float32, bfloat16 or float16; attn_implementation: sdpa or eager.
         fps, max_pixels: frames a second, and pixels a frame at most, that are read.
-        sound: False leaves out the sound of the videos.
+        sound: False leaves out the sound of the videos, not sounds of their own.
         device: None is this process's GPU where there is one, else the CPU.
         batch_size: questions about one clip that are answered together.
         max_batch_size: of lmms-eval; not used.
@@ -75,6 +78,8 @@ class Acckv(lmms):
         kept = build_compressor(compressor, policy, seed=seed, ratio=ratio, budget=budget, when=when)
         model, processor = load_model(pretrained, dtype, str(self.device), attn_implementation)
         self._warned: set[str] = set()
+        self._folder = tempfile.TemporaryDirectory(prefix="acckv-")
+        self.store = MediaStore(Path(self._folder.name))
         self.answerer = Answerer(model, processor, kept, fps=fps, max_pixels=max_pixels, sound=sound)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -82,7 +87,7 @@ class Acckv(lmms):
         asked = ((self._prompt(request), self._generation(request)) for request in requests)
         answers: list[str] = []
         with self._progress(requests) as bar:
-            for (clip, generation), group in groupby(asked, key=lambda pair: (pair[0].clip, pair[1])):
+            for (clip, generation), group in groupby(asked, key=lambda pair: (pair[0].media, pair[1])):
                 while batch := [prompt.text for prompt, _ in islice(group, self.batch_size)]:
                     answers += self.answerer.answer(clip, batch, generation)
                     bar.update(len(batch))
@@ -98,8 +103,8 @@ class Acckv(lmms):
             rounds: list[str] = []
             messages, information = doc_to_messages(document), None
             while messages is not None:
-                prompt = read_prompt(messages, task)
-                rounds += self.answerer.answer(prompt.clip, [prompt.text], generation)
+                prompt = read_prompt(messages, task, self.store)
+                rounds += self.answerer.answer(prompt.media, [prompt.text], generation)
                 following = doc_to_messages(
                     document, round_idx=len(rounds), previous_output=list(rounds), previous_round_info=information
                 )
@@ -124,7 +129,7 @@ class Acckv(lmms):
 
     def _prompt(self, request: Instance) -> Prompt:
         _, doc_to_messages, _, _, task, _ = request.args
-        return read_prompt(doc_to_messages(self._document(request)), task)
+        return read_prompt(doc_to_messages(self._document(request)), task, self.store)
 
     def _generation(self, request: Instance) -> Generation:
         return self._read_generation(request.args[2])
@@ -164,7 +169,7 @@ class AcckvSimple(Acckv):
             asked = ((self._prompt(request), self._continuation(request)) for request in requests)
             for prompt, group in groupby(asked, key=lambda pair: pair[0]):
                 while batch := [continuation for _, continuation in islice(group, self.batch_size)]:
-                    results += map(GenerationResult, self.answerer.losses(prompt.clip, prompt.text, batch))
+                    results += map(GenerationResult, self.answerer.losses(prompt.media, prompt.text, batch))
                     bar.update(len(batch))
         self._log_sizes()
         return results
@@ -173,7 +178,7 @@ class AcckvSimple(Acckv):
         context, _, doc_to_visual, _, task, _ = request.args
         visuals: Sequence[Any] = doc_to_visual(self._document(request)) or []
         parts = [*({"type": "video", "url": visual} for visual in visuals), {"type": "text", "text": context}]
-        return read_prompt([{"role": "user", "content": parts}], task)
+        return read_prompt([{"role": "user", "content": parts}], task, self.store)
 
     def _generation(self, request: Instance) -> Generation:
         return self._read_generation(request.args[1])

@@ -7,12 +7,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
 from acckv.errors import InputError
+from acckv.plugins.media_store import MediaStore
 
 
 @dataclass(frozen=True)
 class ClipRef:
-    """A clip as a request names it.
+    """A video, sound or picture as a request names it.
 
     Attributes:
         path: the media file.
@@ -26,9 +29,14 @@ class ClipRef:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user turn: at most one clip, then text."""
+    """One user turn.
 
-    clip: ClipRef | None
+    Attributes:
+        media: what it is about, in order: videos, sounds and pictures, read as one clip; empty for text alone.
+        text: what follows.
+    """
+
+    media: tuple[ClipRef, ...]
     text: str
 
 
@@ -91,45 +99,54 @@ class Generation:
         return text[: min((text.index(stop) for stop in self.until if stop in text), default=None)].rstrip()
 
 
-def read_prompt(messages: Sequence[Mapping[str, Any]], source: str) -> Prompt:
+def read_prompt(messages: Sequence[Mapping[str, Any]], source: str, store: MediaStore) -> Prompt:
     """The prompt of a conversation of chat messages.
 
     Args:
-        messages: `{"role": "user", "content": [{"type": "video", "url": ...}, {"type": "text", "text": ...}]}`.
+        messages: `{"role": "user", "content": [{"type": "video", "url": ...}, {"type": "text", "text": ...}]}`; parts
+            of type image and audio are taken too.
         source: of the messages, for error messages: a task's name.
+        store: takes what is no file.
 
     Raises:
-        InputError: anything but one user turn of at most one video and then text.
+        InputError: anything but one user turn of media and then text.
     """
     if len(messages) != 1 or messages[0]["role"] != "user":
         roles = ", ".join(str(message["role"]) for message in messages)
         raise InputError(f"one user turn is served, not the turns {roles}", source=source, field="messages")
     content = messages[0]["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    clip: ClipRef | None = None
+    media: list[ClipRef] = []
     texts: list[str] = []
     for part in parts:
-        if part["type"] == "text":
+        kind = part["type"]
+        if kind == "text":
             texts.append(part["text"])
-        elif part["type"] != "video":
-            message = f"a part of type {part['type']!r} is not served; give one video (its sound is heard) and text"
-            raise InputError(message, source=source, field="messages")
-        elif clip is not None:
-            raise InputError("holds more than one video; one is served", source=source, field="messages")
+        elif kind not in ("video", "image", "audio"):
+            raise InputError(f"a part of type {kind!r} is not served", source=source, field="messages")
         elif any(texts):
-            raise InputError("has text before its video; the video must come first", source=source, field="messages")
+            message = f"has text before a part of type {kind!r}; media must come first"
+            raise InputError(message, source=source, field="messages")
         else:
-            clip = _clip_ref(part, source)
-    return Prompt(clip, "".join(texts))
+            media.append(_clip_ref(part, source, store))
+    return Prompt(tuple(media), "".join(texts))
 
 
-def _clip_ref(part: Mapping[str, Any], source: str) -> ClipRef:
-    """A video part: `url` is a path, or a mapping with a path and `video_start`, `video_end`."""
+def _clip_ref(part: Mapping[str, Any], source: str, store: MediaStore) -> ClipRef:
+    """A part with media: a path, or a mapping with one and `video_start`, `video_end`, or what a data set decoded."""
     given = part["url"]
     inner = given if isinstance(given, Mapping) else {}
-    path = next((inner[name] for name in ("url", "path", "video") if name in inner), given)
+    path: Any = next((inner[name] for name in ("url", "path", "video") if inner.get(name) is not None), given)
+    if isinstance(given, Image):
+        path = store.picture(given)
+    elif "array" in inner:
+        path = store.sound(inner["array"], int(inner["sampling_rate"]))
+    elif hasattr(given, "get_all_samples"):  # a sound of `datasets`, not decoded yet
+        samples = given.get_all_samples()
+        path = store.sound(samples.data, int(samples.sample_rate))
     if not isinstance(path, (str, Path)):
-        raise InputError(f"a video is given as {type(path).__name__}, not as a path", source=source, field="messages")
+        message = f"a part of type {part['type']!r} is given as {type(path).__name__}, not as a path"
+        raise InputError(message, source=source, field="messages")
     start, end = part.get("start_time", inner.get("video_start")), part.get("end_time", inner.get("video_end"))
     return ClipRef(
         Path(str(path).removeprefix("file://")),
