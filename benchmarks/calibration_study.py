@@ -28,9 +28,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from acckv.errors import InputError
 from acckv.metrics import PairedComparison
 from acckv.report.files import whole_file
-from acckv.report.results import CONTROLS, FULL, PREDICTIONS_FILE, RESULTS_FILE
+from acckv.report.results import CONTROLS, FULL, PREDICTIONS_FILE, REFERENCE_NAMES, RESULTS_FILE
 from acckv.weights import WEIGHT_GROUPS
 from benchmarks.generalisation import paired, read_scores
 from lightning_modules.calibration import CalibrationModule
@@ -70,7 +71,7 @@ def _without(group: str) -> tuple[str, ...]:
 
 MERGING = {"overrides": {"integration": True}}
 STUDIES: dict[str, tuple[Variant, ...]] = {
-    "default": (Variant("default", "default"),),
+    "default": (Variant("default", "the default"),),
     "ablations": (
         Variant("budgets", "budgets only", _up_to("budgets")),
         Variant("gains", "+ gains", _up_to("gains")),
@@ -108,8 +109,17 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         Variant("no_probes", "no probe queries", {"learn": _without("probes"), "probe_queries": 0}),
     ),
 }
-SCOPES = (*(variant for variant in STUDIES["ablations"] if variant.name == "lora"), *STUDIES["scopes"])
-"""What LoRA adapts, from the default on."""
+DEFAULT, SHORT = "default", "lora"
+"""The default calibration, and the same for as many steps as the other variants."""
+TITLES: dict[str, tuple[str, str | None]] = {
+    "ablations": ("What each part is worth", None),
+    "scopes": ("What LoRA adapts, and what that costs", SHORT),
+    "ratios": ("One export for all ratios, or one for each", DEFAULT),
+    "selection": ("Selection", SHORT),
+    "losses": ("Loss", SHORT),
+}
+"""Study -> title of its table, and the variant that it is compared with."""
+START, END = "<!-- study: written by benchmarks.calibration_study --readme -->", "<!-- end of study -->"
 
 
 class Study:
@@ -270,56 +280,99 @@ def table(lines: Sequence[Line]) -> Table:
     return made
 
 
-def markdown(lines: Sequence[Line], costs: Sequence[dict[str, Any]] = ()) -> str:
-    """The README's section: the default over seeds, then every variant, as shares of the full cache's accuracy in %.
+def markdown(
+    lines: Sequence[Line], training_free: dict[str, float], costs: Sequence[dict[str, Any]], scorers: dict[str, Any]
+) -> str:
+    """The tables of the README's section.
 
     Args:
-        costs: rows of `benchmarks.calibration_step`, for a table of what each scope of LoRA buys and costs.
+        lines: of all variants.
+        training_free: "policy@ratio" -> accuracy of what is not trained, 0..1.
+        costs: rows of `benchmarks.calibration_step`, for what each scope of LoRA costs; may be empty.
+        scorers: what `benchmarks.scorer_study` wrote; may be empty.
     """
+    default = [line for line in lines if line.variant == DEFAULT]
     text = []
-    default = [line for line in lines if line.variant == "default"]
     if default:
-        first = default[0]
+        text += ["Accuracy in %, one-word questions and descriptions together:", ""]
+        text += _policies(default, training_free)
         text += [
-            f"{len(first.seeds)} seeds, {first.steps} steps, {first.training_seconds / 60:.0f} minutes each; "
-            f"{first.questions:,} questions",
             "",
-            "| ratio | of the full cache | each seed | best training-free | lead |",
-            "|---|---|---|---|---|",
+            f"{_how(default)}, {default[0].questions:,} questions. In % of the full cache's accuracy, with 95 %",
         ]
-        for line in default:
-            lead = "" if line.lead is None else f"{100 * line.lead:+.1f} {_range(line.lead_ci95)}"
-            rival = "" if line.best is None else f"{100 * (line.accuracy - (line.lead or 0)):.1f} {line.best}"
-            seeds = ", ".join(f"{100 * seed:.1f}" for seed in line.seeds)
-            share = f"{100 * line.relative:.1f} {_range(line.relative_ci95)}"
-            text.append(f"| {line.ratio:g} | {share} | {seeds} | {rival} | {lead} |")
-    others = [line for line in lines if line.variant != "default"]
-    if others:
-        steps = sorted({line.steps for line in others})
-        text += ["", f"{' or '.join(map(str, steps))} steps, one seed:", ""]
-        text.append("| | minutes | " + " | ".join(f"{ratio:g}" for ratio in (1.0, *RATIOS, 0.0)) + " |")
-        text.append("|---" * (3 + len(RATIOS) + 1) + "|")
-        for name in dict.fromkeys(line.variant for line in others):
-            rows = [line for line in others if line.variant == name]
-            cells = " | ".join(f"{100 * row.relative:.1f}" for row in rows)
-            text.append(f"| {rows[0].label} | {rows[0].training_seconds / 60:.1f} | {cells} |")
-    if costs:
-        text += ["", *_scopes(lines, costs)]
+        text += ["intervals over clips; the lead is over the best training-free policy at that ratio, in points and"]
+        text += ["paired by clip:", "", *_bars(default)]
+    for name, (title, reference) in TITLES.items():
+        variants = [variant.name for variant in STUDIES[name]]
+        chosen = [line for line in lines if line.variant in (reference, *variants)]
+        chosen.sort(key=lambda line: [reference, *variants].index(line.variant))
+        if {line.variant for line in chosen} - {reference}:
+            text += ["", f"#### {title}", "", f"In % of the full cache's accuracy. {_how(chosen)}:", ""]
+            text += _variants(chosen, costs if name == "scopes" else ())
+    if scorers:
+        text += ["", "#### What the scorer sees, and its size", ""]
+        text += [
+            f"KL to the full cache's answers on the validation clips, in nats a token, after {scorers['steps']} steps:",
+            "",
+        ]
+        ratios = list(next(iter(scorers["kl"].values())))
+        text += ["| | " + " | ".join(ratios) + " |", "|---" * (1 + len(ratios)) + "|"]
+        text += [
+            f"| {name} | " + " | ".join(f"{kl:.3f}" for kl in of.values()) + " |" for name, of in scorers["kl"].items()
+        ]
     return "\n".join(text) + "\n"
 
 
-def _scopes(lines: Sequence[Line], costs: Sequence[dict[str, Any]]) -> list[str]:
-    """A row a scope: accuracy as a share of the full cache's, time and memory of a step by questions a clip."""
+def _how(lines: Sequence[Line]) -> str:
+    """Seeds, steps and minutes of trainings, in words."""
+    seeds, steps = {len(line.seeds) for line in lines}, sorted({line.steps for line in lines})
+    each = " or ".join(f"{count} seed{'s' * (count > 1)}" for count in sorted(seeds, reverse=True))
+    minutes = sorted({round(line.training_seconds / 60) for line in lines})
+    span = f"{minutes[0]}" if len(minutes) == 1 else f"{minutes[0]} to {minutes[-1]}"
+    return f"{each.capitalize()}, {' or '.join(f'{count:,}' for count in steps)} steps, {span} minutes each"
+
+
+def _policies(default: Sequence[Line], training_free: dict[str, float]) -> list[str]:
+    """A row a policy: accuracy in % at every ratio."""
+    ratios = [line.ratio for line in default]
+    text = ["| | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |", "|---" * (1 + len(ratios)) + "|"]
+    for name in dict.fromkeys(key.split("@")[0] for key in training_free):
+        cells = [training_free.get(f"{name}@{ratio:g}") for ratio in ratios]
+        shown = ["" if cell is None else f"{100 * cell:.1f}" for cell in cells]
+        text.append(f"| {REFERENCE_NAMES.get(name, name)} | " + " | ".join(shown) + " |")
+    text.append(f"| **{CALIBRATED}** | " + " | ".join(f"**{100 * line.accuracy:.1f}**" for line in default) + " |")
+    return text
+
+
+def _bars(default: Sequence[Line]) -> list[str]:
+    """A row a ratio: the default against the full cache and the best training-free policy."""
+    text = ["| ratio | of the full cache | each seed | best training-free | lead |", "|---|---|---|---|---|"]
+    for line in default:
+        lead = "" if line.lead is None else f"{100 * line.lead:+.1f} {_range(line.lead_ci95)}"
+        rival = "" if line.best is None else f"{100 * (line.accuracy - (line.lead or 0)):.1f} {line.best}"
+        seeds = ", ".join(f"{100 * seed:.1f}" for seed in line.seeds)
+        share = f"{100 * line.relative:.1f} {_range(line.relative_ci95)}"
+        text.append(f"| {line.ratio:g} | {share} | {seeds} | {rival} | {lead} |")
+    return text
+
+
+def _variants(lines: Sequence[Line], costs: Sequence[dict[str, Any]]) -> list[str]:
+    """A row a variant: share of the full cache's accuracy in %; with costs, time and memory of a step too."""
+    ratios = list(dict.fromkeys(line.ratio for line in lines))
     numbers = sorted({row["questions"] for row in costs})
-    each = [f"{what}, {number} a clip" for what in ("time", "memory") for number in numbers]
-    text = ["| | " + " | ".join([*(f"{ratio:g}" for ratio in (1.0, *RATIOS)), *each]) + " |"]
-    text.append("|---" * (2 + len(RATIOS) + len(each)) + "|")
-    for variant in SCOPES:
-        shares = [f"{100 * line.relative:.1f}" for line in lines if line.variant == variant.name and line.ratio > 0]
-        found = {row["questions"]: row for row in costs if row["variant"] == variant.name}
-        if shares and found:
-            prices = [f"{found[number][what]:.2f}" for what in ("time", "memory") for number in numbers]
-            text.append(f"| {variant.label} | " + " | ".join([*shares, *prices]) + " |")
+    prices = [f"{what} ({number})" for what in ("time", "memory") for number in numbers]
+    text = ["| | " + " | ".join([*(f"{ratio:g}" for ratio in ratios), *prices]) + " |"]
+    text.append("|---" * (1 + len(ratios) + len(prices)) + "|")
+    for name in dict.fromkeys(line.variant for line in lines):
+        rows = [line for line in lines if line.variant == name]
+        cells = [f"{100 * row.relative:.1f}" for row in rows]
+        for what in ("time", "memory"):
+            found = {row["questions"]: row[what] for row in costs if row["variant"] == name}
+            cells += [f"{found[number]:.2f}" for number in numbers]
+        text.append(f"| {rows[0].label} | " + " | ".join(cells) + " |")
+    if costs:
+        text += ["", "Time and memory of a step are shares of a plain LoRA fine-tuning step's on the same batch"]
+        text += [f"(`benchmarks.calibration_step`), with {', '.join(map(str, numbers))} questions a clip."]
     return text
 
 
@@ -327,9 +380,24 @@ def _range(ends: tuple[float, float] | None) -> str:
     return "" if ends is None else f"({100 * ends[0]:.1f} to {100 * ends[1]:.1f})"
 
 
+def write_section(readme: Path, text: str) -> None:
+    """Put tables between the study's marks of a file.
+
+    Raises:
+        InputError: it has no such marks.
+    """
+    whole = readme.read_text(encoding="utf-8")
+    before, start, rest = whole.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise InputError(f"has no section between {START} and {END}", source=readme)
+    with whole_file(readme) as file:
+        file.write_text(f"{before}{START}\n\n{text}\n{END}{after}", encoding="utf-8")
+
+
 def plot(path: Path, lines: Sequence[Line], rivals: dict[tuple[str, float], Scores]) -> None:
     """Write a PNG: the default against the training-free policies over ratios, and the variants beside one another."""
-    variants = [name for name in dict.fromkeys(line.variant for line in lines) if name != "default"]
+    variants = [name for name in dict.fromkeys(line.variant for line in lines) if name != DEFAULT]
     figure = Figure(figsize=(13 if variants else 7, max(4.5, 1.2 + 0.3 * len(variants))), layout="constrained")
     panels = figure.subplots(1, 2 if variants else 1, squeeze=False)[0]
     left = panels[0]
@@ -339,7 +407,7 @@ def plot(path: Path, lines: Sequence[Line], rivals: dict[tuple[str, float], Scor
     strongest = {ratio: max(policies, key=lambda name: _mean(rivals[name, ratio])) for ratio in RATIOS}
     best = [100 * _mean(rivals[strongest[ratio], ratio]) for ratio in RATIOS]
     left.plot(RATIOS, best, "s--", color="#0072B2", markersize=4, label="best training-free at each ratio")
-    shown = [line for line in lines if line.variant == "default" and line.ratio in RATIOS]
+    shown = [line for line in lines if line.variant == DEFAULT and line.ratio in RATIOS]
     if shown:
         for values in zip(*(line.seeds for line in shown), strict=True):
             left.plot(RATIOS, [100 * value for value in values], color="#D55E00", linewidth=0.8, alpha=0.5)
@@ -351,7 +419,7 @@ def plot(path: Path, lines: Sequence[Line], rivals: dict[tuple[str, float], Scor
     left.set_ylabel("accuracy in %")
     left.legend(frameon=False, loc="lower right")
     if variants:
-        _plot_variants(panels[1], [line for line in lines if line.variant != "default"], variants)
+        _plot_variants(panels[1], [line for line in lines if line.variant != DEFAULT], variants)
     for axes in panels:
         axes.grid(color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)
@@ -388,6 +456,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--costs", type=Path, help="what benchmarks.calibration_step wrote, for a table of LoRA's scopes"
     )
+    parser.add_argument("--scorers", type=Path, help="file of benchmarks.scorer_study, for a table of them")
+    parser.add_argument("--readme", type=Path, help="file whose section between the study's marks is replaced")
     given = parser.parse_args(arguments)
     quiet_libraries()
     console = Console(width=170)
@@ -402,13 +472,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 study.run(variant, seed)
     rivals = read_scores(study.training_free() / PREDICTIONS_FILE)
     lines = [line for group in STUDIES.values() for v in group for line in lines_of(given.output, v, rivals)]
-    costs = json.loads(given.costs.read_text(encoding="utf-8"))["rows"] if given.costs else ()
+    costs = json.loads(given.costs.read_text(encoding="utf-8"))["rows"] if given.costs else []
+    scorers = json.loads(given.scorers.read_text(encoding="utf-8")) if given.scorers else {}
     training_free = {f"{name}@{ratio:g}": _mean(scores) for (name, ratio), scores in rivals.items()}
     values = {"format": FORMAT, "training_free": training_free, "rows": [asdict(line) for line in lines]}
     with whole_file(given.output / FILE) as file:
         file.write_text(json.dumps(values, indent=1) + "\n")
+    text = markdown(lines, training_free, costs, scorers)
     with whole_file(given.output / TEXT_FILE) as file:
-        file.write_text(markdown(lines, costs), encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
+    if given.readme:
+        write_section(given.readme, text)
     plot(given.output / PLOT, lines, rivals)
     console.print(table(lines))
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from acckv.errors import InputError
 from acckv.weights import WEIGHT_GROUPS, CalibratedWeights
-from benchmarks.calibration_study import STUDIES, Variant
+from benchmarks.calibration_study import END, START, STUDIES, Line, Variant, markdown, write_section
 from benchmarks.scorer_study import SCORERS, places
 from lightning_modules.calibration import CalibrationModule
 
-CONFIG = yaml.safe_load((Path(__file__).parents[1] / "configs/calib.yaml").read_text(encoding="utf-8"))
+ROOT = Path(__file__).parents[1]
+CONFIG = yaml.safe_load((ROOT / "configs/calib.yaml").read_text(encoding="utf-8"))
+FILES = ("study", "calibration_step", "scorer")
 VARIANTS = [variant for variants in STUDIES.values() for variant in variants]
 
 
@@ -29,6 +34,26 @@ def test_variants_have_names_of_their_own_and_take_every_group_away() -> None:
     steps = [set(v.options["learn"]) for v in STUDIES["ablations"] if v.options.get("lora_rank") == 0]
     added = [after - before for before, after in zip([set(), *steps], steps, strict=False)]
     assert [name for names in added for name in names] == list(WEIGHT_GROUPS)
+
+
+def test_tables_of_the_readme_are_those_of_the_measured_files(tmp_path: Path) -> None:
+    results = ROOT / "benchmarks/results"
+    study, costs, scorers = (json.loads((results / f"{name}.json").read_text()) for name in FILES)
+    text = markdown([Line(**row) for row in study["rows"]], study["training_free"], costs["rows"], scorers)
+    copy = tmp_path / "README.md"
+    shutil.copy(ROOT / "README.md", copy)
+    write_section(copy, text)
+    assert copy.read_text() == (ROOT / "README.md").read_text()
+    assert text.count("| + ") >= 5 and "| 0.05 | " in text
+
+
+def test_a_file_without_the_marks_stays_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "notes.md"
+    for content in ("", END, f"{END} {START}"):
+        file.write_text(content)
+        with pytest.raises(InputError, match=r"notes.md: has no section between <!-- study"):
+            write_section(file, "| table |")
+        assert file.read_text() == content
 
 
 @pytest.mark.parametrize("kind", SCORERS.values(), ids=lambda kind: kind.__name__)
