@@ -82,6 +82,8 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         Variant("alignment", "+ alignment (merging on)", _up_to("alignment", **MERGING)),
         Variant("lora_merging", "+ LoRA (merging on)", MERGING),
         Variant("lora", "all, merging off (the default)"),
+        Variant("only_scorer", "scorer and probes alone", {"learn": ("probes", "scorer"), "lora_rank": 0}),
+        Variant("only_lora", "LoRA alone", {"learn": ()}),
         Variant("no_budgets", "default without learned budgets (focusing)", {"learn": _without("budgets")}),
         Variant("no_gains", "default without gains and redistribution", {"learn": _without("gains")}),
         Variant("no_alignment", "default without cross-calibration", {"learn": _without("alignment")}),
