@@ -112,7 +112,7 @@ class EvaluationData:
             if getattr(self, name) is not None and sources[source] is None:
                 raise InputError(f"is of use only together with data.{source}", field=f"data.{name}")
         if self.benchmark is not None and self.root is None:
-            raise InputError("is missing: the folder of the benchmark", field="data.root")
+            raise InputError("is missing: the folder of the benchmark, or its hub id", field="data.root")
         if self.variant != "plain" and given:
             raise InputError("is of use only with generated clips", field="data.variant")
         if self.benchmark is None and self.split not in (None, *get_args(GeneratedSplit)):
