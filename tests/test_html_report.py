@@ -154,16 +154,16 @@ def test_nothing_is_loaded_from_elsewhere(written: tuple[Path, str, _Page]) -> N
 def test_every_image_decodes_and_has_words(written: tuple[Path, str, _Page]) -> None:
     _, _, page = written
     images = page.all("img")
-    sources = [image["src"] or "" for image in images] + [source["srcset"] or "" for source in page.all("source")]
-    # Two curves in two versions; frames; of each compression what is left and two maps.
-    assert len(sources) == 2 * 2 + 1 + 2 * 3
+    sources = [image["src"] or "" for image in images]
+    # Frames; of each compression what is left and two maps.
+    assert len(sources) == 1 + 2 * 3
     for source in sources:
         with Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1], validate=True))) as image:
             image.load()
             assert min(image.size) > 0
     assert all(image["alt"] for image in images)
     drawings = page.all("svg")
-    assert len(drawings) == 1 + 2 * 2
+    assert len(drawings) == 2 + 1 + 2 * 2  # curves, sound, bars
     assert all(drawing["role"] == "img" and drawing["aria-label"] for drawing in drawings)
 
 

@@ -1,12 +1,13 @@
-"""Accuracy over size for the HTML report: a picture in a light and a dark version, as data URIs."""
+"""Accuracy over size for the HTML report, as SVG in the colours of the page."""
 
 from __future__ import annotations
 
-import base64
 import io
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
 
+import matplotlib
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -15,58 +16,38 @@ from acckv.metrics.intervals import Interval
 from acckv.report.plots import line_style, spread
 from acckv.report.results import FULL, REFERENCE_NAMES, Results, Row
 
-_DPI = 192
 _COLUMNS = 2  # of the legend
+INK, MUTED, LINE = "#010101", "#020202", "#030303"
+"""Drawn with; the page's own colours take their place, so that a picture is light or dark as the page is."""
+_PAGE_COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)"}
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one version of a picture."""
-
-    ink: str
-    muted: str
-    grid: str
-    panel: str
-
-
-LIGHT = Theme("#1c2128", "#656d76", "#e3e6ea", "#ffffff")
-DARK = Theme("#e6edf3", "#9aa4b0", "#30363d", "#161b22")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture as data URIs, with what it shows in words.
-
-    Attributes:
-        light, dark: data URIs; width, height: CSS pixels.
-        alt: text alternative.
-    """
-
-    light: str
-    dark: str
-    width: int
-    height: int
-    alt: str
-
-
-def picture(draw: Callable[[Theme], Figure], alt: str) -> Picture:
-    """A drawing in both versions."""
-    light, width, height = _encoded(draw(LIGHT), LIGHT)
-    dark, _, _ = _encoded(draw(DARK), DARK)
-    return Picture(light, dark, width, height, alt)
-
-
-def _encoded(figure: Figure, theme: Theme) -> tuple[str, int, int]:
-    file = io.BytesIO()
-    figure.savefig(file, dpi=_DPI, format="webp", facecolor=theme.panel, pil_kwargs={"quality": 88, "method": 4})
-    width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii"), width, height
+def inline_svg(figure: Figure, alt: str) -> Markup:
+    """A drawing as an element of the page; `alt` is its text alternative, another one for each drawing."""
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt}):
+        figure.savefig(file, format="svg", facecolor="none", metadata=nothing)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    for drawn, shown in _PAGE_COLOURS.items():
+        text = text.replace(drawn, shown)
+    # Nothing lies outside the axes, an element of HTML needs no name spaces, and groups have the same names everywhere.
+    for spare in (
+        r"<defs>\s*<clipPath.*?</defs>",
+        r' clip-path="[^"]*"',
+        r' xmlns(:\w+)?="[^"]*"',
+        r' id="[\w.]+_\d+"',
+    ):
+        text = re.sub(spare, "", text, flags=re.DOTALL)
+    text = text.replace("xlink:href", "href")
+    return Markup(text.replace("<svg", f'<svg class="figure" role="img" aria-label="{escape(alt)}"', 1))
 
 
 # ------------------------------------------------------------------ accuracy over size
 
 
-def pareto(results: Results, intervals: Mapping[tuple[str, float], Interval], by_bytes: bool, theme: Theme) -> Figure:
+def pareto(results: Results, intervals: Mapping[tuple[str, float], Interval], by_bytes: bool) -> Figure:
     """Accuracy in % of the full cache's over the kept share of entries or over KV bytes (log axes).
 
     Rows that keep no entry cannot be placed on a log axis; the controls are horizontal lines.
@@ -75,11 +56,11 @@ def pareto(results: Results, intervals: Mapping[tuple[str, float], Interval], by
     lines = len(names) + len(_controls(results)) + 1
     figure = Figure(figsize=(4.7, 3.9 + 0.22 * (-(-lines // _COLUMNS))), layout="constrained")
     axes = figure.subplots()
-    _style(axes, theme)
-    axes.axhline(100, color=theme.ink, linewidth=1.3, label=REFERENCE_NAMES[FULL])
+    _style(axes)
+    axes.axhline(100, color=INK, linewidth=1.3, label=REFERENCE_NAMES[FULL])
     for row, style in zip(_controls(results), ("--", ":", "-."), strict=False):
         label = REFERENCE_NAMES[row.policy].replace(" (control)", "")
-        axes.axhline(100 * (row.relative or 0), color=theme.muted, linestyle=style, linewidth=1.3, label=label)
+        axes.axhline(100 * (row.relative or 0), color=MUTED, linestyle=style, linewidth=1.3, label=label)
     ticks: set[float] = set()
     for i, name in enumerate(names):
         rows = [row for row in results.rows if row.policy == name and row.kept_entries > 0 and row.relative is not None]
@@ -106,7 +87,7 @@ def pareto(results: Results, intervals: Mapping[tuple[str, float], Interval], by
         axes.set_xlabel("kept audio and video entries, share of the full cache")
     legend = figure.legend(loc="outside lower center", ncols=_COLUMNS, frameon=False, fontsize=9.5, columnspacing=1.2)
     for text in legend.get_texts():
-        text.set_color(theme.ink)
+        text.set_color(INK)
     return figure
 
 
@@ -140,12 +121,12 @@ def _bytes(value: float) -> str:
     return f"{value:.3g} GB"
 
 
-def _style(axes: Axes, theme: Theme) -> None:
-    axes.set_facecolor(theme.panel)
-    axes.tick_params(colors=theme.muted, labelcolor=theme.ink, labelsize=10)
+def _style(axes: Axes) -> None:
+    axes.set_facecolor("none")
+    axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme.muted)
-    axes.yaxis.label.set_color(theme.ink)
-    axes.xaxis.label.set_color(theme.ink)
-    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.yaxis.label.set_color(INK)
+    axes.xaxis.label.set_color(INK)
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)

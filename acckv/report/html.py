@@ -10,11 +10,11 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from acckv.errors import InputError
 from acckv.metrics.answers import UNPARSED
@@ -146,7 +146,7 @@ def _headline(
     return found
 
 
-def _pareto(results: Results, intervals: Mapping[tuple[str, float], Interval]) -> list[figures.Picture]:
+def _pareto(results: Results, intervals: Mapping[tuple[str, float], Interval]) -> list[Markup]:
     if not figures.measured_policies(results) or results.full is None or results.full.accuracy <= 0:
         return []
     pictures = []
@@ -155,7 +155,7 @@ def _pareto(results: Results, intervals: Mapping[tuple[str, float], Interval]) -
             f"Accuracy in % of the full cache's over {over}, a line a policy with 95 % intervals; controls are "
             "horizontal lines. All numbers are in the table below."
         )
-        pictures.append(figures.picture(partial(figures.pareto, results, intervals, by_bytes), alt))
+        pictures.append(figures.inline_svg(figures.pareto(results, intervals, by_bytes), alt))
     return pictures
 
 
