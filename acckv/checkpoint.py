@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from acckv.compressor import KVCompressor
 from acckv.config import CompressionConfig, LoraScope
 from acckv.errors import InputError
+from acckv.hub import download, is_hub_id
 from acckv.lora import LoraWeights
 from acckv.report.files import whole_folder
 from acckv.weights import CalibratedWeights
@@ -91,16 +92,9 @@ def _folder(name: str | Path) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    text = str(name)
-    if folder.exists() or text.startswith((".", "/")) or text.count("/") != 1:
+    if not is_hub_id(name):
         raise InputError("is no export folder", source=name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS, f"{ADAPTER}/*", CARD]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError("is neither a folder nor a hub repository that can be reached", source=name) from error
+    return download(str(name), "a hub repository", allow_patterns=[CONFIG, WEIGHTS, f"{ADAPTER}/*", CARD])
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -33,13 +33,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from acckv.report.files import whole_file
+from benchmarks.calibration_study import STUDIES
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.clip_dataset import CalibrationBatch
 from lightning_modules.datamodule import AVDataModule
 
 FORMAT = 3
 FINE_TUNING = "LoRA fine-tuning"
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+SCOPES = {variant.name: variant.options for variant in STUDIES["scopes"]}
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,10 @@ def measure(questions: int, clips: int, repeats: int) -> list[Row]:
         "calibration, first visit": Kind(None, {}, calibration_loss, first),
         "calibration, later visits": Kind("lora", {}, calibration_loss, later),
         "calibration, later visits, LoRA on attention alone": Kind(
-            "attention", {"lora_targets": ATTENTION}, calibration_loss, later
+            "attention", SCOPES["attention"], calibration_loss, later
         ),
-        "calibration, later visits, weights alone": Kind("rank0", {"lora_rank": 0}, calibration_loss, later),
-        "calibration, scope 'all'": Kind("all", {"lora_scope": "all"}, calibration_loss, first),
+        "calibration, later visits, weights alone": Kind("rank0", SCOPES["rank0"], calibration_loss, later),
+        "calibration, scope 'all'": Kind("all", SCOPES["all"], calibration_loss, first),
     }
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     for repeat in track(range(repeats + 1), description=f"{questions or 'all'} questions a clip"):

@@ -124,6 +124,24 @@ TITLES: dict[str, tuple[str, str | None]] = {
 START, END = "<!-- study: written by benchmarks.calibration_study --readme -->", "<!-- end of study -->"
 
 
+def plain_trainer(config: dict[str, Any], steps: int, folder: Path, **options: Any) -> Trainer:
+    """A trainer of a config's kind that leaves no logs and no checkpoints."""
+    return Trainer(
+        accelerator=config["trainer"]["accelerator"],
+        devices=1,
+        max_epochs=1,
+        max_steps=steps,
+        gradient_clip_val=config["trainer"]["gradient_clip_val"],
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **options,
+    )
+
+
 class Study:
     """Trains and evaluates variants into one folder.
 
@@ -147,20 +165,8 @@ class Study:
         self.data.reorder(seed)
         given = self.config["model"] | variant.options | {"seed": seed}
         module = CalibrationModule(**given)
-        trainer = Trainer(
-            accelerator=self.config["trainer"]["accelerator"],
-            devices=1,
-            max_epochs=1,
-            max_steps=self.given.steps or self.config["trainer"]["max_steps"],
-            gradient_clip_val=self.config["trainer"]["gradient_clip_val"],
-            limit_val_batches=0,
-            default_root_dir=folder,
-            callbacks=[ExportCompressor()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
+        steps = self.given.steps or self.config["trainer"]["max_steps"]
+        trainer = plain_trainer(self.config, steps, folder, limit_val_batches=0, callbacks=[ExportCompressor()])
         start = time.monotonic()
         trainer.fit(module, self.data)
         took = time.monotonic() - start
@@ -317,8 +323,7 @@ def markdown(
             f"KL to the full cache's answers on the validation clips, in nats a token, after {scorers['steps']} steps:",
             "",
         ]
-        ratios = list(next(iter(scorers["kl"].values())))
-        text += ["| | " + " | ".join(ratios) + " |", "|---" * (1 + len(ratios)) + "|"]
+        text += _header("", *next(iter(scorers["kl"].values())))
         text += [
             f"| {name} | " + " | ".join(f"{kl:.3f}" for kl in of.values()) + " |" for name, of in scorers["kl"].items()
         ]
@@ -337,7 +342,7 @@ def _how(lines: Sequence[Line]) -> str:
 def _policies(default: Sequence[Line], training_free: dict[str, float]) -> list[str]:
     """A row a policy: accuracy in % at every ratio."""
     ratios = [line.ratio for line in default]
-    text = ["| | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |", "|---" * (1 + len(ratios)) + "|"]
+    text = _header("", *(f"{ratio:g}" for ratio in ratios))
     for name in dict.fromkeys(key.split("@")[0] for key in training_free):
         cells = [training_free.get(f"{name}@{ratio:g}") for ratio in ratios]
         shown = ["" if cell is None else f"{100 * cell:.1f}" for cell in cells]
@@ -348,7 +353,7 @@ def _policies(default: Sequence[Line], training_free: dict[str, float]) -> list[
 
 def _bars(default: Sequence[Line]) -> list[str]:
     """A row a ratio: the default against the full cache and the best training-free policy."""
-    text = ["| ratio | of the full cache | each seed | best training-free | lead |", "|---|---|---|---|---|"]
+    text = _header("ratio", "of the full cache", "each seed", "best training-free", "lead")
     for line in default:
         lead = "" if line.lead is None else f"{100 * line.lead:+.1f} {_range(line.lead_ci95)}"
         rival = "" if line.best is None else f"{100 * (line.accuracy - (line.lead or 0)):.1f} {line.best}"
@@ -363,8 +368,7 @@ def _variants(lines: Sequence[Line], costs: Sequence[dict[str, Any]]) -> list[st
     ratios = list(dict.fromkeys(line.ratio for line in lines))
     numbers = sorted({row["questions"] for row in costs})
     prices = [f"{what} ({number})" for what in ("time", "memory") for number in numbers]
-    text = ["| | " + " | ".join([*(f"{ratio:g}" for ratio in ratios), *prices]) + " |"]
-    text.append("|---" * (1 + len(ratios) + len(prices)) + "|")
+    text = _header("", *(f"{ratio:g}" for ratio in ratios), *prices)
     for name in dict.fromkeys(line.variant for line in lines):
         rows = [line for line in lines if line.variant == name]
         cells = [f"{100 * row.relative:.1f}" for row in rows]
@@ -376,6 +380,11 @@ def _variants(lines: Sequence[Line], costs: Sequence[dict[str, Any]]) -> list[st
         text += ["", "Time and memory of a step are shares of a plain LoRA fine-tuning step's on the same batch"]
         text += [f"(`benchmarks.calibration_step`), with {', '.join(map(str, numbers))} questions a clip."]
     return text
+
+
+def _header(*names: str) -> list[str]:
+    """The first two lines of a table."""
+    return [f"| {' | '.join(names)} |".replace("|  |", "| |"), "|---" * len(names) + "|"]
 
 
 def _range(ends: tuple[float, float] | None) -> str:

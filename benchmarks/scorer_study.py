@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from acckv.report.files import whole_file
 from acckv.weights import CalibratedWeights
+from benchmarks.calibration_study import plain_trainer
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.datamodule import AVDataModule
 from lightning_modules.doors import quiet_libraries
@@ -122,13 +123,6 @@ def places(members: Tensor) -> Tensor:
 class WithScorer(CalibrationModule):
     """A calibration with another class of weights."""
 
-    kind: type[CalibratedWeights] = CalibratedWeights
-
-    def fresh_weights(self, sizes: dict[str, int]) -> CalibratedWeights:
-        return self.kind(
-            sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], self.options.probe_queries
-        )
-
     def configure_model(self) -> None:
         super().configure_model()
         # What a scorer adds is in no group of weights that can be learned or left.
@@ -144,21 +138,8 @@ def validation_kl(
     seed_everything(seed, verbose=False)
     data.reorder(seed)
     module = WithScorer(**config["model"] | {"seed": seed, "validation_ratios": RATIOS})
-    module.kind = kind
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=steps,
-        gradient_clip_val=config["trainer"]["gradient_clip_val"],
-        val_check_interval=steps,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    module.weights_class = kind
+    trainer = plain_trainer(config, steps, folder, val_check_interval=steps, check_val_every_n_epoch=None)
     trainer.fit(module, data)
     return {f"{ratio:g}": float(trainer.callback_metrics[f"val/kl@{ratio:g}"]) for ratio in RATIOS}
 

@@ -90,6 +90,9 @@ class CalibrationModule(LightningModule):
         seed: of the ratio draws.
     """
 
+    weights_class: type[CalibratedWeights] = CalibratedWeights
+    """Of the weights; another one is for studies."""
+
     def __init__(
         self,
         base_model: str = "tiny",
@@ -163,7 +166,9 @@ class CalibrationModule(LightningModule):
         model, processor = load_model(options.base_model, options.dtype)
         adapter = find_adapter(model)
         sizes = adapter.dimensions
-        weights = self.fresh_weights(sizes)
+        weights = self.weights_class(
+            sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], options.probe_queries
+        )
         learned = [name for group in options.learn for name in WEIGHT_GROUPS[group]]
         for name, weight in weights.named_parameters():
             weight.requires_grad_(name in learned)
@@ -184,12 +189,6 @@ class CalibrationModule(LightningModule):
             enable_checkpointing(self.live.adapter.decoder)
         if self.device_mesh is not None:
             shard_frozen(self, self.live.adapter.decoder, self.device_mesh["data_parallel"])
-
-    def fresh_weights(self, sizes: dict[str, int]) -> CalibratedWeights:
-        """The weights before the first step, for a model of these dimensions."""
-        return CalibratedWeights(
-            sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], self.options.probe_queries
-        )
 
     def configure_callbacks(self) -> list[Callback]:
         return [TeardownOnException()]

@@ -81,6 +81,8 @@ def test_hub_ids_are_resolved(tmp_path: Path, cache: Path) -> None:
     loaded = KVCompressor.from_pretrained("org/compressor").with_ratio(0.1)
     assert loaded.name == "acckv-calibrated" and loaded.weights is not None
     assert total(loaded.weights.parameters()) == total(weights.parameters())
+    pinned = KVCompressor.from_pretrained(f"org/compressor@{COMMIT}")
+    assert pinned.weights is not None and total(pinned.weights.parameters()) == total(weights.parameters())
     with loaded(found):
         pass
     with pytest.raises(InputError, match=r"^org/absent: cannot be loaded: "):

@@ -19,6 +19,7 @@ from rich.progress import track
 
 from acckv.data.clips import default_root
 from acckv.errors import InputError
+from acckv.hub import download, is_hub_id
 from acckv.report.files import whole_folder
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -32,19 +33,12 @@ def local_folder(root: str | Path) -> Path:
     Raises:
         InputError: neither, the hub cannot be reached, or an archive is broken.
     """
-    folder, name = Path(root), str(root)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or name.startswith((".", "/")) or name.count("/") != 1:
+    if Path(root).is_dir():
+        return Path(root)
+    if not is_hub_id(root):
         raise InputError("no such folder, and no hub id (org/name)", source=root)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repository, _, revision = name.partition("@")
-    try:
-        snapshot = Path(snapshot_download(repository, repo_type="dataset", revision=revision or None))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError("is neither a folder nor a data set of the hub that can be reached", source=root) from error
+    snapshot = download(str(root), "a data set of the hub", repo_type="dataset")
+    repository = str(root).partition("@")[0]
     files = sorted(file for file in snapshot.rglob("*") if file.is_file())
     if not any(file.name.endswith(ARCHIVES) for file in files):
         return snapshot
