@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from acckv.report.files import whole_file
-from benchmarks.calibration_study import STUDIES
+from benchmarks.study_variants import STUDIES
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.clip_dataset import CalibrationBatch
 from lightning_modules.datamodule import AVDataModule
@@ -48,7 +48,7 @@ class Row:
     """One kind of step on one kind of batch.
 
     Attributes:
-        step: what it is; variant: of `benchmarks.calibration_study` that is trained by such steps, if there is one.
+        step: what it is; variant: of `benchmarks.study_variants` that is trained by such steps, if there is one.
         questions: on each clip; tokens: of context and of turns, a clip.
         seconds: median; time: median of the ratios to the fine-tuning step beside it, time_range: least and most.
         megabytes: held for the backward pass; memory: as a share of the fine-tuning step's.

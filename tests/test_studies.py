@@ -12,8 +12,10 @@ import yaml
 
 from acckv.errors import InputError
 from acckv.weights import WEIGHT_GROUPS, CalibratedWeights
-from benchmarks.calibration_study import END, START, STUDIES, Line, Variant, markdown, write_section
 from benchmarks.scorer_study import SCORERS, places
+from benchmarks.study_results import Line
+from benchmarks.study_tables import END, START, markdown, write_section
+from benchmarks.study_variants import STUDIES, Variant
 from lightning_modules.calibration import CalibrationModule
 
 ROOT = Path(__file__).parents[1]

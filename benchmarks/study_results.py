@@ -1,0 +1,90 @@
+"""What came of the variants of the calibration study, over seeds and beside the training-free policies."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from acckv.metrics import PairedComparison
+from acckv.report.results import CONTROLS, FULL, PREDICTIONS_FILE, RESULTS_FILE
+from benchmarks.generalisation import paired, read_scores
+from benchmarks.study_variants import Variant
+from lightning_modules.evaluation_run import CALIBRATED
+
+RATIOS = (0.5, 0.2, 0.1, 0.05, 0.02)
+TIMES_FILE = "times.json"
+
+Scores = dict[str, tuple[float, int]]
+"""Question -> score, clip."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A variant at a ratio, mean over its seeds; 95 % intervals over clips, whose scores are means over seeds.
+
+    Attributes:
+        seeds: accuracy of each; accuracy: their mean; relative: as a share of the full cache's.
+        best: the best training-free policy at this ratio; lead: over it, paired by clip. None at ratio 1 and 0.
+        training_seconds: mean over seeds.
+    """
+
+    variant: str
+    label: str
+    ratio: float
+    questions: int
+    steps: int
+    training_seconds: float
+    seeds: list[float]
+    accuracy: float
+    relative: float
+    relative_ci95: tuple[float, float]
+    best: str | None
+    lead: float | None
+    lead_ci95: tuple[float, float] | None
+
+
+def lines_of(output: Path, variant: Variant, rivals: dict[tuple[str, float], Scores]) -> list[Line]:
+    """Every ratio of a variant, over the seeds that are there."""
+    folders = sorted(path.parent for path in (output / variant.name).glob(f"seed*/{RESULTS_FILE}"))
+    if not folders:
+        return []
+    runs = [read_scores(folder / PREDICTIONS_FILE) for folder in folders]
+    times = [json.loads((folder / TIMES_FILE).read_text()) for folder in folders]
+    lines = []
+    for ratio in (1.0, *RATIOS, 0.0):
+        each = [run[CALIBRATED, ratio] for run in runs]
+        mean = {key: (sum(run[key][0] for run in each) / len(each), clip) for key, (_, clip) in each[0].items()}
+        share = _compared(mean, runs[0][FULL, 1.0])
+        names = [name for name, at in rivals if at == ratio and name not in (FULL, *CONTROLS)]
+        best = max(names, key=lambda name: mean_score(rivals[name, ratio]), default=None)
+        lead = None if best is None else _compared(mean, rivals[best, ratio])
+        lines.append(
+            Line(
+                variant=variant.name,
+                label=variant.label,
+                ratio=ratio,
+                questions=len(mean),
+                steps=times[0]["steps"],
+                training_seconds=sum(took["training_seconds"] for took in times) / len(times),
+                seeds=[mean_score(run) for run in each],
+                accuracy=mean_score(mean),
+                relative=float(share.compute()["relative"]),
+                relative_ci95=tuple(share.relative_interval() or (0.0, 0.0)),  # type: ignore[arg-type]
+                best=best,
+                lead=None if lead is None else float(lead.compute()["difference"]),
+                lead_ci95=None if lead is None else tuple(lead.difference_interval()),  # type: ignore[arg-type]
+            )
+        )
+    return lines
+
+
+def _compared(ours: Scores, theirs: Scores) -> PairedComparison:
+    comparison = PairedComparison()
+    comparison.update(*paired(ours, theirs))
+    return comparison
+
+
+def mean_score(scores: Scores) -> float:
+    """Accuracy, 0..1."""
+    return sum(score for score, _ in scores.values()) / len(scores)
