@@ -18,7 +18,7 @@ from acckv.lora import LoraWeights
 from acckv.report.files import whole_folder
 from acckv.weights import CalibratedWeights
 
-FORMAT = 2
+FORMAT = 3
 CONFIG, WEIGHTS, ADAPTER, CARD = "config.json", "model.safetensors", "adapter", "README.md"
 _REQUIRED = ("format", "compression", "base", "lora_scope", "has_weights", "has_lora")
 _BASE = ("name", "layers", "query_heads", "kv_heads", "head_size")

@@ -6,17 +6,21 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 #: Ratio at which the slopes over log ratio have no effect.
 REFERENCE_RATIO = 0.1
 #: Order of the last axis of `signal_mix`.
 SIGNALS = ("attention", "key_diversity", "probe", "saliency")
+#: How many numbers the scorer sees of an entry's place.
+PLACES = 3
 #: What can be learned, or left at the preset, together.
 WEIGHT_GROUPS = {
     "budgets": ("layer_budget", "modality_budget"),
     "gains": ("redistribution", "modality_gain"),
     "probes": ("probe_queries", "signal_mix"),
     "scorer": ("saliency", "saliency_bias"),
+    "places": ("saliency_place",),
     "redundancy": ("redundancy",),
     "merging": ("merge_bias", "merge_gain"),
     "alignment": ("alignment_weight", "alignment_threshold"),
@@ -37,6 +41,7 @@ class CalibratedWeights(nn.Module):
         probe_queries: ``[L, Hq, P, D]`` queries in the space after position embedding.
         saliency: ``[L, 2, K, 2 * D]`` linear scorer on an entry's own (key, value), one for each modality.
         saliency_bias: ``[L, 2, K]``.
+        saliency_place: ``[L, 2, K, 3]`` linear scorer on an entry's place in its segment.
         signal_mix: ``[L, 4]`` added to the preset's mix of SIGNALS.
         redundancy: ``[L, 2]`` by modality, what a score loses for what better neighbours hold already.
         merge_bias, merge_gain: ``[L, K, 2]`` log mass and relative value gain of merged entries.
@@ -58,6 +63,7 @@ class CalibratedWeights(nn.Module):
         self.probe_queries = nn.Parameter(torch.randn(layers, query_heads, probes, head_size, generator=generator))
         self.saliency = zeros(layers, 2, kv_heads, 2 * head_size)
         self.saliency_bias = zeros(layers, 2, kv_heads)
+        self.saliency_place = zeros(layers, 2, kv_heads, PLACES)
         self.signal_mix = zeros(layers, len(SIGNALS))
         self.redundancy = zeros(layers, 2)
         self.merge_bias = zeros(layers, kv_heads, 2)
@@ -70,7 +76,8 @@ class CalibratedWeights(nn.Module):
         layers, kv_heads, query_heads, head_size, probes = self.shape
         group = query_heads // kv_heads
         alone = CalibratedWeights(layers, 1, group, head_size, probes)
-        axes = {"modality_gain": 1, "merge_bias": 1, "merge_gain": 1, "saliency": 2, "saliency_bias": 2}
+        axes = {"modality_gain": 1, "merge_bias": 1, "merge_gain": 1}
+        axes |= dict.fromkeys(("saliency", "saliency_bias", "saliency_place"), 2)
         for name, parameter in self.named_parameters():
             whole = parameter.detach()
             if name in axes:
@@ -95,7 +102,7 @@ class CalibratedWeights(nn.Module):
         return shares / shares.sum(-1, keepdim=True).clamp_min(1e-12)
 
     def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
-        """Linear score of each entry's own key and value, ``[B, K, N]``.
+        """Linear score of each entry's own key and value and of its place in its segment, ``[B, K, N]``.
 
         Args:
             keys, values: ``[B, K, N, D]``; members: bool ``[B, 2, N]``.
@@ -107,7 +114,28 @@ class CalibratedWeights(nn.Module):
         by_key, by_value = self.saliency[layer].permute(1, 2, 0).split([keys.shape[-1], values.shape[-1]], dim=1)
         score = (keys @ by_key + values @ by_value).permute(0, 3, 1, 2) * size[:, None]
         score = score + self.saliency_bias[layer][None, :, :, None]
+        score = score + torch.einsum("bnf,mkf->bmkn", segment_places(members), self.saliency_place[layer].float())
         return (score * members[:, :, None].to(score.dtype)).sum(dim=1)
+
+
+def segment_places(members: Tensor) -> Tensor:
+    """Place of each entry in its segment, a run of entries of one modality such as a frame: ``[B, N, 3]``.
+
+    From 0 to 1, with its sine and cosine over one turn. Neither padding nor how long a clip is changes it. In a stream,
+    the place among what is left of the segment.
+
+    Args:
+        members: bool ``[B, 2, N]``.
+    """
+    kind = members[:, 0].long() + 2 * members[:, 1].long()
+    count = kind.shape[1]
+    index = torch.arange(count, device=kind.device).expand_as(kind)
+    first = functional.pad(kind[:, 1:] != kind[:, :-1], (1, 0), value=True)
+    last = functional.pad(first[:, 1:], (0, 1), value=True)
+    start = torch.where(first, index, 0).cummax(1).values
+    end = torch.where(last, index, count).flip(1).cummin(1).values.flip(1)
+    place = (index - start + 0.5) / (end - start + 1)
+    return torch.stack([place, (math.tau * place).sin(), (math.tau * place).cos()], dim=-1)
 
 
 def log_ratio(ratio: float) -> float:

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from acckv.report.files import whole_file
-from benchmarks.study_variants import STUDIES
+from benchmarks.study_variants import KL_ALONE, SHORT, STUDIES
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.clip_dataset import CalibrationBatch
 from lightning_modules.datamodule import AVDataModule
@@ -129,7 +129,8 @@ def measure(questions: int, clips: int, repeats: int) -> list[Row]:
     kinds = {
         FINE_TUNING: Kind(None, {"lora_scope": "all"}, fine_tuning_loss, first),
         "calibration, first visit": Kind(None, {}, calibration_loss, first),
-        "calibration, later visits": Kind("lora", {}, calibration_loss, later),
+        "calibration, later visits": Kind(SHORT, {}, calibration_loss, later),
+        "calibration, later visits, KL alone": Kind(KL_ALONE, {"match": None}, calibration_loss, later),
         "calibration, later visits, LoRA on attention alone": Kind(
             "attention", SCOPES["attention"], calibration_loss, later
         ),

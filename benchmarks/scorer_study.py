@@ -2,9 +2,9 @@ r"""What the saliency scorer should see and how large it should be: validation K
 
     python -m benchmarks.scorer_study --steps 400 --output benchmarks/results/scorer.json
 
-Every line trains `configs/calib.yaml` for that many steps with one scorer in place of the default, which is linear in
-an entry's own key and value, for each layer, KV head and modality. The measure is what settings are chosen by: KL(full
-cache || hard selection) on the validation clips, in nats a token.
+Every line trains `configs/calib.yaml` for that many steps, by KL alone, with one scorer in place of the default, which
+is linear in an entry's own key and value and its place in its segment, for each layer, KV head and modality. Measured
+is what settings are chosen by: KL(full cache || hard selection) on the validation clips, in nats a token.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from acckv.report.files import whole_file
-from acckv.weights import CalibratedWeights
+from acckv.weights import WEIGHT_GROUPS, CalibratedWeights
 from benchmarks.calibration_study import plain_trainer
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.datamodule import AVDataModule
 from lightning_modules.doors import quiet_libraries
 
 RATIOS = (0.2, 0.05, 0.02)
-PLACES = 5
+PLACED = ("saliency_place",)
 
 
 class KeysAlone(CalibratedWeights):
@@ -56,15 +56,15 @@ class OneForAllLayers(CalibratedWeights):
         return super().saliency_score(0, keys, values, members)
 
 
-class WithPlace(CalibratedWeights):
-    """Sees also where an entry is in its segment (a run of one modality) and in the clip."""
+class WithClipPlace(CalibratedWeights):
+    """Sees also where in the clip an entry is."""
 
     def __init__(self, layers: int, kv_heads: int, query_heads: int, head_size: int, probes: int) -> None:
         super().__init__(layers, kv_heads, query_heads, head_size, probes)
-        self.saliency_place = nn.Parameter(torch.zeros(layers, 2, kv_heads, PLACES))
+        self.saliency_clip = nn.Parameter(torch.zeros(layers, 2, kv_heads, 2))
 
     def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
-        by_place = torch.einsum("bnf,mkf,bmn->bkn", places(members), self.saliency_place[layer], members.float())
+        by_place = torch.einsum("nf,mkf,bmn->bkn", clip_places(members), self.saliency_clip[layer], members.float())
         return super().saliency_score(layer, keys, values, members) + by_place
 
 
@@ -94,51 +94,49 @@ class WidePerceptron(Perceptron):
     hidden = 64
 
 
-SCORERS: dict[str, type[CalibratedWeights]] = {
-    "key and value, linear (default)": CalibratedWeights,
-    "key alone": KeysAlone,
-    "value alone": ValuesAlone,
-    "+ place in segment and clip": WithPlace,
-    "+ a layer of 16 hidden units": Perceptron,
-    "+ a layer of 64 hidden units": WidePerceptron,
-    "one for both modalities": OneForBothModalities,
-    "one for all layers": OneForAllLayers,
+SCORERS: dict[str, tuple[type[CalibratedWeights], tuple[str, ...]]] = {
+    "key and value, linear": (CalibratedWeights, ()),
+    "key alone": (KeysAlone, ()),
+    "value alone": (ValuesAlone, ()),
+    "+ place in its segment (default)": (CalibratedWeights, PLACED),
+    "+ place in its segment and in the clip": (WithClipPlace, (*PLACED, "saliency_clip")),
+    "+ a layer of 16 hidden units": (Perceptron, ("saliency_first", "saliency_last")),
+    "+ a layer of 64 hidden units": (WidePerceptron, ("saliency_first", "saliency_last")),
+    "one for both modalities": (OneForBothModalities, ()),
+    "one for all layers": (OneForAllLayers, ()),
 }
+"""Label -> weights, and which of them learn besides key and value."""
 
 
-def places(members: Tensor) -> Tensor:
-    """Place in the segment 0..1, sine and cosine of it, and of the place in the clip, ``[B, N, 5]``."""
-    kind = members[:, 0].long() + 2 * members[:, 1].long()
-    count = kind.shape[1]
-    index = torch.arange(count).expand_as(kind)
-    new = functional.pad(kind[:, 1:] != kind[:, :-1], (1, 0), value=True)
-    start = torch.where(new, index, 0).cummax(1).values
-    last = functional.pad(new[:, 1:], (0, 1), value=True)
-    end = torch.where(last, index, count).flip(1).cummin(1).values.flip(1)
-    inside, clip = (index - start + 0.5) / (end - start + 1), (index + 0.5) / count
-    waves = [wave(math.tau * place) for place in (inside, clip) for wave in (torch.sin, torch.cos)]
-    return torch.stack([inside, *waves], dim=-1)
+def clip_places(members: Tensor) -> Tensor:
+    """Sine and cosine of the place in the clip, ``[N, 2]``."""
+    count = members.shape[-1]
+    turn = math.tau * (torch.arange(count, device=members.device) + 0.5) / count
+    return torch.stack([turn.sin(), turn.cos()], dim=-1)
 
 
 class WithScorer(CalibrationModule):
-    """A calibration with another class of weights."""
+    """A calibration with another scorer."""
+
+    extra: tuple[str, ...] = ()
 
     def configure_model(self) -> None:
         super().configure_model()
         # What a scorer adds is in no group of weights that can be learned or left.
-        for name, parameter in self.compressor.weights.named_parameters():  # type: ignore[union-attr]
-            if name.startswith("saliency"):
-                parameter.requires_grad_(True)
+        for name in self.extra:
+            self.compressor.weights.get_parameter(name).requires_grad_(True)  # type: ignore[union-attr]
 
 
 def validation_kl(
-    config: dict, data: AVDataModule, kind: type[CalibratedWeights], steps: int, seed: int, folder: Path
+    config: dict, data: AVDataModule, scorer: str, steps: int, seed: int, folder: Path
 ) -> dict[str, float]:
     """Train with one scorer; ratio -> KL on the validation clips."""
     seed_everything(seed, verbose=False)
     data.reorder(seed)
-    module = WithScorer(**config["model"] | {"seed": seed, "validation_ratios": RATIOS})
-    module.weights_class = kind
+    learn = tuple(group for group in WEIGHT_GROUPS if group != "places")
+    options = {"seed": seed, "validation_ratios": RATIOS, "match": None, "learn": learn}
+    module = WithScorer(**config["model"] | options)
+    module.weights_class, module.extra = SCORERS[scorer]
     trainer = plain_trainer(config, steps, folder, val_check_interval=steps, check_val_every_n_epoch=None)
     trainer.fit(module, data)
     return {f"{ratio:g}": float(trainer.callback_metrics[f"val/kl@{ratio:g}"]) for ratio in RATIOS}
@@ -157,8 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = AVDataModule(**{**config["data"], "keep": "prefill", "cache_dir": given.cache_dir})
     table = Table("scorer", *(f"KL at {ratio:g}" for ratio in RATIOS), box=box.SIMPLE_HEAD)
     rows: dict[str, dict[str, float]] = {}
-    for label, kind in SCORERS.items():
-        rows[label] = validation_kl(config, data, kind, given.steps, given.seed, given.output.parent)
+    for label in SCORERS:
+        rows[label] = validation_kl(config, data, label, given.steps, given.seed, given.output.parent)
         table.add_row(label, *(f"{kl:.4f}" for kl in rows[label].values()))
         with whole_file(given.output) as file:
             file.write_text(json.dumps({"steps": given.steps, "seed": given.seed, "kl": rows}, indent=1) + "\n")

@@ -57,11 +57,11 @@ def markdown(
         ]
         text += ["intervals over clips; the lead is over the best training-free policy at that ratio, in points and"]
         text += ["paired by clip:", "", *_bars(default)]
-    for name, (title, reference) in TITLES.items():
-        variants = [variant.name for variant in STUDIES[name]]
-        chosen = [line for line in lines if line.variant in (reference, *variants)]
-        chosen.sort(key=lambda line: [reference, *variants].index(line.variant))
-        if {line.variant for line in chosen} - {reference}:
+    for name, (title, references) in TITLES.items():
+        variants = [*references, *(variant.name for variant in STUDIES[name])]
+        chosen = [line for line in lines if line.variant in variants]
+        chosen.sort(key=lambda line: variants.index(line.variant))
+        if {line.variant for line in chosen} - set(references):
             text += ["", f"#### {title}", "", f"In % of the full cache's accuracy. {_how(chosen)}:", ""]
             text += _variants(chosen, costs if name == "scopes" else ())
     if scorers:

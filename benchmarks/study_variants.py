@@ -7,7 +7,13 @@ from typing import Any
 
 from acckv.weights import WEIGHT_GROUPS
 
-GROUPS = tuple(WEIGHT_GROUPS)
+#: Groups of weights in the order in which the ablations add them; places came last and have lines of their own.
+GROUPS = tuple(name for name in WEIGHT_GROUPS if name != "places")
+
+
+#: Variants that others are compared with: the default; for as many steps as most others; and by KL alone, with a scorer
+#: that sees no places, which is what most short trainings change one thing of.
+DEFAULT, SHORT, KL_ALONE = "default", "short", "lora"
 
 
 @dataclass(frozen=True)
@@ -23,9 +29,14 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def _up_to(group: str, **options: Any) -> dict[str, Any]:
+def _plain(name: str, label: str, **options: Any) -> Variant:
+    """Calibrated by KL alone, with a scorer that sees no places."""
+    return Variant(name, label, {"match": None, "learn": GROUPS, **options})
+
+
+def _up_to(group: str) -> dict[str, Any]:
     """Only the weights up to a group learn, and no LoRA."""
-    return {"learn": GROUPS[: GROUPS.index(group) + 1], "lora_rank": 0, **options}
+    return {"learn": GROUPS[: GROUPS.index(group) + 1], "lora_rank": 0}
 
 
 def _without(group: str) -> tuple[str, ...]:
@@ -36,27 +47,29 @@ MERGING = {"overrides": {"integration": True}}
 STUDIES: dict[str, tuple[Variant, ...]] = {
     "default": (Variant("default", "the default"),),
     "ablations": (
-        Variant("budgets", "budgets only", _up_to("budgets")),
-        Variant("gains", "+ gains", _up_to("gains")),
-        Variant("probes", "+ probes", _up_to("probes")),
-        Variant("scorer", "+ scorer", _up_to("scorer")),
-        Variant("redundancy", "+ competition of neighbours", _up_to("redundancy")),
-        Variant("merging", "+ merge weights (merging on)", _up_to("merging", **MERGING)),
-        Variant("alignment", "+ alignment (merging on)", _up_to("alignment", **MERGING)),
-        Variant("lora_merging", "+ LoRA (merging on)", MERGING),
-        Variant("lora", "all, merging off (the default)"),
-        Variant("only_scorer", "scorer and probes alone", {"learn": ("probes", "scorer"), "lora_rank": 0}),
-        Variant("only_lora", "LoRA alone", {"learn": ()}),
-        Variant("no_budgets", "default without learned budgets (focusing)", {"learn": _without("budgets")}),
-        Variant("no_gains", "default without gains and redistribution", {"learn": _without("gains")}),
-        Variant("no_alignment", "default without cross-calibration", {"learn": _without("alignment")}),
-        Variant("no_scorer", "default without the scorer", {"learn": _without("scorer")}),
-        Variant("no_redundancy", "default without competition", {"learn": _without("redundancy")}),
+        _plain("budgets", "budgets only", **_up_to("budgets")),
+        _plain("gains", "+ gains", **_up_to("gains")),
+        _plain("probes", "+ probes", **_up_to("probes")),
+        _plain("scorer", "+ scorer", **_up_to("scorer")),
+        _plain("redundancy", "+ competition of neighbours", **_up_to("redundancy")),
+        _plain("merging", "+ merge weights (merging on)", **_up_to("merging"), **MERGING),
+        _plain("alignment", "+ alignment (merging on)", **_up_to("alignment"), **MERGING),
+        _plain("lora_merging", "+ LoRA (merging on)", **MERGING),
+        _plain(KL_ALONE, "all, merging off"),
+        Variant("places", "all, merging off, + places", {"match": None}),
+        Variant(SHORT, "all, merging off, + places, + attention outputs (the default)"),
+        _plain("only_scorer", "scorer and probes alone", learn=("probes", "scorer"), lora_rank=0),
+        _plain("only_lora", "LoRA alone", learn=()),
+        _plain("no_budgets", "all without learned budgets (focusing)", learn=_without("budgets")),
+        _plain("no_gains", "all without gains and redistribution", learn=_without("gains")),
+        _plain("no_alignment", "all without cross-calibration", learn=_without("alignment")),
+        _plain("no_scorer", "all without the scorer", learn=_without("scorer")),
+        _plain("no_redundancy", "all without competition", learn=_without("redundancy")),
     ),
     "scopes": (
-        Variant("rank0", "weights only (rank 0)", {"lora_rank": 0}),
-        Variant("attention", "LoRA on attention alone", {"lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj")}),
-        Variant("all", "LoRA of scope 'all'", {"lora_scope": "all"}),
+        _plain("rank0", "weights only (rank 0)", lora_rank=0),
+        _plain("attention", "LoRA on attention alone", lora_targets=("q_proj", "k_proj", "v_proj", "o_proj")),
+        _plain("all", "LoRA of scope 'all'", lora_scope="all"),
     ),
     # Where a single ratio could win: from 0.1 on the default is within a point of the full cache itself.
     "ratios": tuple(
@@ -64,23 +77,22 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         for ratio in (0.02, 0.05)
     ),
     "losses": (
-        Variant("reverse", "reverse KL", {"divergence": "reverse"}),
-        Variant("hidden", "KL and hidden states", {"match": "hidden"}),
-        Variant("attention_output", "KL and attention outputs", {"match": "attention"}),
+        _plain("reverse", "reverse KL", divergence="reverse"),
+        _plain("hidden", "KL and hidden states, at every ratio", match="hidden", match_from=0.0),
+        _plain("attention_output", "KL and attention outputs, at every ratio", match="attention", match_from=0.0),
+        _plain("attention_from", "KL and attention outputs, from 0.05 on", match="attention"),
     ),
     "selection": (
-        Variant("share_heads", "one selection for all KV heads", {"overrides": {"share_heads": True}}),
-        Variant("soft", "gates end at 0.04", {"temperature_end": 0.04}),
-        Variant("no_probes", "no probe queries", {"learn": _without("probes"), "probe_queries": 0}),
+        _plain("share_heads", "one selection for all KV heads", overrides={"share_heads": True}),
+        _plain("soft", "gates end at 0.04", temperature_end=0.04),
+        _plain("no_probes", "no probe queries", learn=_without("probes"), probe_queries=0),
     ),
 }
-DEFAULT, SHORT = "default", "lora"
-"""The default calibration, and the same for as many steps as the other variants."""
-TITLES: dict[str, tuple[str, str | None]] = {
-    "ablations": ("What each part is worth", None),
-    "scopes": ("What LoRA adapts, and what that costs", SHORT),
-    "ratios": ("One export for all ratios, or one for each", DEFAULT),
-    "selection": ("Selection", SHORT),
-    "losses": ("Loss", SHORT),
+TITLES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ablations": ("What each part is worth", ()),
+    "scopes": ("What LoRA adapts, and what that costs", (SHORT, KL_ALONE)),
+    "ratios": ("One export for all ratios, or one for each", (DEFAULT,)),
+    "selection": ("Selection", (KL_ALONE,)),
+    "losses": ("Loss", (KL_ALONE,)),
 }
-"""Study -> title of its table, and the variant that it is compared with."""
+"""Study -> title of its table, and the variants that it is compared with."""

@@ -62,8 +62,10 @@ class CalibrationModule(LightningModule):
             says nothing that the teacher would not.
         match: what else is brought close to the teacher's in every layer: 'hidden' states, 'attention' outputs or None.
         match_weight: of that term, a share of the teacher's mean square.
-        learn: groups of weights that are trained, of budgets, gains, probes, scorer, merging and alignment; the others
-            stay at the preset.
+        match_from: least ratio at which it counts. With next to nothing kept no layer can give its teacher's output,
+            and trying costs the answer.
+        learn: groups of weights that are trained, of budgets, gains, probes, scorer, places, redundancy, merging and
+            alignment; the others stay at the preset.
         ratio_min: least kept share drawn at a step.
         ratio_max: largest kept share drawn at a step.
         ratio_power: 1 draws ratios log-uniformly; above 1, the tight ones more often.
@@ -100,8 +102,9 @@ class CalibrationModule(LightningModule):
         preset: str = "context",
         overrides: dict[str, Any] | None = None,
         divergence: Divergence = "forward",
-        match: Match | None = None,
+        match: Match | None = "attention",
         match_weight: float = 1.0,
+        match_from: float = 0.05,
         learn: tuple[str, ...] = tuple(WEIGHT_GROUPS),
         ratio_min: float = 0.02,
         ratio_max: float = 0.5,
@@ -140,6 +143,9 @@ class CalibrationModule(LightningModule):
             raise InputError("is empty, and there is no LoRA either", field="model.learn")
         if not 0 <= full_share < 1:
             raise InputError(f"{full_share} is not at least 0 and below 1", field="model.full_share")
+        for name, value in (("match_weight", match_weight), ("match_from", match_from)):
+            if value < 0:
+                raise InputError(f"{value} is below 0", field=f"model.{name}")
         if ratio_power <= 0:
             raise InputError(f"{ratio_power} is not above 0", field="model.ratio_power")
         if not 0 < temperature_end <= temperature_start:
@@ -280,7 +286,7 @@ class CalibrationModule(LightningModule):
         loss = kl
         if options.divergence == "reverse":
             loss = divergence(teacher[counted], student[counted], weight, "reverse")
-        if options.match is not None:
+        if options.match is not None and ratio >= options.match_from:
             loss = loss + options.match_weight * mismatch(expected, found, counted)
         return Distillation(kl, loss, plans)
 

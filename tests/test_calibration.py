@@ -200,6 +200,18 @@ def test_the_teacher_is_the_student_at_ratio_one(cache: Path) -> None:
     assert abs(float(same)) < 1e-5 < 1e-2 < float(less)
 
 
+def test_outputs_are_matched_from_a_ratio_on(cache: Path) -> None:
+    module = CalibrationModule(match_from=0.1)
+    module.configure_model()
+    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
+    data.setup()
+    batch = next(iter(data.val_dataloader()))
+    with torch.no_grad():
+        below, above = (module.distill(batch, ratio, None) for ratio in (0.09, 0.1))
+    module.teardown("fit")
+    assert float(below.loss) == float(below.kl) and float(above.loss) > float(above.kl) + 1e-3
+
+
 def test_the_teacher_is_the_base_model(cache: Path) -> None:
     """LoRA that is not zero moves the student, never the teacher."""
     module = CalibrationModule()
@@ -311,6 +323,8 @@ def test_batches_depend_on_their_number_only() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(InputError, match=r"model\.ratio_min"):
         CalibrationModule(ratio_min=0.5, ratio_max=0.1)
+    with pytest.raises(InputError, match=r"model\.match_from: -1 is below 0"):
+        CalibrationModule(match_from=-1)
     with pytest.raises(InputError, match=r"data\.train_questions: is needed"):
         AVDataModule(source="music_avqa")
     with pytest.raises(InputError, match=r"lora_targets: 'qkv' is not one of q_proj, .*, down_proj"):

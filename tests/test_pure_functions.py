@@ -15,6 +15,7 @@ from acckv.focusing import allocate, focus, round_exactly, share_out, split_laye
 from acckv.modality import ModalityMap, label_tokens
 from acckv.scoring import Observation, heavy_hitter_score, key_diversity, redundancy, standardise
 from acckv.selection import hard_gates, soft_log_gates
+from acckv.weights import segment_places
 
 SEEDS = st.integers(0, 10_000)
 
@@ -291,3 +292,23 @@ def test_redundancy_leaves_one_of_each_event() -> None:
     assert hard_gates(score, members[:, :1], torch.tensor([[2]])).tolist() == [[[1, 1, 0, 0, 0, 0]]]
     less = score - 2 * redundancy(score, values, members, width=4, softness=0.01)
     assert hard_gates(less, members[:, :1], torch.tensor([[2]])).tolist() == [[[1, 0, 0, 1, 0, 0]]]
+
+
+@given(st.lists(st.sampled_from("tva"), min_size=1, max_size=12), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_place_in_a_segment(kinds: list[str], padding: int) -> None:
+    """Against runs found one by one; padding on the left changes nothing."""
+    row = [None] * padding + kinds
+    members = torch.tensor([[[kind == "v" for kind in row], [kind == "a" for kind in row]]])
+    found = segment_places(members)[0, padding:]
+    for index, kind in enumerate(kinds):
+        start, end = index, index
+        while start and kinds[start - 1] == kind:
+            start -= 1
+        while end + 1 < len(kinds) and kinds[end + 1] == kind:
+            end += 1
+        if kind != "t":
+            place = (index - start + 0.5) / (end - start + 1)
+            turn = 2 * math.pi * place
+            expected = torch.tensor([place, math.sin(turn), math.cos(turn)])
+            torch.testing.assert_close(found[index], expected, atol=1e-5, rtol=0)
