@@ -15,6 +15,7 @@ what its operations use and drop. (An operating system's figures say little here
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -145,6 +146,7 @@ def measure(questions: int, clips: int, repeats: int) -> list[Row]:
             module.configure_model()
             result = measured(kind.step, module, kind.batch)
             module.teardown("fit")
+            gc.collect()  # a model and its session refer to one another
             if repeat:  # the first round warms up
                 seen[name].append(result)
     context, turns = first.embedded.embeds.shape[1], first.turns.ids.shape[1]  # type: ignore[union-attr]
