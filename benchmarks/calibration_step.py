@@ -15,7 +15,6 @@ what its operations use and drop. (An operating system's figures say little here
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import time
@@ -99,7 +98,7 @@ def measured(step: Step, module: CalibrationModule, batch: CalibrationBatch) -> 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         held[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that is saved as it is would hold its own graph for ever
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         step(module, batch)
@@ -146,7 +145,6 @@ def measure(questions: int, clips: int, repeats: int) -> list[Row]:
             module.configure_model()
             result = measured(kind.step, module, kind.batch)
             module.teardown("fit")
-            gc.collect()  # a model and its session refer to one another
             if repeat:  # the first round warms up
                 seen[name].append(result)
     context, turns = first.embedded.embeds.shape[1], first.turns.ids.shape[1]  # type: ignore[union-attr]

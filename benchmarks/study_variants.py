@@ -71,9 +71,14 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         _plain("attention", "LoRA on attention alone", lora_targets=("q_proj", "k_proj", "v_proj", "o_proj")),
         _plain("all", "LoRA of scope 'all'", lora_scope="all"),
     ),
+    "length": (
+        _plain("kl_long", "by KL alone, no places"),
+        _plain("attention_long", "attention outputs at every ratio, no places", match="attention", match_from=0.0),
+        Variant("places_long", "attention outputs at every ratio, places", {"match_from": 0.0}),
+    ),
     # Where a single ratio could win: from 0.1 on the default is within a point of the full cache itself.
     "ratios": tuple(
-        Variant(f"at{ratio:g}", f"trained at {ratio:g} alone", {"ratio_min": ratio, "ratio_max": ratio})
+        _plain(f"at{ratio:g}", f"trained at {ratio:g} alone, by KL, no places", ratio_min=ratio, ratio_max=ratio)
         for ratio in (0.02, 0.05)
     ),
     "losses": (
@@ -91,7 +96,8 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
 TITLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "ablations": ("What each part is worth", ()),
     "scopes": ("What LoRA adapts, and what that costs", (SHORT, KL_ALONE)),
-    "ratios": ("One export for all ratios, or one for each", (DEFAULT,)),
+    "length": ("Places and attention outputs at full length", (DEFAULT,)),
+    "ratios": ("One export for all ratios, or one for each", (DEFAULT, "kl_long")),
     "selection": ("Selection", (KL_ALONE,)),
     "losses": ("Loss", (KL_ALONE,)),
 }
