@@ -50,8 +50,8 @@ class CalibrationModule(LightningModule):
 
     Each step draws a ratio, prefills the media once without gradients, lets the model answer with the
     full cache (teacher, LoRA off) and with gated entries (student), and minimises KL(teacher || student) over the
-    answer tokens. The gates' temperature falls geometrically until they are nearly hard, so that what is trained is
-    what is shipped.
+    answer tokens and the mismatch of the layers' attention outputs. The gates' temperature falls geometrically until
+    they are nearly hard, so that what is trained is what is shipped.
 
     Args:
         base_model: 'tiny' (packaged), a folder or a hub id.
