@@ -61,7 +61,8 @@ class CalibrationModule(LightningModule):
         divergence: KL(teacher || student) is 'forward': the student covers all that the teacher may say. 'reverse': it
             says nothing that the teacher would not.
         match: what else is brought close to the teacher's in every layer: 'hidden' states, 'attention' outputs or None.
-        match_weight: of that term, a share of the teacher's mean square.
+        match_weight: of that term, a share of the teacher's mean square in the batch. That scale is a batch's own:
+            accumulated batches and several processes equal one large batch exactly with `match: null` alone.
         match_from: least ratio at which it counts. With next to nothing kept no layer can give its teacher's output,
             and trying costs the answer.
         learn: groups of weights that are trained, of budgets, gains, probes, scorer, places, redundancy, merging and
