@@ -268,18 +268,19 @@ class CalibrationModule(LightningModule):
         session, turns, options = self.live, batch.turns, self.options
         scope_all = options.lora_scope == "all" and session.attached is not None
         training = torch.is_grad_enabled()
+        matched = self._matched(ratio)
         with lora.disabled(session.adapter):
             prefill = batch.prefill
             if prefill is None:
                 prefill = session.prefill(batch.embedded, self.compressor.policy.rows, **batch.inputs)
             if batch.keep is not None:
                 batch.keep(prefill)
-            with torch.no_grad(), outputs_of(self._matched()) as expected:
+            with torch.no_grad(), outputs_of(matched) as expected:
                 teacher = self._logits(prefill, None, turns)
         if scope_all:
             prefill = session.prefill(prefill.embedded, self.compressor.policy.rows, gradients=training)
         plans = None if self.compressor.keeps_all(ratio) else session.plan(prefill, ratio, temperature)
-        with outputs_of(self._matched()) as found:
+        with outputs_of(matched) as found:
             student = self._logits(prefill, plans, turns)
         counted = turns.weight > 0
         weight = turns.weight[counted]
@@ -287,16 +288,16 @@ class CalibrationModule(LightningModule):
         loss = kl
         if options.divergence == "reverse":
             loss = divergence(teacher[counted], student[counted], weight, "reverse")
-        if options.match is not None and ratio >= options.match_from:
+        if matched:
             loss = loss + options.match_weight * mismatch(expected, found, counted)
         return Distillation(kl, loss, plans)
 
-    def _matched(self) -> list[torch.nn.Module]:
-        """Modules whose outputs are matched."""
-        adapter = self.live.adapter
-        if self.options.match is None:
+    def _matched(self, ratio: float) -> list[torch.nn.Module]:
+        """Modules whose outputs are matched at a ratio."""
+        adapter, options = self.live.adapter, self.options
+        if options.match is None or ratio < options.match_from:
             return []
-        return list(adapter.decoder.layers) if self.options.match == "hidden" else adapter.decoder_attention
+        return list(adapter.decoder.layers) if options.match == "hidden" else adapter.decoder_attention
 
     def _logits(self, prefill: Prefill, plans: list[LayerPlan] | None, turns: PackedTurns) -> Tensor:
         session = self.live
