@@ -70,10 +70,11 @@ class AttachedLora:
         self.adapter = adapter
         # peft edits the configuration it is given.
         self.wrapped = PeftModel(model, LoraConfig(**config.to_dict()))
-        found = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-        if found != set(config.target_modules or ()):
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        if layers.keys() != set(config.target_modules or ()):
             self.remove()
-            raise InputError(f"LoRA reached {len(found)} modules that are not the decoder's", field="adapter")
+            raise InputError(f"LoRA reached {len(layers)} modules that are not the decoder's", field="adapter")
+        self._layers = list(layers.values())
         if tensors is not None:
             self._load(tensors)
 
@@ -92,6 +93,18 @@ class AttachedLora:
     def parameters(self) -> list[Parameter]:
         return [value for name, value in self.adapter.model.named_parameters() if ".lora_" in name]
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model's own projections while the context is open; then as before, so that it can be nested."""
+        enabled = [layer for layer in self._layers if not layer.disable_adapters]
+        for layer in enabled:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in enabled:
+                layer.enable_adapters(True)
+
     def remove(self) -> None:
         """Take every LoRA layer off again; the model is as it was before."""
         tuner: Any = self.wrapped.base_model
@@ -101,22 +114,3 @@ class AttachedLora:
                 delattr(model, name)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._required_grad[name])
-
-
-def set_enabled(adapter: ModelAdapter, enabled: bool) -> None:
-    """Switch the LoRA layers of the model on or off."""
-    for module in adapter.model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.enable_adapters(enabled)
-
-
-@contextmanager
-def disabled(adapter: ModelAdapter) -> Iterator[None]:
-    """The base model's own projections while the context is open; then as before, so that it can be nested."""
-    layers = [module for module in adapter.model.modules() if isinstance(module, BaseTunerLayer)]
-    enabled = any(not layer.disable_adapters for layer in layers)
-    set_enabled(adapter, False)
-    try:
-        yield
-    finally:
-        set_enabled(adapter, enabled)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from acckv.errors import InputError
@@ -21,6 +23,8 @@ class Modality(IntEnum):
     PADDING = 3
 
 
+#: How many numbers stand for an entry's place in its segment.
+SEGMENT_PLACES = 3
 #: The order of the last axis of every per-modality tensor in this package.
 COMPRESSED = (Modality.VIDEO, Modality.AUDIO)
 
@@ -53,6 +57,21 @@ class ModalityMap:
     def by_modality(self) -> Tensor:
         """bool ``[batch, 2, tokens]`` in the order of :data:`COMPRESSED`."""
         return torch.stack([self.labels == modality for modality in COMPRESSED], dim=1)
+
+    @cached_property
+    def segment_places(self) -> Tensor:
+        """float ``[batch, tokens, 3]``: place of each entry in its segment, a run of one modality such as a frame.
+
+        From 0 to 1, with its sine and cosine over one turn. Neither padding nor how long a clip is changes it. In a
+        stream, the place among what is left of the segment.
+        """
+        index = torch.arange(self.labels.shape[1], device=self.labels.device).expand_as(self.labels)
+        first = F.pad(self.labels[:, 1:] != self.labels[:, :-1], (1, 0), value=True)
+        last = F.pad(first[:, 1:], (0, 1), value=True)
+        start = torch.where(first, index, 0).cummax(1).values
+        end = torch.where(last, index, index.shape[1]).flip(1).cummin(1).values.flip(1)
+        place = (index - start + 0.5) / (end - start + 1)
+        return torch.stack([place, (math.tau * place).sin(), (math.tau * place).cos()], dim=-1)
 
     @property
     def real(self) -> Tensor:

@@ -15,7 +15,7 @@ from acckv.cross_calibration import alignment, integrate, rebalance
 from acckv.modality import ModalityMap
 from acckv.selection import hard_gates, soft_log_gates
 
-#: (score [B, K, N], members [B, 1, N], budget [B, K or 1]) -> log gates [B, K, N]
+#: (score [..., N], members [..., N], budget [...]) -> log gates [..., N]
 LogGates = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -166,10 +166,8 @@ def plan_layer(
     # A merged entry takes the place of one kept entry; it needs two places and something to average.
     merging = (split >= 2) & (split < counts) if merge is not None else torch.zeros_like(split, dtype=torch.bool)
     real = split - merging.to(split.dtype)
-    log_gates = always
-    for modality in range(2):
-        part = to_gates(score, members[:, modality, None], real[..., modality])
-        log_gates = torch.maximum(log_gates, part)
+    by_modality = to_gates(score[:, None], members[:, :, None], real.permute(0, 2, 1))
+    log_gates = torch.maximum(always, by_modality.amax(1))
     if merge is None:
         return _without_merging(log_gates, keys, values)
 

@@ -157,6 +157,4 @@ class Router:
 
     def prompt_adapters(self) -> AbstractContextManager[Any]:
         """LoRA of scope 'after' is off while the prompt runs."""
-        if self.attached is not None and not self.adapts_prompt:
-            return lora.disabled(self.adapter)
-        return nullcontext()
+        return nullcontext() if self.attached is None or self.adapts_prompt else self.attached.disabled()

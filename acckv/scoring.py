@@ -184,7 +184,7 @@ def redundancy(score: Tensor, values: Tensor, members: Tensor, width: int, softn
     Args:
         score: ``[B, K or 1, N]`` in standard deviations; values: ``[B, K, N, D]``, of all heads together where the
             heads share a score; members: bool ``[B, 2, N]``.
-        width: neighbours on either side, in entries. Memory is tokens x size, one neighbour at a time.
+        width: neighbours on either side, in entries.
         softness: of "higher".
 
     Returns:
@@ -192,13 +192,32 @@ def redundancy(score: Tensor, values: Tensor, members: Tensor, width: int, softn
     """
     if score.shape[1] < values.shape[1]:
         values = values.transpose(1, 2).flatten(2)[:, None]
-    masks = members[:, None].to(torch.float32)
-    mean = masks @ values.float() / masks.sum(-1, keepdim=True).clamp_min(1)
-    features = F.normalize(values.float() - masks.transpose(-1, -2) @ mean, dim=-1)
-    total = torch.zeros_like(score)
-    for step in range(1, min(width, score.shape[-1] - 1) + 1):
-        together = (members[..., :-step] & members[..., step:]).any(dim=1)[:, None]
-        similar = (features[:, :, :-step] * features[:, :, step:]).sum(-1).clamp_min(0) * together
-        earlier_wins = similar * torch.sigmoid((score[..., :-step] - score[..., step:]) / softness)
-        total = total + F.pad(earlier_wins, (step, 0)) + F.pad(similar - earlier_wins, (0, step))
-    return total
+    width = min(width, score.shape[-1] - 1)
+    around = F.pad(score, (width, width)).unfold(-1, 2 * width + 1, 1)
+    higher = torch.sigmoid((around - score[..., None]) / softness)
+    return (higher * _similarity_around(values.float(), members, width)).sum(-1)
+
+
+def _similarity_around(values: Tensor, members: Tensor, width: int) -> Tensor:
+    """Cosine, not below 0, of each entry's value with those of its neighbours, 0 with itself and other modalities.
+
+    Args:
+        values: ``[B, K, N, D]``; members: bool ``[B, 2, N]``.
+
+    Returns:
+        ``[B, K, N, 2 * width + 1]``, from the earliest neighbour to the latest.
+    """
+    masks = members[:, None].to(values.dtype)
+    mean = masks @ values / masks.sum(-1, keepdim=True).clamp_min(1)
+    features = F.normalize(values - masks.transpose(-1, -2) @ mean, dim=-1)
+    # Products of blocks of entries with all that are near one of the block; of those, the diagonals near its own.
+    entries, block = values.shape[2], 4 * width
+    features = F.pad(features, (0, 0, 0, -entries % block))
+    near = F.pad(features, (0, 0, width, width)).unfold(2, block + 2 * width, block)
+    products = features.unflatten(2, (-1, block)) @ near
+    *strides, row, column = products.stride()
+    band = products.as_strided((*products.shape[:-1], 2 * width + 1), (*strides, row + column, column))
+    kinds = members[:, 0] + 2 * members[:, 1].to(torch.uint8)
+    same = F.pad(kinds, (width, width)).unfold(-1, 2 * width + 1, 1) == kinds[..., None]
+    same[..., width] = False
+    return band.flatten(2, 3)[:, :, :entries].clamp_min(0) * (same & (kinds > 0)[..., None])[:, None]

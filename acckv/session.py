@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -98,6 +98,10 @@ class Session:
     def adapts_prompt(self) -> bool:
         """Whether LoRA acts on the prompt too, so that a prefill of the base model is of no use here."""
         return self.router.adapts_prompt
+
+    def base_projections(self) -> AbstractContextManager[Any]:
+        """The compressor's LoRA, if there is one, is off while the context is open."""
+        return nullcontext() if self.attached is None else self.attached.disabled()
 
     def _require_open(self) -> None:
         if not self.router.wiring.is_open:
@@ -209,8 +213,9 @@ class Session:
 
     def plan(self, prefill: Prefill, ratio: float | None = None, temperature: float | None = None) -> list[LayerPlan]:
         """What :meth:`compress` would keep; with a temperature, the differentiable twin of it."""
-        seen = prefill.watched(self.compressor.policy.rows, self.compressor.config)
-        with self.router.prompt_adapters():
+        rows = self.compressor.policy.rows
+        seen = prefill.watched(rows, self.compressor.config)
+        with self.router.prompt_adapters() if rows == "repetition" else nullcontext():  # the one that runs the model
             observations = self.router.look.complete(seen, prefill.cache.layers, prefill.embedded, prefill.repetition)
         scores = self.compressor.scores(observations, prefill.labels)
         return self.compressor.plan(scores, observations, prefill.labels, ratio, temperature)

@@ -48,11 +48,12 @@ class Simulation:
         """Attention of the new tokens; `key` and `value` are theirs alone."""
         self.reached = True
         held = self.layers[layer.cache_index]
-        key, value = torch.cat([held.keys, key], dim=2), torch.cat([held.values, value], dim=2)
-        mask = attention_mask
+        keys, values, mask = held.keys, held.values, attention_mask
         if self.plans is not None and layer.slot is not None:
-            key, value, bias = readable(*self.plans[layer.slot].apply(key, value))
-            mask = region_mask(attention_mask, query, key.shape[2], bias.shape[-1], bias)
+            keys, values, bias = readable(*self.plans[layer.slot].apply(keys, values))
+            region = bias.shape[-1]
+            mask = region_mask(attention_mask, query, region + key.shape[2], region, bias)
+        key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
         return original(module, query, key, value, mask, **kwargs)
 
 
@@ -60,19 +61,17 @@ def readable(keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     """The same without entries whose gate is shut in every head: hard gates leave most of the attention undone.
 
     Args:
-        keys, values: ``[B, K, M + later, D]``; bias: ``[B, K or 1, M]``, attention logits of the first M.
+        keys, values: ``[B, K, M, D]``; bias: ``[B, K or 1, M]`` on attention logits.
 
     Returns:
         the same, with M the most that any row reads; shorter rows are filled with entries whose gate is shut.
     """
-    length = bias.shape[-1]
     is_open = (bias.detach() > SHUT).any(dim=1)
     width = int(is_open.sum(-1).max())
     order = is_open.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :width]
 
     def taken(entries: Tensor) -> Tensor:
-        index = order[:, None, :, None].expand(-1, entries.shape[1], -1, entries.shape[-1])
-        return torch.cat([entries[:, :, :length].gather(2, index), entries[:, :, length:]], dim=2)
+        return entries.gather(2, order[:, None, :, None].expand(-1, entries.shape[1], -1, entries.shape[-1]))
 
     return taken(keys), taken(values), bias.gather(2, order[:, None].expand(-1, bias.shape[1], -1))
 

@@ -6,14 +6,13 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from acckv.modality import SEGMENT_PLACES, ModalityMap
 
 #: Ratio at which the slopes over log ratio have no effect.
 REFERENCE_RATIO = 0.1
 #: Order of the last axis of `signal_mix`.
 SIGNALS = ("attention", "key_diversity", "probe", "saliency")
-#: How many numbers the scorer sees of an entry's place.
-PLACES = 3
 #: What can be learned, or left at the preset, together.
 WEIGHT_GROUPS = {
     "budgets": ("layer_budget", "modality_budget"),
@@ -63,7 +62,7 @@ class CalibratedWeights(nn.Module):
         self.probe_queries = nn.Parameter(torch.randn(layers, query_heads, probes, head_size, generator=generator))
         self.saliency = zeros(layers, 2, kv_heads, 2 * head_size)
         self.saliency_bias = zeros(layers, 2, kv_heads)
-        self.saliency_place = zeros(layers, 2, kv_heads, PLACES)
+        self.saliency_place = zeros(layers, 2, kv_heads, SEGMENT_PLACES)
         self.signal_mix = zeros(layers, len(SIGNALS))
         self.redundancy = zeros(layers, 2)
         self.merge_bias = zeros(layers, kv_heads, 2)
@@ -101,11 +100,11 @@ class CalibratedWeights(nn.Module):
         shares = measured * learned.exp()
         return shares / shares.sum(-1, keepdim=True).clamp_min(1e-12)
 
-    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
+    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, labels: ModalityMap) -> Tensor:
         """Linear score of each entry's own key and value and of its place in its segment, ``[B, K, N]``.
 
         Args:
-            keys, values: ``[B, K, N, D]``; members: bool ``[B, 2, N]``.
+            keys, values: ``[B, K, N, D]``.
         """
         keys, values = keys.float(), values.float()
         squares = torch.linalg.vector_norm(keys, dim=-1).square() + torch.linalg.vector_norm(values, dim=-1).square()
@@ -114,28 +113,8 @@ class CalibratedWeights(nn.Module):
         by_key, by_value = self.saliency[layer].permute(1, 2, 0).split([keys.shape[-1], values.shape[-1]], dim=1)
         score = (keys @ by_key + values @ by_value).permute(0, 3, 1, 2) * size[:, None]
         score = score + self.saliency_bias[layer][None, :, :, None]
-        score = score + torch.einsum("bnf,mkf->bmkn", segment_places(members), self.saliency_place[layer].float())
-        return (score * members[:, :, None].to(score.dtype)).sum(dim=1)
-
-
-def segment_places(members: Tensor) -> Tensor:
-    """Place of each entry in its segment, a run of entries of one modality such as a frame: ``[B, N, 3]``.
-
-    From 0 to 1, with its sine and cosine over one turn. Neither padding nor how long a clip is changes it. In a stream,
-    the place among what is left of the segment.
-
-    Args:
-        members: bool ``[B, 2, N]``.
-    """
-    kind = members[:, 0].long() + 2 * members[:, 1].long()
-    count = kind.shape[1]
-    index = torch.arange(count, device=kind.device).expand_as(kind)
-    first = functional.pad(kind[:, 1:] != kind[:, :-1], (1, 0), value=True)
-    last = functional.pad(first[:, 1:], (0, 1), value=True)
-    start = torch.where(first, index, 0).cummax(1).values
-    end = torch.where(last, index, count).flip(1).cummin(1).values.flip(1)
-    place = (index - start + 0.5) / (end - start + 1)
-    return torch.stack([place, (math.tau * place).sin(), (math.tau * place).cos()], dim=-1)
+        score = score + torch.einsum("bnf,mkf->bmkn", labels.segment_places, self.saliency_place[layer].float())
+        return (score * labels.by_modality[:, :, None].to(score.dtype)).sum(dim=1)
 
 
 def log_ratio(ratio: float) -> float:

@@ -32,15 +32,18 @@ from rich.table import Table
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from acckv.data.clips import VARIANTS, ClipSettings, default_root, video_folder, write_clips
 from acckv.report.files import whole_file
 from benchmarks.study_variants import KL_ALONE, SHORT, STUDIES
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.clip_dataset import CalibrationBatch
 from lightning_modules.datamodule import AVDataModule
 
-FORMAT = 3
+FORMAT = 4
 FINE_TUNING = "LoRA fine-tuning"
-SCOPES = {variant.name: variant.options for variant in STUDIES["scopes"]}
+OPTIONS = {variant.name: variant.options for variants in STUDIES.values() for variant in variants}
+#: Variants of the generated clips, by how many times as long as those of training they are.
+LENGTHS = {1: "plain", 2: "long2", 4: "long4"}
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,14 @@ class Row:
 
     Attributes:
         step: what it is; variant: of `benchmarks.study_variants` that is trained by such steps, if there is one.
-        questions: on each clip; tokens: of context and of turns, a clip.
+        clip_seconds: length of a clip; questions: on each; tokens: of context and of turns, a clip.
         seconds: median; time: median of the ratios to the fine-tuning step beside it, time_range: least and most.
         megabytes: held for the backward pass; memory: as a share of the fine-tuning step's.
     """
 
     step: str
     variant: str | None
+    clip_seconds: int
     questions: int
     tokens: tuple[int, int]
     seconds: float
@@ -109,12 +113,23 @@ def measured(step: Step, module: CalibrationModule, batch: CalibrationBatch) -> 
     return time.perf_counter() - start, sum(held.values()) / 1e6
 
 
-def batches(questions: int, clips: int) -> tuple[CalibrationBatch, CalibrationBatch]:
+def batches(questions: int, clips: int, length: int = 1) -> tuple[CalibrationBatch, CalibrationBatch]:
     """The same clips on a visit that starts from embeddings, and on one that starts from the prefill."""
+    variant = LENGTHS[length]
+    folder = default_root() if variant == "plain" else default_root() / "variants" / variant
+    file = write_clips(folder, "validation", clips, **VARIANTS[variant])
     module, made = CalibrationModule(), []
     module.configure_model()
     for keep in ("embeddings", "prefill"):
-        data = AVDataModule(train_clips=8, validation_clips=clips, batch_size=clips, turns=questions, keep=keep)  # type: ignore[arg-type]
+        data = AVDataModule(
+            source="music_avqa",
+            train_questions=str(file),
+            validation_questions=str(file),
+            video_root=str(video_folder(file)),
+            batch_size=clips,
+            turns=questions,
+            keep=keep,  # type: ignore[arg-type]
+        )
         data.setup()
         with torch.no_grad():
             module.distill(next(iter(data.val_dataloader())), 0.1, None)
@@ -123,22 +138,23 @@ def batches(questions: int, clips: int) -> tuple[CalibrationBatch, CalibrationBa
     return made[0], made[1]
 
 
-def measure(questions: int, clips: int, repeats: int) -> list[Row]:
-    """All kinds of step on one batch."""
-    first, later = batches(questions, clips)
+def measure(questions: int, clips: int, repeats: int, length: int = 1) -> list[Row]:
+    """All kinds of step on one batch of clips that are `length` times as long as those of training."""
+    first, later = batches(questions, clips, length)
     kinds = {
         FINE_TUNING: Kind(None, {"lora_scope": "all"}, fine_tuning_loss, first),
         "calibration, first visit": Kind(None, {}, calibration_loss, first),
         "calibration, later visits": Kind(SHORT, {}, calibration_loss, later),
-        "calibration, later visits, KL alone": Kind(KL_ALONE, {"match": None}, calibration_loss, later),
+        "calibration, later visits, KL alone": Kind(KL_ALONE, OPTIONS[KL_ALONE], calibration_loss, later),
         "calibration, later visits, LoRA on attention alone": Kind(
-            "attention", SCOPES["attention"], calibration_loss, later
+            "attention", OPTIONS["attention"], calibration_loss, later
         ),
-        "calibration, later visits, weights alone": Kind("rank0", SCOPES["rank0"], calibration_loss, later),
-        "calibration, scope 'all'": Kind("all", SCOPES["all"], calibration_loss, first),
+        "calibration, later visits, weights alone": Kind("rank0", OPTIONS["rank0"], calibration_loss, later),
+        "calibration, scope 'all'": Kind("all", OPTIONS["all"], calibration_loss, first),
     }
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
-    for repeat in track(range(repeats + 1), description=f"{questions or 'all'} questions a clip"):
+    seconds = length * ClipSettings.slots
+    for repeat in track(range(repeats + 1), description=f"{seconds} s, {questions or 'all'} questions a clip"):
         for name, kind in kinds.items():
             torch.manual_seed(0)
             module = CalibrationModule(**kind.options)
@@ -156,6 +172,7 @@ def measure(questions: int, clips: int, repeats: int) -> list[Row]:
             Row(
                 name,
                 kinds[name].variant,
+                seconds,
                 int(first.turns.turn.max()) + 1,
                 (context, turns),
                 statistics.median(took for took, _ in results),
@@ -171,13 +188,15 @@ def measure(questions: int, clips: int, repeats: int) -> list[Row]:
 def table(rows: list[Row]) -> Table:
     """A line a kind of step and batch."""
     made = Table(title=f"against a {FINE_TUNING} step on the same batch", box=box.SIMPLE_HEAD)
-    for name in ("step", "questions a clip", "tokens", "time", "memory"):
+    for name in ("step", "seconds a clip", "questions a clip", "tokens", "time", "memory"):
         made.add_column(name, justify="left" if name == "step" else "right")
     for row in rows:
         low, high = row.time_range
         context, turns = row.tokens
         took = f"{row.time:.2f} ({low:.2f} to {high:.2f})"
-        made.add_row(row.step, str(row.questions), f"{context} + {turns}", took, f"{row.memory:.2f}")
+        made.add_row(
+            row.step, str(row.clip_seconds), str(row.questions), f"{context} + {turns}", took, f"{row.memory:.2f}"
+        )
     return made
 
 
@@ -186,9 +205,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="rounds that are measured")
     parser.add_argument("--clips", type=int, default=8, help="of a batch")
     parser.add_argument("--questions", default="0,4,1", help="on each clip, 0 for all; separated by commas")
+    parser.add_argument("--lengths", default="1", help="of clips, times those of training: 1, 2, 4, by commas")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/calibration_step.json"), help="JSON file")
     given = parser.parse_args()
-    rows = [row for part in given.questions.split(",") for row in measure(int(part), given.clips, given.repeats)]
+    lengths = [int(part) for part in given.lengths.split(",")]
+    for length in lengths:
+        if length not in LENGTHS:
+            parser.error(f"--lengths: {length} is not one of {', '.join(map(str, LENGTHS))}")
+    counts = [int(part) for part in given.questions.split(",")]
+    rows = [row for length in lengths for count in counts for row in measure(count, given.clips, given.repeats, length)]
     values = {"format": FORMAT, "threads": torch.get_num_threads(), "repeats": given.repeats}
     with whole_file(given.output) as file:
         file.write_text(json.dumps({**values, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")

@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
+from acckv.modality import Modality, ModalityMap
 from acckv.report.files import whole_file
 from acckv.weights import WEIGHT_GROUPS, CalibratedWeights
 from benchmarks.calibration_study import plain_trainer
@@ -36,24 +37,24 @@ PLACED = ("saliency_place",)
 
 
 class KeysAlone(CalibratedWeights):
-    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
-        return super().saliency_score(layer, keys, torch.zeros_like(values), members)
+    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, labels: ModalityMap) -> Tensor:
+        return super().saliency_score(layer, keys, torch.zeros_like(values), labels)
 
 
 class ValuesAlone(CalibratedWeights):
-    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
-        return super().saliency_score(layer, torch.zeros_like(keys), values, members)
+    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, labels: ModalityMap) -> Tensor:
+        return super().saliency_score(layer, torch.zeros_like(keys), values, labels)
 
 
 class OneForBothModalities(CalibratedWeights):
-    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
-        everyone = torch.stack([members.any(1), torch.zeros_like(members[:, 0])], dim=1)
+    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, labels: ModalityMap) -> Tensor:
+        everyone = ModalityMap(labels.labels.masked_fill(labels.media, Modality.VIDEO))
         return super().saliency_score(layer, keys, values, everyone)
 
 
 class OneForAllLayers(CalibratedWeights):
-    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
-        return super().saliency_score(0, keys, values, members)
+    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, labels: ModalityMap) -> Tensor:
+        return super().saliency_score(0, keys, values, labels)
 
 
 class WithClipPlace(CalibratedWeights):
@@ -63,9 +64,10 @@ class WithClipPlace(CalibratedWeights):
         super().__init__(layers, kv_heads, query_heads, head_size, probes)
         self.saliency_clip = nn.Parameter(torch.zeros(layers, 2, kv_heads, 2))
 
-    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
+    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, labels: ModalityMap) -> Tensor:
+        members = labels.by_modality
         by_place = torch.einsum("nf,mkf,bmn->bkn", clip_places(members), self.saliency_clip[layer], members.float())
-        return super().saliency_score(layer, keys, values, members) + by_place
+        return super().saliency_score(layer, keys, values, labels) + by_place
 
 
 class Perceptron(CalibratedWeights):
@@ -80,13 +82,14 @@ class Perceptron(CalibratedWeights):
         self.saliency_first = nn.Parameter(torch.randn(*shape, generator=generator) / math.sqrt(inputs))
         self.saliency_last = nn.Parameter(torch.zeros(layers, kv_heads, self.hidden))
 
-    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, members: Tensor) -> Tensor:
+    def saliency_score(self, layer: int, keys: Tensor, values: Tensor, labels: ModalityMap) -> Tensor:
         entries = torch.cat([keys, values], dim=-1).float()
         entries = entries * (entries.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        members = labels.by_modality
         kinds = members.float().transpose(1, 2)[:, None].expand(*entries.shape[:3], 2)
         hidden = functional.gelu(torch.cat([entries, kinds], dim=-1) @ self.saliency_first[layer])
         score = (hidden * self.saliency_last[layer][:, None]).sum(-1)
-        linear = super().saliency_score(layer, keys, values, members)
+        linear = super().saliency_score(layer, keys, values, labels)
         return linear + score * members.any(1, keepdim=True)
 
 

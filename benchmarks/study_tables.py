@@ -113,6 +113,7 @@ def _bars(default: Sequence[Line]) -> list[str]:
 def _variants(lines: Sequence[Line], costs: Sequence[dict[str, Any]]) -> list[str]:
     """A row a variant: share of the full cache's accuracy in %; with costs, time and memory of a step too."""
     ratios = list(dict.fromkeys(line.ratio for line in lines))
+    costs = [row for row in costs if row["clip_seconds"] == min(row["clip_seconds"] for row in costs)]
     numbers = sorted({row["questions"] for row in costs})
     prices = [f"{what} ({number})" for what in ("time", "memory") for number in numbers]
     text = _header("", *(f"{ratio:g}" for ratio in ratios), *prices)

@@ -10,7 +10,6 @@ import torch
 from lightning import Callback, LightningModule
 from torch import Tensor
 
-from acckv import lora
 from acckv.adapters import find_adapter, load_model
 from acckv.compressor import KVCompressor
 from acckv.config import CompressionConfig, LoraScope, When
@@ -61,8 +60,8 @@ class CalibrationModule(LightningModule):
         divergence: KL(teacher || student) is 'forward': the student covers all that the teacher may say. 'reverse': it
             says nothing that the teacher would not.
         match: what else is brought close to the teacher's in every layer: 'hidden' states, 'attention' outputs or None.
-        match_weight: of that term, a share of the teacher's mean square in the batch. That scale is a batch's own:
-            accumulated batches and several processes equal one large batch exactly with `match: null` alone.
+        match_weight: of that term, a share of the teacher's mean square in the batch of all processes. Accumulated
+            batches have one scale each: they equal one large batch exactly with `match: null` alone.
         match_from: least ratio at which it counts. With next to nothing kept no layer can give its teacher's output,
             and trying costs the answer.
         learn: groups of weights that are trained, of budgets, gains, probes, scorer, places, redundancy, merging and
@@ -268,15 +267,8 @@ class CalibrationModule(LightningModule):
         session, turns, options = self.live, batch.turns, self.options
         scope_all = options.lora_scope == "all" and session.attached is not None
         training = torch.is_grad_enabled()
-        matched = self._matched(ratio)
-        with lora.disabled(session.adapter):
-            prefill = batch.prefill
-            if prefill is None:
-                prefill = session.prefill(batch.embedded, self.compressor.policy.rows, **batch.inputs)
-            if batch.keep is not None:
-                batch.keep(prefill)
-            with torch.no_grad(), outputs_of(matched) as expected:
-                teacher = self._logits(prefill, None, turns)
+        matched = self._matched(ratio) if training else []
+        prefill, teacher, expected = self._teach(batch, matched)
         if scope_all:
             prefill = session.prefill(prefill.embedded, self.compressor.policy.rows, gradients=training)
         plans = None if self.compressor.keeps_all(ratio) else session.plan(prefill, ratio, temperature)
@@ -289,8 +281,20 @@ class CalibrationModule(LightningModule):
         if options.divergence == "reverse":
             loss = divergence(teacher[counted], student[counted], weight, "reverse")
         if matched:
-            loss = loss + options.match_weight * mismatch(expected, found, counted)
+            loss = loss + options.match_weight * mismatch(expected, found, counted, weight.sum())
         return Distillation(kl, loss, plans)
+
+    def _teach(self, batch: CalibrationBatch, matched: list[torch.nn.Module]) -> tuple[Prefill, Tensor, list[Tensor]]:
+        """The base model with its full cache: its prefill, its logits of the turns, its outputs that are matched."""
+        session = self.live
+        with session.base_projections():
+            prefill = batch.prefill
+            if prefill is None:
+                prefill = session.prefill(batch.embedded, self.compressor.policy.rows, **batch.inputs)
+            if batch.keep is not None:
+                batch.keep(prefill)
+            with torch.no_grad(), outputs_of(matched) as expected:
+                return prefill, self._logits(prefill, None, batch.turns), expected
 
     def _matched(self, ratio: float) -> list[torch.nn.Module]:
         """Modules whose outputs are matched at a ratio."""

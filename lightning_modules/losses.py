@@ -26,17 +26,26 @@ def divergence(teacher: Tensor, student: Tensor, weight: Tensor, kind: Divergenc
     return (kl * weight).sum() / weight.sum()
 
 
-def mismatch(teacher: list[Tensor], student: list[Tensor], counted: Tensor) -> Tensor:
-    """Mean square difference as a share of the teacher's mean square, mean over layers.
+def mismatch(teacher: list[Tensor], student: list[Tensor], counted: Tensor, weight: Tensor) -> Tensor:
+    """Mean square difference as a share of the teacher's mean square over all processes, mean over layers.
 
     Args:
         teacher, student: by layer ``[B, tokens, size]``; counted: bool ``[B, tokens]``.
+        weight: scalar, of this batch in the mean over processes.
     """
-    shares = []
-    for one, other in zip(teacher, student, strict=True):
-        expected, found = one[counted].float(), other[counted].float()
-        shares.append((found - expected).square().mean() / expected.square().mean().clamp_min(1e-12))
-    return torch.stack(shares).mean()
+    expected, found = (torch.stack([layer[counted].float() for layer in outputs]) for outputs in (teacher, student))
+    missed, whole = (found - expected).square().sum((1, 2)), expected.square().sum((1, 2))
+    # What each process adds to its weighted mean is its part of one share, that of all tokens together.
+    scale = over_processes(whole) / over_processes(weight)
+    return (missed / weight / scale.clamp_min(1e-12)).mean()
+
+
+def over_processes(value: Tensor) -> Tensor:
+    """Sum over all processes, without gradients."""
+    value = value.detach().clone()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+    return value
 
 
 @contextmanager

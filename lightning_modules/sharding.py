@@ -6,8 +6,7 @@ from typing import Any
 
 import torch.distributed
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
 def shard_frozen(module: nn.Module, decoder: Any, mesh: Any) -> None:
@@ -28,4 +27,5 @@ def shard_frozen(module: nn.Module, decoder: Any, mesh: Any) -> None:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether a forward needs every process."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    # Not by its parameters: a layer that has just run may hold them whole.
+    return any(isinstance(part, FSDPModule) for part in module.modules())

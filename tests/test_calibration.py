@@ -174,7 +174,10 @@ def test_losses() -> None:
         expected = ((one * (one / other).log()).sum(-1) * weight).sum() / weight.sum()
         assert divergence(teacher, student, weight, kind) == pytest.approx(float(expected), abs=1e-5)  # type: ignore[arg-type]
     layer, counted = torch.randn(2, 3, 4), torch.tensor([[True, False, True], [False, True, True]])
-    assert mismatch([layer, layer], [2 * layer, layer], counted) == pytest.approx(0.5)
+    assert mismatch([layer, layer], [2 * layer, layer], counted, torch.tensor(5.0)) == pytest.approx(0.5)
+    other = torch.randn(2, 3, 4)
+    share = (other - layer)[counted].square().sum() / layer[counted].square().sum()
+    assert mismatch([layer], [other], counted, torch.tensor(5.0)) == pytest.approx(float(share))
 
 
 def test_ratios_are_drawn_by_number() -> None:
@@ -206,10 +209,12 @@ def test_outputs_are_matched_from_a_ratio_on(cache: Path) -> None:
     data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
     data.setup()
     batch = next(iter(data.val_dataloader()))
+    below, above = (module.distill(batch, ratio, 0.1) for ratio in (0.09, 0.1))
     with torch.no_grad():
-        below, above = (module.distill(batch, ratio, None) for ratio in (0.09, 0.1))
+        validated = module.distill(batch, 0.1, 0.1)
     module.teardown("fit")
     assert float(below.loss) == float(below.kl) and float(above.loss) > float(above.kl) + 1e-3
+    assert float(validated.loss) == float(validated.kl) == pytest.approx(float(above.kl)), "in training alone"
 
 
 def test_the_teacher_is_the_base_model(cache: Path) -> None:

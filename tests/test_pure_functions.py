@@ -15,7 +15,6 @@ from acckv.focusing import allocate, focus, round_exactly, share_out, split_laye
 from acckv.modality import ModalityMap, label_tokens
 from acckv.scoring import Observation, heavy_hitter_score, key_diversity, redundancy, standardise
 from acckv.selection import hard_gates, soft_log_gates
-from acckv.weights import segment_places
 
 SEEDS = st.integers(0, 10_000)
 
@@ -298,9 +297,8 @@ def test_redundancy_leaves_one_of_each_event() -> None:
 @settings(max_examples=60, deadline=None)
 def test_place_in_a_segment(kinds: list[str], padding: int) -> None:
     """Against runs found one by one; padding on the left changes nothing."""
-    row = [None] * padding + kinds
-    members = torch.tensor([[[kind == "v" for kind in row], [kind == "a" for kind in row]]])
-    found = segment_places(members)[0, padding:]
+    labels = [3] * padding + ["tva".index(kind) for kind in kinds]
+    found = ModalityMap(torch.tensor([labels])).segment_places[0, padding:]
     for index, kind in enumerate(kinds):
         start, end = index, index
         while start and kinds[start - 1] == kind:

@@ -66,7 +66,7 @@ class Curve(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         if trainer.global_step > len(self.losses):
-            self.losses.append(float(trainer.callback_metrics["kl"]))
+            self.losses.append(float(trainer.callback_metrics["loss"]))
             if not self.gradients:
                 named = pl_module.named_parameters()
                 self.gradients = {n: p.grad.clone() for n, p in named if p.grad is not None}
@@ -156,8 +156,7 @@ def curve(folder: Path, column: str) -> list[float]:
         return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
 
 
-# Matched outputs are a share of a batch's own: a process has half of the doubled batch.
-SHORT = ("--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--model.match=null")
+SHORT = ("--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--model.match_from=0")
 FSDP = (
     *(
         "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
@@ -195,7 +194,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     monkeypatch.setattr(sys, "argv", command(cache, tmp_path / "one", *SHORT, "--data.batch_size=4"))
     main()
     assert two.wait(timeout=500) == 0, (tmp_path / "log").read_text()
-    for column in ("kl", "train/ratio"):
+    for column in ("kl", "loss", "train/ratio"):
         one, both = (curve(tmp_path / name, column) for name in ("one", "two"))
         assert len(one) == 2 and both == pytest.approx(one, abs=1e-4)
     exports = [load_file(tmp_path / name / "export" / "model.safetensors") for name in ("one", "two")]

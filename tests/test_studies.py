@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from acckv.errors import InputError
+from acckv.modality import ModalityMap
 from acckv.weights import WEIGHT_GROUPS
 from benchmarks.scorer_study import SCORERS, clip_places
 from benchmarks.study_results import Line
@@ -65,8 +66,7 @@ def test_every_scorer_starts_at_nothing_and_learns_from_what_it_may_see(label: s
     kind, extra = SCORERS[label]
     weights = kind(layers=2, kv_heads=2, query_heads=4, head_size=3, probes=0)
     keys, values = torch.randn(2, 1, 2, 6, 3).unbind(0)
-    members = torch.tensor([[[1, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0]]], dtype=torch.bool)
-    score = weights.saliency_score(1, keys, values, members)
+    score = weights.saliency_score(1, keys, values, ModalityMap(torch.tensor([[1, 1, 2, 0, 1, 0]])))
     assert score.shape == (1, 2, 6) and not score.any()
     (score * torch.randn(6)).sum().backward()
     learned = {name for name, weight in weights.named_parameters() if weight.grad is not None and weight.grad.any()}

@@ -40,15 +40,12 @@ class AccKV(Policy):
 
         gain = torch.einsum("km,bmn->bkn", weights.modality_gain[layer].exp(), members.to(base.dtype))
         mix = weights.signal_mix[layer]
-        score = (
-            self.shared(gain * standardise(base, members))
-            if not self.config.share_heads
-            else (gain.mean(dim=1, keepdim=True) * standardise(self.shared(base), members))
-        )
+        measured = {name: standardise(self.shared(signal), members) for name, signal in signals.items()}
+        score = self.shared(gain) * measured[self.config.signal]
         for index, name in enumerate(SIGNALS[:3]):
-            if name in signals:
-                score = score + mix[index] * standardise(self.shared(signals[name]), members)
-        saliency = weights.saliency_score(layer, observation.keys, observation.values, members)
+            if name in measured:
+                score = score + mix[index] * measured[name]
+        saliency = weights.saliency_score(layer, observation.keys, observation.values, labels)
         # One selection for all heads sees all heads: a sum, so that the scorer is linear in the whole (key, value).
         saliency = saliency.sum(dim=1, keepdim=True) if self.config.share_heads else saliency
         # Never less than unit deviation: training would else meet the gates' temperature by scores that grow flat.
@@ -83,15 +80,9 @@ class AccKV(Policy):
 
 def _probe_attention(queries: Tensor, observation: Observation) -> Tensor:
     """Attention of learned queries ``[Hq, P, D]`` to every entry, as the rows of a probe prompt would give it."""
-    batch, _, entries = observation.keys.shape[:3]
-    count = queries.shape[1]
-    probe = Observation(
-        queries[None].expand(batch, -1, -1, -1).to(observation.keys.dtype),
-        observation.keys,
-        observation.values,
-        torch.full((batch, count), entries, device=queries.device),
-        torch.ones(batch, count, dtype=torch.bool, device=queries.device),
-        observation.real,
-        observation.scaling,
-    )
-    return heavy_hitter_score(probe)
+    keys = observation.keys
+    groups = queries.shape[0] // keys.shape[1]
+    by_head = queries.reshape(keys.shape[1], -1, keys.shape[-1]).to(keys.dtype)
+    logits = (by_head @ keys.transpose(-1, -2)).float() * observation.scaling
+    hidden = ~observation.real[:, None, None]
+    return logits.masked_fill(hidden, torch.finfo(logits.dtype).min).softmax(-1).sum(2) / groups
