@@ -39,6 +39,11 @@ def _up_to(group: str) -> dict[str, Any]:
     return {"learn": GROUPS[: GROUPS.index(group) + 1], "lora_rank": 0}
 
 
+def _at(ratio: float) -> dict[str, Any]:
+    """One ratio alone is drawn, besides the full cache."""
+    return {"ratio_min": ratio, "ratio_max": ratio}
+
+
 def _without(group: str) -> tuple[str, ...]:
     return tuple(name for name in GROUPS if name != group)
 
@@ -77,9 +82,9 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         Variant("places_long", "attention outputs at every ratio, places", {"match_from": 0.0}),
     ),
     # Where a single ratio could win: from 0.1 on the default is within a point of the full cache itself.
-    "ratios": tuple(
-        _plain(f"at{ratio:g}", f"trained at {ratio:g} alone, by KL, no places", ratio_min=ratio, ratio_max=ratio)
-        for ratio in (0.02, 0.05)
+    "ratios": (
+        *(Variant(f"only{ratio:g}", f"trained at {ratio:g} alone", _at(ratio)) for ratio in (0.05, 0.02)),
+        _plain("at0.02", "trained at 0.02 alone, by KL, no places", **_at(0.02)),
     ),
     "losses": (
         _plain("reverse", "reverse KL", divergence="reverse"),
