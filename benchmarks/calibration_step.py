@@ -3,10 +3,10 @@
     python -m benchmarks.calibration_step --output runs/benchmarks/calibration_step.json
 
 The fine-tuning step runs context and turns with gradients through LoRA on all tokens and a cross entropy. The
-calibration step of scope 'after' shares one prefill without gradients between teacher and student; on later visits of
-a clip that prefill is kept (`data.keep: prefill`). Scope 'all' prefills once more, with gradients. Unless a line says
-otherwise all adapt the same layers at the same rank; all start from encoded clips. Steps take turns, so that a drift of
-the machine meets all.
+calibration step of scope 'after' shares one prefill without gradients between teacher and student. With `data.keep:
+prefill` the teacher is asked every question on a clip's first visit; on later ones that prefill and what the teacher
+said are kept. Scope 'all' prefills once more, with gradients. Unless a line says otherwise all adapt the same layers at
+the same rank; all start from encoded clips. Steps take turns, so that a drift of the machine meets all.
 
 Memory is what autograd holds for the backward pass at its start, the parameters left out: the peak of a step but for
 what its operations use and drop. (An operating system's figures say little here: an allocator keeps what was freed.)
@@ -19,7 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,28 +114,28 @@ def measured(step: Step, module: CalibrationModule, batch: CalibrationBatch) -> 
 
 
 def batches(questions: int, clips: int, length: int = 1) -> tuple[CalibrationBatch, CalibrationBatch]:
-    """The same clips on a visit that starts from embeddings, and on one that starts from the prefill."""
+    """The same encoded clips on a first visit, and on one that starts from what is kept of it."""
     variant = LENGTHS[length]
     folder = default_root() if variant == "plain" else default_root() / "variants" / variant
     file = write_clips(folder, "validation", clips, **VARIANTS[variant])
-    module, made = CalibrationModule(), []
+    data = AVDataModule(
+        source="music_avqa",
+        train_questions=str(file),
+        validation_questions=str(file),
+        video_root=str(video_folder(file)),
+        batch_size=clips,
+        turns=questions,
+        keep="prefill",
+    )
+    data.setup()
+    module = CalibrationModule()
     module.configure_model()
-    for keep in ("embeddings", "prefill"):
-        data = AVDataModule(
-            source="music_avqa",
-            train_questions=str(file),
-            validation_questions=str(file),
-            video_root=str(video_folder(file)),
-            batch_size=clips,
-            turns=questions,
-            keep=keep,  # type: ignore[arg-type]
-        )
-        data.setup()
-        with torch.no_grad():
-            module.distill(next(iter(data.val_dataloader())), 0.1, None)
-        made.append(next(iter(data.val_dataloader())))
+    visit = next(iter(data.val_dataloader()))
+    with torch.no_grad():
+        embedded = module.live.prefill(rows="none", **visit.inputs).embedded
+        module.distill(visit, 0.1, None)
     module.teardown("fit")
-    return made[0], made[1]
+    return replace(visit, inputs={}, embedded=embedded), next(iter(data.val_dataloader()))
 
 
 def measure(questions: int, clips: int, repeats: int, length: int = 1) -> list[Row]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from acckv.errors import InputError
 from acckv.report.files import whole_file
 from acckv.report.results import CONTROLS, FULL, REFERENCE_NAMES
+from benchmarks.calibration_step import FINE_TUNING
 from benchmarks.study_results import RATIOS, Line, Scores, mean_score
 from benchmarks.study_variants import DEFAULT, STUDIES, TITLES
 from lightning_modules.evaluation_run import CALIBRATED
@@ -64,6 +65,8 @@ def markdown(
         if {line.variant for line in chosen} - set(references):
             text += ["", f"#### {title}", "", f"In % of the full cache's accuracy. {_how(chosen)}:", ""]
             text += _variants(chosen, costs if name == "scopes" else ())
+        if name == "scopes" and costs:
+            text += ["", "#### What a step costs", "", *_steps(costs)]
     if scorers:
         text += ["", "#### What the scorer sees, and its size", ""]
         text += [
@@ -127,6 +130,29 @@ def _variants(lines: Sequence[Line], costs: Sequence[dict[str, Any]]) -> list[st
     if costs:
         text += ["", "Time and memory of a step are shares of a plain LoRA fine-tuning step's on the same batch"]
         text += [f"(`benchmarks.calibration_step`), with {', '.join(map(str, numbers))} questions a clip."]
+    return text
+
+
+def _steps(costs: Sequence[dict[str, Any]]) -> list[str]:
+    """A row a kind of step, a column a kind of batch: time and memory as shares of a fine-tuning step's."""
+    batches = list(dict.fromkeys((row["clip_seconds"], row["questions"], *row["tokens"]) for row in costs))
+    kinds = [name for name in dict.fromkeys(row["step"] for row in costs) if name != FINE_TUNING]
+    found = {(row["step"], row["clip_seconds"], row["questions"]): row for row in costs}
+    text = ["Shares of a plain LoRA fine-tuning step on the same batch of encoded clips (medians, least to most)."]
+    text += ["Scope 'after' unless a line says otherwise; on later visits of a clip its prefill, and what the"]
+    text += ["teacher said, are kept."]
+    for what, title in (("time", "Time"), ("memory", "Memory that is held for the backward pass")):
+        heads = [f"{seconds} s, {count} question{'s' * (count > 1)}" for seconds, count, *_ in batches]
+        text += ["", f"{title}:", "", *_header("", *heads)]
+        if what == "time":
+            text.append("| tokens of clip and questions | " + " | ".join(f"{n} + {t}" for *_, n, t in batches) + " |")
+        for kind in kinds:
+            rows = [found[kind, seconds, count] for seconds, count, *_ in batches]
+            cells = [f"{row[what]:.2f}" for row in rows]
+            if what == "time":
+                ends = [row["time_range"] for row in rows]
+                cells = [f"{cell} ({low:.2f} to {high:.2f})" for cell, (low, high) in zip(cells, ends, strict=True)]
+            text.append(f"| {kind.removeprefix('calibration, ')} | " + " | ".join(cells) + " |")
     return text
 
 

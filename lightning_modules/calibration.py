@@ -25,6 +25,7 @@ from lightning_modules.interrupted import TeardownOnException
 from lightning_modules.losses import Divergence, Match, divergence, mismatch, outputs_of
 from lightning_modules.sharding import shard_frozen
 from lightning_modules.step_mean import StepMean
+from lightning_modules.taught import Taught
 
 #: Linear layers that LoRA adapts; a mixture of experts has only the first four by name.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -267,8 +268,8 @@ class CalibrationModule(LightningModule):
         session, turns, options = self.live, batch.turns, self.options
         scope_all = options.lora_scope == "all" and session.attached is not None
         training = torch.is_grad_enabled()
-        matched = self._matched(ratio) if training else []
-        prefill, teacher, expected = self._teach(batch, matched)
+        prefill, taught = self._teach(batch)
+        matched = self._matched() if training and ratio >= options.match_from else []
         if scope_all:
             prefill = session.prefill(prefill.embedded, self.compressor.policy.rows, gradients=training)
         plans = None if self.compressor.keeps_all(ratio) else session.plan(prefill, ratio, temperature)
@@ -276,32 +277,37 @@ class CalibrationModule(LightningModule):
             student = self._logits(prefill, plans, turns)
         counted = turns.weight > 0
         weight = turns.weight[counted]
-        kl = divergence(teacher[counted], student[counted], weight)
+        said = Taught.at(counted, student, found)
+        kl = divergence(taught.logits, said.logits, weight)
         loss = kl
         if options.divergence == "reverse":
-            loss = divergence(teacher[counted], student[counted], weight, "reverse")
+            loss = divergence(taught.logits, said.logits, weight, "reverse")
         if matched:
-            loss = loss + options.match_weight * mismatch(expected, found, counted, weight.sum())
+            loss = loss + options.match_weight * mismatch(taught.outputs, said.outputs, weight.sum())
         return Distillation(kl, loss, plans)
 
-    def _teach(self, batch: CalibrationBatch, matched: list[torch.nn.Module]) -> tuple[Prefill, Tensor, list[Tensor]]:
-        """The base model with its full cache: its prefill, its logits of the turns, its outputs that are matched."""
-        session = self.live
+    def _teach(self, batch: CalibrationBatch) -> tuple[Prefill, Taught]:
+        """The base model with its full cache: its prefill, and what it says at the tokens of the turns that count."""
+        if batch.prefill is not None and batch.taught is not None:
+            return batch.prefill, batch.taught
+        session, turns = self.live, batch.turns if batch.lesson is None else batch.lesson.turns
         with session.base_projections():
             prefill = batch.prefill
             if prefill is None:
                 prefill = session.prefill(batch.embedded, self.compressor.policy.rows, **batch.inputs)
             if batch.keep is not None:
                 batch.keep(prefill)
-            with torch.no_grad(), outputs_of(matched) as expected:
-                return prefill, self._logits(prefill, None, batch.turns), expected
+            with torch.no_grad(), outputs_of(self._matched()) as outputs:
+                logits = self._logits(prefill, None, turns)
+        taught = Taught.at(turns.weight > 0, logits, outputs)
+        return prefill, taught if batch.lesson is None else batch.lesson.heard(taught)
 
-    def _matched(self, ratio: float) -> list[torch.nn.Module]:
-        """Modules whose outputs are matched at a ratio."""
-        adapter, options = self.live.adapter, self.options
-        if options.match is None or ratio < options.match_from:
+    def _matched(self) -> list[torch.nn.Module]:
+        """Modules whose outputs are matched."""
+        adapter, match = self.live.adapter, self.options.match
+        if match is None:
             return []
-        return list(adapter.decoder.layers) if options.match == "hidden" else adapter.decoder_attention
+        return list(adapter.decoder.layers) if match == "hidden" else adapter.decoder_attention
 
     def _logits(self, prefill: Prefill, plans: list[LayerPlan] | None, turns: PackedTurns) -> Tensor:
         session = self.live

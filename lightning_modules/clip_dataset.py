@@ -21,9 +21,30 @@ from acckv.policies.base import Rows
 from acckv.prefill import Prefill
 from acckv.ragged import DecoderInputs
 from acckv.session import Session
+from lightning_modules.taught import Taught
 
 HOST = torch.device("cpu")
 Keep = Literal["nothing", "embeddings", "prefill"]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Every question about the clips of a batch.
+
+    Attributes:
+        turns: all of them; drawn: which of a row's are among the turns of this step, in their order.
+        keep: takes what the base model says at each, by row.
+    """
+
+    turns: PackedTurns
+    drawn: list[list[int]]
+    keep: Callable[[list[list[Taught]]], None]
+
+    def heard(self, taught: Taught) -> Taught:
+        """Keep what the base model says about all; gives what it says about those that were drawn."""
+        parts = taught.by_turn(self.turns)
+        self.keep(parts)
+        return Taught.join([parts[row][place] for row, places in enumerate(self.drawn) for place in places])
 
 
 @dataclass(frozen=True)
@@ -33,9 +54,10 @@ class CalibrationBatch:
     Attributes:
         inputs: for the model, up to where the cache is compressed; empty where `embedded` is given.
         embedded: the same as it enters the decoder, from an earlier visit of the clips.
-        prefill: the full-cache prefill of the base model, from an earlier visit.
+        prefill: the full-cache prefill of the base model, from an earlier visit, and `taught`: what it then says.
         keep: takes that prefill for later visits; None where nothing is kept.
         turns: what is answered afterwards.
+        lesson: every question about the clips, where what the base model says is kept for later visits too.
         number: of the optimiser step in the whole training; every random draw of a step comes from it, so that
             batches that are accumulated share them.
     """
@@ -45,7 +67,9 @@ class CalibrationBatch:
     number: int
     embedded: DecoderInputs | None = None
     prefill: Prefill | None = None
+    taught: Taught | None = None
     keep: Callable[[Prefill], None] | None = None
+    lesson: Lesson | None = None
 
     def prefilled(self, session: Session, rows: Rows) -> Prefill:
         """A prefill of the contexts in a session: the one of an earlier visit, where it is the session's own."""
@@ -56,11 +80,18 @@ class CalibrationBatch:
 
 @dataclass(frozen=True)
 class CalibrationItem:
-    """One clip of a batch: a question about it, whether that is part of the prompt, its turns, the step's number."""
+    """One clip of a batch.
+
+    Attributes:
+        record: a question about it; asked: whether that is part of the prompt.
+        turns: all that can be asked about it; drawn: which of them this step asks, in their order.
+        number: of the step.
+    """
 
     record: Record
     asked: bool
     turns: list[Turn]
+    drawn: list[int]
     number: int
 
 
@@ -82,6 +113,7 @@ class ClipDataset(Dataset[CalibrationItem]):
         self.keep: Keep = keep if when == "context" else "nothing"
         self.embedded: dict[ClipKey, DecoderInputs] = {}
         self.prefills: dict[ClipKey, Prefill] = {}
+        self.taught: dict[ClipKey, list[Taught]] = {}
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -92,10 +124,9 @@ class ClipDataset(Dataset[CalibrationItem]):
         order = np.random.default_rng((self.seed, number, index)).permutation(len(questions))
         if self.when == "prompt":
             record = questions[order[0]]
-            return CalibrationItem(record, True, [Turn(self._answer(record), 0)], number)
-        picked = order[: self.turns or None]
-        turns = [self._turn(questions[place]) for place in sorted(picked)]
-        return CalibrationItem(questions[0], False, turns, number)
+            return CalibrationItem(record, True, [Turn(self._answer(record), 0)], [0], number)
+        drawn = sorted(order[: self.turns or None].tolist())
+        return CalibrationItem(questions[0], False, [self._turn(question) for question in questions], drawn, number)
 
     def _turn(self, record: Record) -> Turn:
         suffix = question_suffix(self.processor, record.question)
@@ -107,20 +138,29 @@ class ClipDataset(Dataset[CalibrationItem]):
         return torch.tensor([*ids, tokenizer.eos_token_id])
 
     def collate(self, items: list[CalibrationItem]) -> CalibrationBatch:
-        turns, number = pack_turns([item.turns for item in items]), items[0].number
+        turns, number = pack_turns([[item.turns[place] for place in item.drawn] for item in items]), items[0].number
         clips = [item.record.clip for item in items]
         if all(clip in self.prefills for clip in clips):
-            return CalibrationBatch({}, turns, number, prefill=Prefill.stack([self.prefills[clip] for clip in clips]))
+            prefill = Prefill.stack([self.prefills[clip] for clip in clips])
+            taught = Taught.join([self.taught[item.record.clip][place] for item in items for place in item.drawn])
+            return CalibrationBatch({}, turns, number, prefill=prefill, taught=taught)
         if all(clip in self.embedded for clip in clips):
             embedded = DecoderInputs.stack([self.embedded[clip] for clip in clips])
             return CalibrationBatch({}, turns, number, embedded)
         questions = [item.record.question for item in items if item.asked]
         inputs = encode(self.processor, [read_clip(item.record) for item in items], questions or None)
         keep = None if self.keep == "nothing" else partial(self._keep, clips)
-        return CalibrationBatch(inputs, turns, number, keep=keep)
+        lesson = None
+        if self.keep == "prefill":
+            every = pack_turns([item.turns for item in items])
+            lesson = Lesson(every, [item.drawn for item in items], partial(self._keep_taught, clips))
+        return CalibrationBatch(inputs, turns, number, keep=keep, lesson=lesson)
 
     def _keep(self, clips: list[ClipKey], prefill: Prefill) -> None:
         if self.keep == "prefill":
             self.prefills.update(zip(clips, [row.to(HOST) for row in prefill.rows()], strict=True))
         else:
             self.embedded.update(zip(clips, [row.to(HOST) for row in prefill.embedded.rows()], strict=True))
+
+    def _keep_taught(self, clips: list[ClipKey], rows: list[list[Taught]]) -> None:
+        self.taught.update(zip(clips, [[turn.to(HOST) for turn in row] for row in rows], strict=True))

@@ -51,7 +51,8 @@ class AVDataModule(LightningDataModule):
         turns: questions about each clip in a step; 0 takes all.
         keep: what is held in memory of a clip after its first visit. 'embeddings': it is not decoded and encoded again
             (hidden size x tokens numbers a clip). 'prefill': the base model's prefill is not run again either (its
-            keys and values too), so that a step costs its questions and answers alone.
+            keys and values too), nor what it says about the clip's questions, all of which it is asked on the first
+            visit (logits and matched outputs of the answers' tokens), so that a step costs the student alone.
         seed: of the order, and of the questions drawn.
         clips_seed: of the generated clips.
     """
@@ -230,4 +231,9 @@ class AVDataModule(LightningDataModule):
         }
         embedded = None if batch.embedded is None else batch.embedded.to(device)
         prefill = None if batch.prefill is None else batch.prefill.to(device)
-        return replace(batch, inputs=inputs, turns=batch.turns.to(device), embedded=embedded, prefill=prefill)
+        taught = None if batch.taught is None else batch.taught.to(device)
+        lesson = None if batch.lesson is None else replace(batch.lesson, turns=batch.lesson.turns.to(device))
+        turns = batch.turns.to(device)
+        return replace(
+            batch, inputs=inputs, turns=turns, embedded=embedded, prefill=prefill, taught=taught, lesson=lesson
+        )

@@ -26,14 +26,13 @@ def divergence(teacher: Tensor, student: Tensor, weight: Tensor, kind: Divergenc
     return (kl * weight).sum() / weight.sum()
 
 
-def mismatch(teacher: list[Tensor], student: list[Tensor], counted: Tensor, weight: Tensor) -> Tensor:
+def mismatch(teacher: Tensor, student: Tensor, weight: Tensor) -> Tensor:
     """Mean square difference as a share of the teacher's mean square over all processes, mean over layers.
 
     Args:
-        teacher, student: by layer ``[B, tokens, size]``; counted: bool ``[B, tokens]``.
-        weight: scalar, of this batch in the mean over processes.
+        teacher, student: ``[layers, tokens, size]``; weight: scalar, of these tokens in the mean over processes.
     """
-    expected, found = (torch.stack([layer[counted].float() for layer in outputs]) for outputs in (teacher, student))
+    expected, found = teacher.float(), student.float()
     missed, whole = (found - expected).square().sum((1, 2)), expected.square().sum((1, 2))
     # What each process adds to its weighted mean is its part of one share, that of all tokens together.
     scale = over_processes(whole) / over_processes(weight)

@@ -173,11 +173,12 @@ def test_losses() -> None:
     for kind, one, other in (("forward", p, q), ("reverse", q, p)):
         expected = ((one * (one / other).log()).sum(-1) * weight).sum() / weight.sum()
         assert divergence(teacher, student, weight, kind) == pytest.approx(float(expected), abs=1e-5)  # type: ignore[arg-type]
-    layer, counted = torch.randn(2, 3, 4), torch.tensor([[True, False, True], [False, True, True]])
-    assert mismatch([layer, layer], [2 * layer, layer], counted, torch.tensor(5.0)) == pytest.approx(0.5)
-    other = torch.randn(2, 3, 4)
-    share = (other - layer)[counted].square().sum() / layer[counted].square().sum()
-    assert mismatch([layer], [other], counted, torch.tensor(5.0)) == pytest.approx(float(share))
+    layers = torch.randn(2, 5, 4)
+    twice = torch.stack([2 * layers[0], layers[1]])
+    assert mismatch(layers, twice, torch.tensor(3.0)) == pytest.approx(0.5)
+    other = torch.randn(1, 5, 4)
+    share = (other - layers[:1]).square().sum() / layers[:1].square().sum()
+    assert mismatch(layers[:1], other, torch.tensor(3.0)) == pytest.approx(float(share))
 
 
 def test_ratios_are_drawn_by_number() -> None:
@@ -209,12 +210,13 @@ def test_outputs_are_matched_from_a_ratio_on(cache: Path) -> None:
     data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
     data.setup()
     batch = next(iter(data.val_dataloader()))
-    below, above = (module.distill(batch, ratio, 0.1) for ratio in (0.09, 0.1))
+    done = [module.distill(batch, ratio, 0.1) for ratio in (0.09, 0.1)]
     with torch.no_grad():
-        validated = module.distill(batch, 0.1, 0.1)
+        done.append(module.distill(batch, 0.1, 0.1))
     module.teardown("fit")
-    assert float(below.loss) == float(below.kl) and float(above.loss) > float(above.kl) + 1e-3
-    assert float(validated.loss) == float(validated.kl) == pytest.approx(float(above.kl)), "in training alone"
+    below, above, validated = ((one.kl.item(), one.loss.item()) for one in done)
+    assert below[0] == below[1] and above[1] > above[0] + 1e-3
+    assert validated[0] == validated[1] == pytest.approx(above[0]), "in training alone"
 
 
 def test_the_teacher_is_the_base_model(cache: Path) -> None:
@@ -240,23 +242,26 @@ def test_the_teacher_is_the_base_model(cache: Path) -> None:
 
 @pytest.mark.parametrize("keep", ["embeddings", "prefill"])
 def test_a_second_visit_starts_from_what_was_kept(cache: Path, keep: Any) -> None:
-    """Rows kept apart and stacked again in another order, give the loss of the first visit."""
+    """Rows kept apart and stacked again in another order, with other questions, give the loss of a first visit."""
     module = CalibrationModule(lora_rank=0)
     module.configure_model()
-    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache), keep=keep)
-    data.setup()
-    dataset = data.datasets["validation"]
-    items = [dataset[(index, 0)] for index in range(2)]
-    first = dataset.collate(items)
-    assert first.embedded is None and first.prefill is None and first.inputs
-    with torch.no_grad():
-        kl = module.distill(first, 0.1, None).kl
-        second = dataset.collate(items[::-1])
-        assert not second.inputs
-        assert (second.embedded is None) == (keep == "prefill") == (second.prefill is not None)
-        again = module.distill(second, 0.1, None).kl
+    losses = []
+    for kept in (keep, "nothing"):
+        data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, turns=3, cache_dir=str(cache), keep=kept)
+        data.setup()
+        dataset = data.datasets["validation"]
+        first = dataset.collate([dataset[(index, 0)] for index in (0, 1)])
+        assert first.embedded is None and first.prefill is None and first.inputs
+        before = module.distill(first, 0.1, 0.1)
+        second = dataset.collate([dataset[(index, 4)] for index in (1, 0)])
+        assert first.turns.ids.tolist() != second.turns.ids.flip(0).tolist(), "other questions are drawn"
+        assert (second.prefill is not None) == (second.taught is not None) == (kept == "prefill")
+        assert (second.embedded is not None) == (kept == "embeddings") and bool(second.inputs) == (kept == "nothing")
+        after = module.distill(second, 0.1, 0.1)
+        losses.append([value.item() for done in (before, after) for value in (done.kl, done.loss)])
     module.teardown("fit")
-    assert float(kl) == pytest.approx(float(again), abs=1e-6)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][1] > losses[0][0] + 1e-3, "attention outputs are matched"
 
 
 def test_rows_of_embeddings_are_stacked_with_padding(cache: Path) -> None:
