@@ -195,6 +195,12 @@ class CalibrationModule(LightningModule):
         if options.gradient_checkpointing:
             enable_checkpointing(self.live.adapter.decoder)
         if self.device_mesh is not None:
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            if data.options.keep == "prefill":
+                message = (
+                    "is 'prefill': one process may have kept what another has to run, and a split model needs both"
+                )
+                raise InputError(f"{message} in every forward; take 'embeddings'", field="data.keep")
             shard_frozen(self, self.live.adapter.decoder, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:

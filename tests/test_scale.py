@@ -164,6 +164,7 @@ FSDP = (
     ),
     *("--trainer.strategy.tensor_parallel_size=1", "--trainer.strategy.process_group_backend=gloo"),
     "--trainer.strategy.save_distributed_checkpoint=false",
+    "--data.keep=embeddings",
 )
 
 
@@ -202,6 +203,14 @@ def test_two_processes_equal_one_with_the_doubled_batch(
         # It moves all scores alike, which changes nothing: its gradient is rounding, of which Adam makes whole steps.
         del export["saliency_bias"]
     assert_close(*exports, 1e-3)
+
+
+@pytest.mark.slow
+def test_a_split_model_keeps_no_prefills(cache: Path, tmp_path: Path) -> None:
+    split = [option for option in FSDP if "data" not in option]
+    options = command(cache, tmp_path, *SHORT, *split, "--trainer.devices=1", "--trainer.strategy.data_parallel_size=1")
+    done = subprocess.run([sys.executable, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "data.keep: is 'prefill'" in done.stderr, done.stderr
 
 
 def test_early_stopping_on_validation_kl(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
