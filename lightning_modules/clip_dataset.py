@@ -21,30 +21,10 @@ from acckv.policies.base import Rows
 from acckv.prefill import Prefill
 from acckv.ragged import DecoderInputs
 from acckv.session import Session
-from lightning_modules.taught import Taught
+from lightning_modules.taught import Lesson, Taught
 
 HOST = torch.device("cpu")
 Keep = Literal["nothing", "embeddings", "prefill"]
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """Every question about the clips of a batch.
-
-    Attributes:
-        turns: all of them; drawn: which of a row's are among the turns of this step, in their order.
-        keep: takes what the base model says at each, by row.
-    """
-
-    turns: PackedTurns
-    drawn: list[list[int]]
-    keep: Callable[[list[list[Taught]]], None]
-
-    def heard(self, taught: Taught) -> Taught:
-        """Keep what the base model says about all; gives what it says about those that were drawn."""
-        parts = taught.by_turn(self.turns)
-        self.keep(parts)
-        return Taught.join([parts[row][place] for row, places in enumerate(self.drawn) for place in places])
 
 
 @dataclass(frozen=True)
@@ -142,6 +122,8 @@ class ClipDataset(Dataset[CalibrationItem]):
         clips = [item.record.clip for item in items]
         if all(clip in self.prefills for clip in clips):
             prefill = Prefill.stack([self.prefills[clip] for clip in clips])
+            if not all(clip in self.taught for clip in clips):
+                return CalibrationBatch({}, turns, number, prefill=prefill, lesson=self._lesson(items))
             taught = Taught.join([self.taught[item.record.clip][place] for item in items for place in item.drawn])
             return CalibrationBatch({}, turns, number, prefill=prefill, taught=taught)
         if all(clip in self.embedded for clip in clips):
@@ -150,11 +132,13 @@ class ClipDataset(Dataset[CalibrationItem]):
         questions = [item.record.question for item in items if item.asked]
         inputs = encode(self.processor, [read_clip(item.record) for item in items], questions or None)
         keep = None if self.keep == "nothing" else partial(self._keep, clips)
-        lesson = None
-        if self.keep == "prefill":
-            every = pack_turns([item.turns for item in items])
-            lesson = Lesson(every, [item.drawn for item in items], partial(self._keep_taught, clips))
+        lesson = self._lesson(items) if self.keep == "prefill" else None
         return CalibrationBatch(inputs, turns, number, keep=keep, lesson=lesson)
+
+    def _lesson(self, items: list[CalibrationItem]) -> Lesson:
+        clips = [item.record.clip for item in items]
+        every = pack_turns([item.turns for item in items])
+        return Lesson(every, [item.drawn for item in items], partial(self._keep_taught, clips))
 
     def _keep(self, clips: list[ClipKey], prefill: Prefill) -> None:
         if self.keep == "prefill":

@@ -160,10 +160,14 @@ class AVDataModule(LightningDataModule):
         return load_music_avqa(file, video_folder(file))
 
     def reorder(self, seed: int) -> None:
-        """Another order, and other draws of questions; what was kept of the clips stays."""
+        """Another order, and other draws of questions, for another calibration of the same model.
+
+        What was kept of the clips stays, but not what the teacher said: other outputs may be matched.
+        """
         self.hparams["seed"] = seed
         for dataset in self.datasets.values():
             dataset.seed = seed
+            dataset.taught.clear()
 
     @property
     def benchmark(self) -> str:

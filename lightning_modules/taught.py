@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,3 +53,23 @@ class Taught:
 
     def to(self, device: torch.device) -> Taught:
         return Taught(self.logits.to(device), self.outputs.to(device))
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Every question about the clips of a batch.
+
+    Attributes:
+        turns: all of them; drawn: which of a row's are among the turns of this step, in their order.
+        keep: takes what the base model says at each, by row.
+    """
+
+    turns: PackedTurns
+    drawn: list[list[int]]
+    keep: Callable[[list[list[Taught]]], None]
+
+    def heard(self, taught: Taught) -> Taught:
+        """Keep what the base model says about all; gives what it says about those that were drawn."""
+        parts = taught.by_turn(self.turns)
+        self.keep(parts)
+        return Taught.join([parts[row][place] for row, places in enumerate(self.drawn) for place in places])

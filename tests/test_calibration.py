@@ -258,7 +258,11 @@ def test_a_second_visit_starts_from_what_was_kept(cache: Path, keep: Any) -> Non
         assert (second.prefill is not None) == (second.taught is not None) == (kept == "prefill")
         assert (second.embedded is not None) == (kept == "embeddings") and bool(second.inputs) == (kept == "nothing")
         after = module.distill(second, 0.1, 0.1)
-        losses.append([value.item() for done in (before, after) for value in (done.kl, done.loss)])
+        data.reorder(1)
+        third = dataset.collate([dataset[(index, 4)] for index in (1, 0)])
+        assert third.taught is None and (third.prefill is not None) == (third.lesson is not None) == (kept == "prefill")
+        again = module.distill(third, 0.1, 0.1)
+        losses.append([value.item() for done in (before, after, again) for value in (done.kl, done.loss)])
     module.teardown("fit")
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][1] > losses[0][0] + 1e-3, "attention outputs are matched"
