@@ -192,7 +192,8 @@ def redundancy(score: Tensor, values: Tensor, members: Tensor, width: int, softn
     """
     if score.shape[1] < values.shape[1]:
         values = values.transpose(1, 2).flatten(2)[:, None]
-    width = min(width, score.shape[-1] - 1)
+    if not score.shape[-1]:
+        return torch.zeros_like(score)
     around = F.pad(score, (width, width)).unfold(-1, 2 * width + 1, 1)
     higher = torch.sigmoid((around - score[..., None]) / softness)
     return (higher * _similarity_around(values.float(), members, width)).sum(-1)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -256,11 +256,13 @@ def test_labels() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=SEEDS, heads=st.sampled_from([1, 2]))
-def test_redundancy(seed: int, heads: int) -> None:
+@given(seed=SEEDS, heads=st.sampled_from([1, 2]), entries=st.sampled_from([0, 1, 2, 9]))
+@example(seed=0, heads=1, entries=0)
+@example(seed=0, heads=1, entries=1)
+def test_redundancy(seed: int, heads: int, entries: int) -> None:
     """Neighbours of the same modality that score higher count by how similar their values are."""
     generator = torch.Generator().manual_seed(seed)
-    entries, width, softness = 9, 3, 0.2
+    width, softness = 3, 0.2
     labels = torch.randint(0, 4, (2, entries), generator=generator)
     score = torch.randn(2, heads, entries, generator=generator)
     values = torch.randn(2, 2, entries, 5, generator=generator)
