@@ -157,4 +157,8 @@ class Router:
 
     def prompt_adapters(self) -> AbstractContextManager[Any]:
         """LoRA of scope 'after' is off while the prompt runs."""
-        return nullcontext() if self.attached is None or self.adapts_prompt else self.attached.disabled()
+        return nullcontext() if self.adapts_prompt else self.base_projections()
+
+    def base_projections(self) -> AbstractContextManager[Any]:
+        """LoRA, if there is any, is off while the context is open."""
+        return nullcontext() if self.attached is None else self.attached.disabled()

@@ -51,12 +51,9 @@ def soft_log_gates(score: Tensor, members: Tensor, budget: Tensor, temperature: 
         theta, half = (high + low) / 2, (high - low) / 2 + 20  # no gate is open, or shut, 20 beyond all scores
         for _ in range(iterations):
             half = half * 0.5
-            theta = theta + half * (_gate_sum(open_to, theta) - target).sign()
-        gates = torch.sigmoid(open_to - theta[..., None])
-        slope = (gates * (1 - gates)).sum(-1) + 1e-4 * temperature
-    theta = theta + (_gate_sum(open_to, theta) - target) / slope
+            surplus = torch.sigmoid(open_to - theta[..., None]).sum(-1) - target
+            theta = theta + half * surplus.sign()
+    gates = torch.sigmoid(open_to - theta[..., None])
+    slope = (gates * (1 - gates)).detach().sum(-1) + 1e-4 * temperature
+    theta = theta + (gates.sum(-1) - target) / slope
     return F.logsigmoid(open_to - theta[..., None])
-
-
-def _gate_sum(open_to: Tensor, theta: Tensor) -> Tensor:
-    return torch.sigmoid(open_to - theta[..., None]).sum(-1)

@@ -101,7 +101,7 @@ class Session:
 
     def base_projections(self) -> AbstractContextManager[Any]:
         """The compressor's LoRA, if there is one, is off while the context is open."""
-        return nullcontext() if self.attached is None else self.attached.disabled()
+        return self.router.base_projections()
 
     def _require_open(self) -> None:
         if not self.router.wiring.is_open:
