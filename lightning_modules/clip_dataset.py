@@ -94,6 +94,7 @@ class ClipDataset(Dataset[CalibrationItem]):
         self.embedded: dict[ClipKey, DecoderInputs] = {}
         self.prefills: dict[ClipKey, Prefill] = {}
         self.taught: dict[ClipKey, list[Taught]] = {}
+        self.every_turn: dict[int, list[Turn]] = {}  # in tokens, made on the first visit
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -106,7 +107,9 @@ class ClipDataset(Dataset[CalibrationItem]):
             record = questions[order[0]]
             return CalibrationItem(record, True, [Turn(self._answer(record), 0)], [0], number)
         drawn = sorted(order[: self.turns or None].tolist())
-        return CalibrationItem(questions[0], False, [self._turn(question) for question in questions], drawn, number)
+        if index not in self.every_turn:
+            self.every_turn[index] = [self._turn(question) for question in questions]
+        return CalibrationItem(questions[0], False, self.every_turn[index], drawn, number)
 
     def _turn(self, record: Record) -> Turn:
         suffix = question_suffix(self.processor, record.question)
