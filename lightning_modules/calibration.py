@@ -23,6 +23,7 @@ from acckv.weights import WEIGHT_GROUPS, CalibratedWeights
 from lightning_modules.clip_dataset import CalibrationBatch
 from lightning_modules.interrupted import TeardownOnException
 from lightning_modules.losses import Divergence, Match, divergence, mismatch, outputs_of
+from lightning_modules.optimizer import scheduled_adam
 from lightning_modules.sharding import shard_frozen
 from lightning_modules.step_mean import StepMean
 from lightning_modules.taught import Taught
@@ -325,35 +326,12 @@ class CalibrationModule(LightningModule):
             position_ids=session.adapter.text_positions(prefill.next_position + turns.offset),
         )
 
-    # -------------------------------------------------------------- optimiser
+    # ------------------------------------------------ optimiser and checkpoint
 
     def configure_optimizers(self) -> Any:
-        options = self.options
         weights = cast(CalibratedWeights, self.compressor.weights)
-        rates = {
-            "budget": options.lr_budget,
-            "saliency": options.lr_score,
-            "signal_mix": options.lr_score,
-            "redundancy": options.lr_redundancy,
-        }
-        groups: dict[float, list[Any]] = {}
-        for name, parameter in weights.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            rate = next((rate for part, rate in rates.items() if part in name), options.lr_other)
-            groups.setdefault(rate, []).append(parameter)
         adapted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if adapted:
-            groups.setdefault(options.lr_lora, []).extend(adapted)
-        optimizer = torch.optim.Adam([{"params": parameters, "lr": rate} for rate, parameters in groups.items()])
-        total = self.trainer.estimated_stepping_batches
-
-        def scale(step: int) -> float:
-            decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
-            return min(1.0, (step + 1) / max(options.warmup, 1)) * decay
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return scheduled_adam(weights, adapted, self.options, self.trainer.estimated_stepping_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
