@@ -49,6 +49,7 @@ def _write(compressor: KVCompressor, folder: Path, results: list[dict[str, Any]]
         "lora_scope": compressor.lora_scope,
         "has_weights": compressor.weights is not None,
         "has_lora": compressor.lora is not None,
+        "tight_up_to": compressor.weights.tight_up_to if compressor.weights is not None else 0.0,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     if compressor.weights is not None:
@@ -83,6 +84,8 @@ def load(name: str | Path, options: dict[str, Any] | None = None) -> KVCompresso
         weights = CalibratedWeights(
             base["layers"], base["kv_heads"], base["query_heads"], base["head_size"], compression.probe_queries
         )
+        if config.get("tight_up_to"):
+            weights.add_tight(config["tight_up_to"])
         _load_tensors(weights, folder / WEIGHTS)
     lora = LoraWeights.load(folder / ADAPTER) if config["has_lora"] else None
     return KVCompressor(compression, weights, lora, config["lora_scope"], base, str(name)).eval()
@@ -115,6 +118,9 @@ def _read_config(file: Path) -> dict[str, Any]:
         )
     if config["lora_scope"] not in get_args(LoraScope):
         raise InputError(f"{config['lora_scope']!r} is not 'after' or 'all'", source=file, field="lora_scope")
+    up_to = config.get("tight_up_to", 0.0)  # exports of before there were tight weights have none
+    if not isinstance(up_to, int | float) or not 0 <= up_to <= 1:
+        raise InputError(f"{up_to!r} is not 0 to 1", source=file, field="tight_up_to")
     if not isinstance(config["compression"], dict):
         raise InputError("must be a JSON object", source=file, field="compression")
     return config

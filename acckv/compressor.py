@@ -75,6 +75,12 @@ class KVCompressor(nn.Module):
         config = dataclasses.replace(self.config, ratio=ratio, budget=None)
         return KVCompressor(config, self.weights, self.lora, self.lora_scope, self.base, self.source)
 
+    def at(self, ratio: float) -> KVCompressor:
+        """What compresses at a ratio, where ratios have weights of their own."""
+        if self.weights is None or self.weights.at(ratio) is self.weights:
+            return self
+        return KVCompressor(self.config, self.weights.at(ratio))
+
     def head(self, index: int) -> KVCompressor:
         """What a KV head that holds other entries than the rest is compressed with, as if the layer had no other.
 
@@ -108,11 +114,10 @@ class KVCompressor(nn.Module):
         """
         counts, layers = labels.counts(), len(scores)
         absolute = self.config.budget if ratio is None else None
-        ratio = self.config.ratio if ratio is None else ratio
+        ratio = self.ratio_of(labels, layers, ratio)
         if self.config.policy == "full":
             ratio, absolute = 1.0, None
         total = total_budget(ratio, absolute, layers, counts)
-        ratio = self.effective_ratio(total, counts, layers) if absolute is not None else ratio
         layer_shares = self.layer_shares(scores, labels, total, ratio)
         if not whole:
             shares = [self.modality_shares(layer, score, ratio) for layer, score in enumerate(scores)]
@@ -123,6 +128,13 @@ class KVCompressor(nn.Module):
         return torch.stack(
             [self.split(layer, score, by_layer[:, layer], counts, ratio) for layer, score in enumerate(scores)], dim=1
         )
+
+    def ratio_of(self, labels: ModalityMap, layers: int, ratio: float | None = None) -> float:
+        """The ratio that is asked for, or what the config's absolute budget comes to."""
+        if ratio is not None or self.config.budget is None:
+            return self.config.ratio if ratio is None else ratio
+        counts = labels.counts()
+        return self.effective_ratio(total_budget(1.0, self.config.budget, layers, counts), counts, layers)
 
     @staticmethod
     def effective_ratio(total: Tensor, counts: Tensor, layers: int) -> float:

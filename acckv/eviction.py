@@ -56,14 +56,14 @@ class Eviction:
         ratio: float | None,
         by_probe: bool,
     ) -> None:
-        self.compressor, self.cache, self.watch = compressor, cache, watch
+        self.cache, self.watch = cache, watch
         self.embedded, self.look, self.by_probe = embedded, look, by_probe
         self.config = compressor.config
         self.layers = compressed_layers(cache)
         self.before = [layer.physical for layer in self.layers]
         self.competing = self.config.budget is not None and ratio is None
         self.ratio = self.config.ratio if ratio is None else ratio
-        self._check()
+        self._check(compressor)
         self.rotation = look.rotation(embedded.position_ids)
         self.labels = [watch.held_labels(layer, layer.physical) for layer in self.layers]
         self.new = watch.labels.counts()
@@ -72,13 +72,14 @@ class Eviction:
         self.total = self._total()
         if self.competing:
             self.ratio = compressor.effective_ratio(self.total, self._offered(), len(self.layers))
+        self.compressor = compressor = compressor.at(self.ratio)
         if not compressor.policy.cross_layer:
             shares = compressor.layer_shares([None] * len(self.layers), watch.labels, self.total, self.ratio)
             self.budgets = share_out(self.total, shares, self.available)
         self.waiting: list[Observation] = []
 
-    def _check(self) -> None:
-        policy = self.compressor.policy
+    def _check(self, compressor: KVCompressor) -> None:
+        policy = compressor.policy
         if not any(self.before):
             return
         if policy.rows == "repetition":

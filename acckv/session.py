@@ -217,8 +217,9 @@ class Session:
         seen = prefill.watched(rows, self.compressor.config)
         with self.router.prompt_adapters() if rows == "repetition" else nullcontext():  # the one that runs the model
             observations = self.router.look.complete(seen, prefill.cache.layers, prefill.embedded, prefill.repetition)
-        scores = self.compressor.scores(observations, prefill.labels)
-        return self.compressor.plan(scores, observations, prefill.labels, ratio, temperature)
+        compressor = self.compressor.at(self.compressor.ratio_of(prefill.labels, len(observations), ratio))
+        scores = compressor.scores(observations, prefill.labels)
+        return compressor.plan(scores, observations, prefill.labels, ratio, temperature)
 
     @torch.no_grad()
     def answer(

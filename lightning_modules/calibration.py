@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from acckv.adapters import find_adapter, load_model
@@ -25,6 +26,7 @@ from lightning_modules.interrupted import TeardownOnException
 from lightning_modules.losses import Divergence, Match, divergence, mismatch, outputs_of
 from lightning_modules.optimizer import scheduled_adam
 from lightning_modules.sharding import shard_frozen
+from lightning_modules.stages import TIGHT_REACH, Stages
 from lightning_modules.step_mean import StepMean
 from lightning_modules.taught import Taught
 
@@ -71,10 +73,14 @@ class CalibrationModule(LightningModule):
         ratio_min: least kept share drawn at a step.
         ratio_max: largest kept share drawn at a step.
         ratio_power: 1 draws ratios log-uniformly; above 1, the tight ones more often.
+        tight_share: share of the training that sees `ratio_min` alone, for a selection of its own. It is then settled,
+            and read up to 1.5 times `ratio_min`; the weights of all other ratios start from it. 0 for none.
         full_share: share of the steps in which the student reads the full cache, so that LoRA costs nothing there.
         temperature_start: of the gates, in standard deviations of the score.
         temperature_end: of the gates at the end; small, so that what is trained is what is shipped.
-        anneal: share of the training in which the temperature falls; it then stays at its end.
+        temperature_after_tight: of the gates after `tight_share`, in place of `temperature_start`.
+        anneal: share of the training in which the temperature falls, or of each part of it where there is a
+            `tight_share`; it then stays at its end.
         lora_rank: 0 trains no LoRA.
         lora_alpha: LoRA scale times rank; None is twice the rank.
         lora_targets: linear layers of the decoder that LoRA adapts, by name.
@@ -82,9 +88,10 @@ class CalibrationModule(LightningModule):
         lr_budget: peak learning rate of the layer and modality budgets.
         lr_score: peak learning rate of the saliency scorer and the signal mix.
         lr_lora: peak learning rate of LoRA.
+        lora_after_tight: factor on it after `tight_share`.
         lr_redundancy: peak learning rate of what an entry loses for its neighbours.
         lr_other: peak learning rate of all other weights.
-        warmup: steps of linear warm-up; a cosine to 5 % follows.
+        warmup: steps of linear warm-up; a cosine to 5 % follows. Both begin anew after `tight_share`.
         layer_floor: least share of the uniform budget that a layer keeps.
         probe_queries: learned probe queries a head; 0 for none.
         validation_ratios: ratios of the validation KL.
@@ -111,9 +118,11 @@ class CalibrationModule(LightningModule):
         ratio_min: float = 0.02,
         ratio_max: float = 0.5,
         ratio_power: float = 1.6,
+        tight_share: float = 0.0,
         full_share: float = 0.1,
         temperature_start: float = 0.5,
         temperature_end: float = 0.005,
+        temperature_after_tight: float = 0.1,
         anneal: float = 0.6,
         lora_rank: int = 16,
         lora_alpha: float | None = None,
@@ -122,6 +131,7 @@ class CalibrationModule(LightningModule):
         lr_budget: float = 0.02,
         lr_score: float = 0.02,
         lr_lora: float = 2e-3,
+        lora_after_tight: float = 0.5,
         lr_redundancy: float = 0.05,
         lr_other: float = 0.01,
         warmup: int = 20,
@@ -143,8 +153,9 @@ class CalibrationModule(LightningModule):
                 raise InputError(f"{name!r} is not one of {', '.join(WEIGHT_GROUPS)}", field="model.learn")
         if not learn and lora_rank <= 0:
             raise InputError("is empty, and there is no LoRA either", field="model.learn")
-        if not 0 <= full_share < 1:
-            raise InputError(f"{full_share} is not at least 0 and below 1", field="model.full_share")
+        for name, value in (("full_share", full_share), ("tight_share", tight_share)):
+            if not 0 <= value < 1:
+                raise InputError(f"{value} is not at least 0 and below 1", field=f"model.{name}")
         for name, value in (("match_weight", match_weight), ("match_from", match_from)):
             if value < 0:
                 raise InputError(f"{value} is below 0", field=f"model.{name}")
@@ -152,6 +163,8 @@ class CalibrationModule(LightningModule):
             raise InputError(f"{ratio_power} is not above 0", field="model.ratio_power")
         if not 0 < temperature_end <= temperature_start:
             raise InputError("needs 0 < temperature_end <= temperature_start", field="model.temperature_end")
+        if tight_share and temperature_after_tight < temperature_end:
+            raise InputError("is below temperature_end", field="model.temperature_after_tight")
         if not 0 < anneal <= 1:
             raise InputError(f"{anneal} is not above 0 and at most 1", field="model.anneal")
         self.save_hyperparameters()
@@ -178,8 +191,10 @@ class CalibrationModule(LightningModule):
             sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], options.probe_queries
         )
         learned = [name for group in options.learn for name in WEIGHT_GROUPS[group]]
+        if options.tight_share:
+            weights.add_tight(TIGHT_REACH * options.ratio_min)
         for name, weight in weights.named_parameters():
-            weight.requires_grad_(name in learned)
+            weight.requires_grad_(name.removeprefix("tight.") in learned)
         adapter_weights = None
         if options.lora_rank > 0:
             alpha = options.lora_alpha or 2.0 * options.lora_rank
@@ -227,26 +242,44 @@ class CalibrationModule(LightningModule):
             raise RuntimeError("the model is built by configure_model, which a Trainer calls")
         return self.session
 
+    @property
+    def weights(self) -> CalibratedWeights:
+        """What is learned besides LoRA."""
+        return cast(CalibratedWeights, self.compressor.weights)
+
     # --------------------------------------------------------------- training
 
-    def progress(self) -> float:
-        """Share of the training that is done, 0 to 1."""
-        return min(self.global_step / max(self.trainer.estimated_stepping_batches, 1), 1.0)
+    @property
+    def stages(self) -> Stages:
+        return Stages(self.options.tight_share, self.trainer.estimated_stepping_batches)
 
     def temperature(self) -> float:
-        start, end = self.options.temperature_start, self.options.temperature_end
-        return start * (end / start) ** min(self.progress() / self.options.anneal, 1.0)
+        """Of the gates at this step."""
+        stages, options = self.stages, self.options
+        start = options.temperature_after_tight if stages.settled(self.global_step) else options.temperature_start
+        cooled = min(stages.progress(self.global_step) / options.anneal, 1.0)
+        return start * (options.temperature_end / start) ** cooled
 
     def draw_ratio(self, number: int) -> float:
-        """The ratio of a batch: 1, or between the bounds; a pure function of the batch's number."""
+        """The ratio of a batch of the stage of all ratios: 1, or between the bounds; a function of its number alone."""
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
         low, high = math.log(self.options.ratio_min), math.log(self.options.ratio_max)
         ratio, kind = torch.rand(2, generator=generator).tolist()
         return 1.0 if kind < self.options.full_share else math.exp(low + (high - low) * ratio**self.options.ratio_power)
 
+    def on_train_batch_start(self, batch: CalibrationBatch, batch_idx: int) -> None:
+        stages = self.stages
+        if stages.settled(self.global_step) and self.global_step == stages.first_wide:
+            self.weights.start_from_tight()
+            cast(LightningOptimizer, self.optimizers()).optimizer.state.clear()  # what moved at one ratio alone
+
     def training_step(self, batch: CalibrationBatch, batch_idx: int) -> Tensor:
         ratio, temperature = self.draw_ratio(batch.number), self.temperature()
-        done = self.distill(batch, ratio, temperature)
+        if ratio < 1 and self.stages.tight(self.global_step):
+            ratio = self.options.ratio_min
+        # What is settled is read as it is shipped.
+        settled = self.stages.settled(self.global_step) and ratio <= self.weights.tight_up_to
+        done = self.distill(batch, ratio, None if settled else temperature)
         kept = [float(plan.log_gates.detach().exp().mean()) for plan in done.plans or []] or [1.0]
         share = sum(kept) / len(kept)
         self.log_dict({"train/ratio": ratio, "train/temperature": temperature, "train/kept": share})
@@ -329,9 +362,8 @@ class CalibrationModule(LightningModule):
     # ------------------------------------------------ optimiser and checkpoint
 
     def configure_optimizers(self) -> Any:
-        weights = cast(CalibratedWeights, self.compressor.weights)
         adapted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return scheduled_adam(weights, adapted, self.options, self.trainer.estimated_stepping_batches)
+        return scheduled_adam(self.weights, adapted, self.options, self.stages)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}

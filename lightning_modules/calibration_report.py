@@ -74,7 +74,7 @@ class CalibrationReport(Callback):
 
     @torch.no_grad()
     def _note(self, trainer: Trainer, module: CalibrationModule) -> None:
-        weights = cast(CalibratedWeights, module.compressor.weights)
+        weights = module.weights
         floor = module.compression.layer_floor
         self.steps.append(trainer.global_step)
         self.temperatures.append(module.temperature())
@@ -124,6 +124,7 @@ class CalibrationReport(Callback):
 
 def learned_shares(weights: CalibratedWeights, ratio: float, floor: float) -> Tensor:
     """Times the preset's budget that each layer gives to (video, audio): [layers, 2], 1 before training."""
+    weights = weights.at(ratio)
     even = torch.full((1, 2), 0.5, device=weights.layer_budget.device)
     layers = weights.layer_shares(ratio, floor)
     split = [weights.modality_shares(layer, even, ratio)[0] / 0.5 for layer in range(len(layers))]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lightning_modules.calibration import CalibrationModule
 from lightning_modules.callbacks import ExportCompressor
 from lightning_modules.datamodule import AVDataModule
 from lightning_modules.losses import divergence, mismatch
+from lightning_modules.stages import Stages
 from lightning_modules.step_sampler import StepSampler
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +47,15 @@ class StopAfter(Callback):
         trainer.should_stop = trainer.global_step >= self.steps
 
 
-def fit(cache: Path, folder: Path, steps: int = 4, stop: int | None = None, resume: Path | None = None, **options: Any):
+def fit(
+    cache: Path,
+    folder: Path,
+    steps: int = 4,
+    stop: int | None = None,
+    resume: Path | None = None,
+    also: Sequence[Callback] = (),
+    **options: Any,
+) -> CalibrationModule:
     torch.manual_seed(0)
     module = CalibrationModule(**options)
     data = AVDataModule(
@@ -57,7 +67,7 @@ def fit(cache: Path, folder: Path, steps: int = 4, stop: int | None = None, resu
         cache_dir=str(cache),
     )
     checkpoint = ModelCheckpoint(dirpath=folder, filename="step-{step}", every_n_train_steps=2, save_top_k=-1)
-    callbacks: list[Callback] = [checkpoint, ExportCompressor(str(folder / "export"), new_tokens=4)]
+    callbacks: list[Callback] = [checkpoint, ExportCompressor(str(folder / "export"), new_tokens=4), *also]
     if stop is not None:
         callbacks.append(StopAfter(stop))
     trainer = Trainer(
@@ -90,13 +100,14 @@ def moved_weights(module: CalibrationModule) -> set[str]:
     return {name for name, value in weights.state_dict().items() if not torch.equal(value, start[name])}
 
 
-def test_resume_is_exact(cache: Path, tmp_path: Path) -> None:
-    whole = fit(cache, tmp_path / "whole")
-    fit(cache, tmp_path / "cut", stop=2)
+@pytest.mark.parametrize("options", [{}, {"tight_share": 0.5}, {"tight_share": 0.25}], ids=["", "between", "within"])
+def test_resume_is_exact(cache: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    whole = fit(cache, tmp_path / "whole", **options)
+    fit(cache, tmp_path / "cut", stop=2, **options)
     checkpoint = tmp_path / "cut" / "step-step=2.ckpt"
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert state and all(name.startswith("compressor.weights.") or ".lora_" in name for name in state)
-    resumed = fit(cache, tmp_path / "cut", resume=checkpoint)
+    resumed = fit(cache, tmp_path / "cut", resume=checkpoint, **options)
     expected, found = trained(whole), trained(resumed)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
@@ -104,6 +115,53 @@ def test_resume_is_exact(cache: Path, tmp_path: Path) -> None:
     first = KVCompressor.from_pretrained(tmp_path / "whole" / "export").weights.state_dict()
     second = KVCompressor.from_pretrained(tmp_path / "cut" / "export").weights.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class NoteWeights(Callback):
+    """Copies of the weights before each step."""
+
+    def __init__(self) -> None:
+        self.before: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: Any, optimizer: Any) -> None:
+        self.before.append({name: value.clone() for name, value in module.compressor.weights.state_dict().items()})
+
+
+def test_all_ratios_start_from_a_selection_at_the_tightest(cache: Path, tmp_path: Path) -> None:
+    """First the tight weights move alone, then they are settled and the others go on from them."""
+    noted = NoteWeights()
+    options = {"tight_share": 0.5, "ratio_min": 0.1, "ratio_max": 0.3, "full_share": 0.0, "warmup": 1}
+    module = fit(cache, tmp_path, also=[noted], **options)
+    wide = [{name: value for name, value in state.items() if "tight." not in name} for state in noted.before]
+    tight = [{name: state[f"tight.{name}"] for name in wide[0]} for state in noted.before]
+
+    def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(one[name], two[name]) for name in one)
+
+    assert same(wide[0], tight[0]) and same(wide[1], wide[0]) and not same(tight[1], tight[0])
+    assert same(wide[2], tight[2]) and not same(tight[2], tight[1])
+    assert same(tight[3], tight[2]) and not same(wide[3], wide[2])
+    weights = module.compressor.weights
+    loaded = KVCompressor.from_pretrained(tmp_path / "export").weights
+    assert loaded.tight_up_to == weights.tight_up_to == pytest.approx(0.15)
+    for ratio, chosen in ((0.1, weights.tight), (0.15, weights.tight), (0.16, weights), (1.0, weights)):
+        assert weights.at(ratio) is chosen
+        assert torch.equal(loaded.at(ratio).saliency, chosen.saliency)
+    assert not torch.equal(loaded.tight.saliency, loaded.saliency)
+
+
+@pytest.mark.parametrize(
+    ("step", "tight", "settled", "progress", "rate"),
+    [(0, True, False, 0, 1), (3, True, False, 0.5, 0.525), (6, False, True, 0, 1), (10, False, True, 1, 0.05)],
+)
+def test_stages(step: int, tight: bool, settled: bool, progress: float, rate: float) -> None:
+    stages = Stages(0.6, 10)
+    assert (stages.tight(step), stages.settled(step)) == (tight, settled)
+    assert stages.progress(step) == progress and stages.rate(step, 0) == pytest.approx(rate)
+    alone = Stages(0.0, 10)
+    assert not alone.tight(step) and not alone.settled(step) and alone.progress(step) == step / 10
+    endless = Stages(0.0, float("inf"))
+    assert endless.progress(step) == 0 and endless.rate(step, 20) == (step + 1) / 20
 
 
 class Fail(Callback):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.adapters import find_adapter
+from acckv.cache import compressed_layers
 from acckv.lora import AttachedLora, LoraWeights, lora_config
 from acckv.weights import CalibratedWeights
 from tests import tiny_omni
@@ -62,6 +63,29 @@ def test_untrained_weights_select_what_the_preset_selects(model: Any, preset: st
     with moved(model, tiny_omni.Tokenizer()) as session:
         other = session.plan(session.prefill(**inputs))
     assert any(not torch.equal(a.log_gates, b.log_gates) for a, b in zip(plans[0], other, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.3}, {"budget": 5}])
+def test_tight_ratios_read_weights_of_their_own(model: Any, options: dict[str, Any]) -> None:
+    """Evicted during the prefill or planned afterwards, by a ratio or a number of entries, 5 of 18."""
+    config = CompressionConfig.preset("context", **options)
+    wide, tight = calibrated(model, config, noise=1.0), calibrated(model, config)
+
+    def selections(compressor: KVCompressor) -> list[Any]:
+        with compressor(model, tiny_omni.Tokenizer()) as session:
+            streamed = session.compress(**tiny_omni.context())
+            planned = session.compress(session.prefill(**tiny_omni.context()))
+        return [layer.keys for cache in (streamed, planned) for layer in compressed_layers(cache)]
+
+    def alike(one: list[Any], two: list[Any]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+    assert not alike(selections(wide), selections(tight))
+    wide_keys, tight_keys = selections(wide), selections(tight)
+    wide.weights.add_tight(0.27)
+    assert alike(selections(wide), wide_keys)
+    wide.weights.add_tight(0.3)
+    assert alike(selections(wide), tight_keys)
 
 
 def test_budgets_of_learned_weights_are_exact(model: Any) -> None:
@@ -171,6 +195,8 @@ def wrong_shape(file: Path) -> None:
         (lambda e: (e / "config.json").write_text("{"), r"config\.json: is no JSON"),
         (lambda e: edit(e / "config.json", format=7), r"config\.json: format: version 7 is unknown"),
         (lambda e: edit(e / "config.json", lora_scope="never"), r"lora_scope: 'never' is not"),
+        (lambda e: edit(e / "config.json", tight_up_to="low"), r"config\.json: tight_up_to: 'low' is not 0 to 1"),
+        (lambda e: edit(e / "config.json", tight_up_to=0.1), r"model\.safetensors: tight\.layer_budget: is missing"),
         (lambda e: edit(e / "config.json", base=None), r"config\.json: base: is missing"),
         (lambda e: edit(e / "config.json", compression={"ratio": 1.5}), r"config\.json: ratio: 1\.5 is not a number"),
         (lambda e: edit(e / "config.json", compression={"rate": 1}), r"config\.json: rate: is no option"),

@@ -102,7 +102,7 @@ def test_sampler_of_accumulated_batches_and_epochs() -> None:
 def test_steps_of_several_epochs_agree_with_the_schedule(cache: Path, tmp_path: Path) -> None:
     module = fit(cache, tmp_path, 2, steps=-1, max_epochs=2, options={"lora_rank": 0})
     assert module.trainer.global_step == module.trainer.estimated_stepping_batches == 4
-    assert module.progress() == 1.0
+    assert module.stages.progress(module.global_step) == 1.0
     assert module.temperature() == pytest.approx(module.options.temperature_end)
 
 

@@ -1,0 +1,51 @@
+"""The stages of a calibration: a stretch at the tightest ratio alone may come before all ratios."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+#: The selection of the tight stage is read up to this many times the tightest ratio.
+TIGHT_REACH = 1.5
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Where a training stands.
+
+    Args:
+        tight_share: share of the steps in the tight stage; 0 for none.
+        steps: of the whole training; infinite where it has no end.
+    """
+
+    tight_share: float
+    steps: float
+
+    @property
+    def first_wide(self) -> int:
+        """The step with which all ratios begin."""
+        return round(self.tight_share * self.steps) if self.tight_share else 0
+
+    def tight(self, step: int) -> bool:
+        """Whether a step sees the tightest ratio alone."""
+        return step < self.first_wide
+
+    def settled(self, step: int) -> bool:
+        """Whether there are tight weights, and they are learned."""
+        return bool(self.first_wide) and step >= self.first_wide
+
+    def place(self, step: int) -> tuple[int, float]:
+        """Steps since a step's stage began, and the steps of that stage, at least 1."""
+        if self.tight(step):
+            return step, max(self.first_wide, 1)
+        return step - self.first_wide, max(self.steps - self.first_wide, 1)
+
+    def progress(self, step: int) -> float:
+        """Share of a step's stage that is done, 0 to 1."""
+        done, of = self.place(step)
+        return min(done / of, 1.0)
+
+    def rate(self, step: int, warmup: int) -> float:
+        """Learning rate over its peak: in each stage a linear warm-up, then a cosine to 5 %."""
+        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * self.progress(step)))
+        return min(1.0, (self.place(step)[0] + 1) / max(warmup, 1)) * decay
