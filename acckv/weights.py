@@ -78,11 +78,10 @@ class CalibratedWeights(nn.Module):
         self.tight, self.tight_up_to = type(self)(*self.shape), up_to
 
     def start_from_tight(self) -> None:
-        """Set the weights of all other ratios to the tight ones."""
-        if self.tight is not None:
-            own = dict(self.named_parameters(recurse=False))
-            for name, parameter in self.tight.named_parameters():
-                own[name].data.copy_(parameter.data)
+        """Set the weights of all other ratios to the tight ones, of which there must be some."""
+        if self.tight is None:
+            raise RuntimeError("there are no tight weights")
+        self.load_state_dict(self.tight.state_dict(), strict=False)  # but not the tight ones themselves
 
     def at(self, ratio: float) -> CalibratedWeights:
         """The weights that hold at a ratio."""

@@ -21,6 +21,7 @@ from acckv.pipeline import LayerPlan
 from acckv.session import Prefill, Session
 from acckv.simulation import enable_checkpointing
 from acckv.weights import WEIGHT_GROUPS, CalibratedWeights
+from lightning_modules.calibration_checks import check_options
 from lightning_modules.clip_dataset import CalibrationBatch
 from lightning_modules.interrupted import TeardownOnException
 from lightning_modules.losses import Divergence, Match, divergence, mismatch, outputs_of
@@ -143,31 +144,8 @@ class CalibrationModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("ratio_min", ratio_min), ("ratio_max", ratio_max)):
-            if not 0 < value <= 1:
-                raise InputError(f"{value} is not above 0 and at most 1", field=f"model.{name}")
-        if ratio_min > ratio_max:
-            raise InputError(f"{ratio_min} is more than ratio_max, {ratio_max}", field="model.ratio_min")
-        for name in learn:
-            if name not in WEIGHT_GROUPS:
-                raise InputError(f"{name!r} is not one of {', '.join(WEIGHT_GROUPS)}", field="model.learn")
-        if not learn and lora_rank <= 0:
-            raise InputError("is empty, and there is no LoRA either", field="model.learn")
-        for name, value in (("full_share", full_share), ("tight_share", tight_share)):
-            if not 0 <= value < 1:
-                raise InputError(f"{value} is not at least 0 and below 1", field=f"model.{name}")
-        for name, value in (("match_weight", match_weight), ("match_from", match_from)):
-            if value < 0:
-                raise InputError(f"{value} is below 0", field=f"model.{name}")
-        if ratio_power <= 0:
-            raise InputError(f"{ratio_power} is not above 0", field="model.ratio_power")
-        if not 0 < temperature_end <= temperature_start:
-            raise InputError("needs 0 < temperature_end <= temperature_start", field="model.temperature_end")
-        if tight_share and temperature_after_tight < temperature_end:
-            raise InputError("is below temperature_end", field="model.temperature_after_tight")
-        if not 0 < anneal <= 1:
-            raise InputError(f"{anneal} is not above 0 and at most 1", field="model.anneal")
         self.save_hyperparameters()
+        check_options(self.options)
         self.strict_loading = False  # a checkpoint holds what was trained, not the frozen model
         options = {"when": when, "layer_floor": layer_floor, "probe_queries": probe_queries, "ratio": 0.1}
         self.compression = CompressionConfig.preset(preset, **{**options, **(overrides or {})})
@@ -268,17 +246,16 @@ class CalibrationModule(LightningModule):
         return 1.0 if kind < self.options.full_share else math.exp(low + (high - low) * ratio**self.options.ratio_power)
 
     def on_train_batch_start(self, batch: CalibrationBatch, batch_idx: int) -> None:
-        stages = self.stages
-        if stages.settled(self.global_step) and self.global_step == stages.first_wide:
+        if self.stages.widens(self.global_step):
             self.weights.start_from_tight()
             cast(LightningOptimizer, self.optimizers()).optimizer.state.clear()  # what moved at one ratio alone
 
     def training_step(self, batch: CalibrationBatch, batch_idx: int) -> Tensor:
-        ratio, temperature = self.draw_ratio(batch.number), self.temperature()
-        if ratio < 1 and self.stages.tight(self.global_step):
+        stages, ratio, temperature = self.stages, self.draw_ratio(batch.number), self.temperature()
+        if ratio < 1 and stages.tight(self.global_step):
             ratio = self.options.ratio_min
         # What is settled is read as it is shipped.
-        settled = self.stages.settled(self.global_step) and ratio <= self.weights.tight_up_to
+        settled = stages.settled(self.global_step) and ratio <= self.weights.tight_up_to
         done = self.distill(batch, ratio, None if settled else temperature)
         kept = [float(plan.log_gates.detach().exp().mean()) for plan in done.plans or []] or [1.0]
         share = sum(kept) / len(kept)

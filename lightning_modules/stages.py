@@ -34,10 +34,14 @@ class Stages:
         """Whether there are tight weights, and they are learned."""
         return bool(self.first_wide) and step >= self.first_wide
 
+    def widens(self, step: int) -> bool:
+        """Whether it is the first step of all ratios after a tight stage."""
+        return self.settled(step) and step == self.first_wide
+
     def place(self, step: int) -> tuple[int, float]:
         """Steps since a step's stage began, and the steps of that stage, at least 1."""
         if self.tight(step):
-            return step, max(self.first_wide, 1)
+            return step, self.first_wide
         return step - self.first_wide, max(self.steps - self.first_wide, 1)
 
     def progress(self, step: int) -> float:
