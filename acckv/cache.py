@@ -108,7 +108,7 @@ def adopt(cache: Cache, adapter: ModelAdapter) -> None:
         kinds = sorted({type(cache.layers[index]).__name__ for index in slots})
         raise InputError(
             f"a {type(cache).__name__} of {', '.join(kinds)} cannot be compressed; use the default dynamic cache",
-            field="past_key_values",
+            field="cache",
         )
     lengths: list[int] = []
     for index in slots:

@@ -86,7 +86,7 @@ class Router:
         """The decoder's forward: compresses when media go by, otherwise as it was."""
         if self._simulation is not None:
             return original(**arguments, **{SIMULATION: self._simulation})
-        cache: Cache | None = arguments.get("past_key_values")
+        cache: Cache | None = arguments.get("cache")
         before, self.tap.cache = self.tap.cache, cache
         try:
             if cache is None or turn is None:

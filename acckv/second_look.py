@@ -80,7 +80,7 @@ class SecondLook:
                 inputs_embeds=tokens.embeds,
                 position_ids=tokens.position_ids,
                 attention_mask=real.long(),
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 **self.adapter.from_tokens(others),
             )

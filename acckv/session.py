@@ -132,7 +132,7 @@ class Session:
         else:
             call, turn, inputs = self.adapter.decoder, embedded_turn(embedded), self._decoder_arguments(embedded)
         with torch.set_grad_enabled(gradients), without_checkpointing(self.adapter.decoder):
-            output = self.router.run(call, task, turn, {**inputs, "past_key_values": cache, "use_cache": True})
+            output = self.router.run(call, task, turn, {**inputs, "cache": cache, "use_cache": True})
         recorder, embedded = task.recorder, task.embedded
         if recorder is None or embedded is None:
             raise InputError("brings no token", field="input_ids")
@@ -206,7 +206,7 @@ class Session:
             inputs["mm_token_type_ids"] = turn.token_types
         watched = turn if keep_text else turn.with_text_as_media()
         with without_checkpointing(self.adapter.decoder):
-            arguments = {**inputs, "past_key_values": branch, "use_cache": True}
+            arguments = {**inputs, "cache": branch, "use_cache": True}
             self.router.run(self.adapter.backbone, Task(ratio=ratio), watched, arguments)
         self.router.last_cache = CompressedCache(branch.layers, ModalityMap(labels), next_position(positions))
         return self.router.last_cache
@@ -252,9 +252,7 @@ class Session:
         place = branch.next_position[::copies] + (attention_mask.cumsum(-1) - 1).clamp_min(0)
         positions = self.adapter.text_positions(place)
         positions = torch.nn.functional.pad(positions, (context.shape[1], 0))
-        out = self.model.generate(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=branch, **options
-        )
+        out = self.model.generate(input_ids=ids, attention_mask=mask, position_ids=positions, cache=branch, **options)
         out = out if isinstance(out, Tensor) else out.sequences
         return out[:, ids.shape[1] :]
 
@@ -281,7 +279,7 @@ class Session:
             inputs["attention_mask"] = self.adapter.packed_mask(mask, positions, layers)
         simulation = Simulation(layers, plans)
         with self.router.simulating(simulation):
-            logits = self.model(past_key_values=LengthCache(layers), use_cache=True, **inputs).logits
+            logits = self.model(cache=LengthCache(layers), use_cache=True, **inputs).logits
         if not simulation.reached:
             raise InputError("keeps keyword arguments from its attention, so it cannot be simulated", field="model")
         return logits

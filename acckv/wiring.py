@@ -81,13 +81,14 @@ class Wiring:
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Read the turn while its token ids are still known."""
+        kwargs = renamed(kwargs)
         modality_ids = kwargs.pop("modality_ids", None)
         if self._expected:
             return args, kwargs
         self._turn = None
         inputs = {**kwargs, "input_ids": kwargs.get("input_ids", args[0] if args else None)}
         tokens = inputs["input_ids"] if isinstance(inputs["input_ids"], Tensor) else inputs.get("inputs_embeds")
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache")
         if not isinstance(tokens, Tensor) or cache is None:
             return args, kwargs
         seen, length = cache.get_seq_length(), tokens.shape[1]
@@ -112,7 +113,15 @@ class Wiring:
             raise InputError("call the decoder with keyword arguments and a cache", field="model")
         if args:
             return original(*args, **kwargs)
-        return self.decode(original, turn, kwargs)
+        return self.decode(original, turn, renamed(kwargs))
+
+
+def renamed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a forward with the cache under its name of today; transformers takes the old one until 5.40."""
+    if "past_key_values" not in arguments:
+        return arguments
+    others = {name: value for name, value in arguments.items() if name != "past_key_values"}
+    return {"cache": arguments["past_key_values"], **others}
 
 
 @contextmanager

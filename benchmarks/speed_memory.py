@@ -175,7 +175,7 @@ class PrefillWatch:
 @torch.no_grad()
 def plain_prefill(model: Qwen2ForCausalLM, inputs: dict[str, Tensor]) -> DynamicCache:
     cache = DynamicCache(config=model.config)
-    model.model(inputs_embeds=inputs["inputs_embeds"], past_key_values=cache, use_cache=True)
+    model.model(inputs_embeds=inputs["inputs_embeds"], cache=cache, use_cache=True)
     return cache
 
 
@@ -206,7 +206,7 @@ def decode(model: Qwen2ForCausalLM, cache: Any, batch: int, steps: int) -> float
         token = torch.full((batch, 1), 20)
         mask = torch.ones(batch, seen + step + 1, dtype=torch.long)
         position = torch.full((batch, 1), seen + step)
-        arguments = {"attention_mask": mask, "position_ids": position, "past_key_values": cache, "use_cache": True}
+        arguments = {"attention_mask": mask, "position_ids": position, "cache": cache, "use_cache": True}
         times.append(seconds(lambda token=token, arguments=arguments: model(input_ids=token, **arguments)))  # type: ignore[misc]
     cache.crop(-steps)
     return statistics.median(times)

@@ -103,7 +103,7 @@ def test_nothing_kept_in_a_layer(name: str, kept: list[int], monkeypatch: pytest
         assert [one.physical for one in compressed_layers(cache)] == kept
         positions = cache.next_position + torch.arange(3)
         mask = torch.ones(1, cache.get_seq_length() + 3, dtype=torch.long)
-        found = model(question, attention_mask=mask, position_ids=positions, past_key_values=cache.branch()).logits
+        found = model(question, attention_mask=mask, position_ids=positions, cache=cache.branch()).logits
     embeds = torch.cat([context["inputs_embeds"], model.get_input_embeddings()(question)], dim=1)
     with masked(model, ledger.evictions):
         expected = model(inputs_embeds=embeds, use_cache=False).logits[:, -3:]
@@ -137,7 +137,7 @@ def test_a_cache_without_a_config_learns_its_layers() -> None:
     clip = family.clip(model)
     with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.3))(model):
         cache = DynamicCache()
-        one = model.generate(**clip, past_key_values=cache, max_new_tokens=5, do_sample=False)
+        one = model.generate(**clip, cache=cache, max_new_tokens=5, do_sample=False)
         other = model.generate(**clip, max_new_tokens=5, do_sample=False)
     assert torch.equal(one, other)
     kinds = [type(entry).__name__ for entry in cache.layers]

@@ -37,9 +37,7 @@ def test_compiled_decoding(name: str) -> None:
             for step in range(steps):
                 mask = torch.ones(1, branch.get_seq_length() + 1, dtype=torch.long)
                 positions = session.adapter.text_positions(cache.next_position + step)
-                out = call(
-                    input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=branch, use_cache=True
-                )
+                out = call(input_ids=token, attention_mask=mask, position_ids=positions, cache=branch, use_cache=True)
                 logits.append(out.logits[0, -1])
                 token = out.logits[:, -1:].argmax(-1)
             return torch.stack(logits)

@@ -105,7 +105,7 @@ def test_eviction_equals_masking_equals_simulation(model: Any, kept: list[Tensor
             "position_ids": session.adapter.text_positions(start),
         }
         with torch.no_grad():
-            evicted = model(past_key_values=cache.branch(), use_cache=True, **after).logits
+            evicted = model(cache=cache.branch(), use_cache=True, **after).logits
             simulated = session.simulate(prefill, plans, **after)
     reference = masked_full_attention(model, inputs, keep)
     assert (evicted - reference).abs().max() < 1e-5
@@ -130,7 +130,7 @@ def test_simulated_plan_equals_compressed_cache(model: Any, preset: str, ratio: 
         mask = torch.ones(2, prefill.labels.labels.shape[1] + question.shape[1], dtype=torch.long)
         after = {"input_ids": question, "attention_mask": mask, "position_ids": positions}
         simulated = session.simulate(prefill, session.plan(prefill), **after)
-        evicted = model(past_key_values=cache.branch(), use_cache=True, **after).logits
+        evicted = model(cache=cache.branch(), use_cache=True, **after).logits
     assert cache.kept_entries().sum() <= ratio * LAYERS * MEDIA + 1e-6
     assert cache.kept_entries().sum() == int(ratio * LAYERS * MEDIA + 1e-9)
     assert (simulated - evicted).abs().max() < 1e-5

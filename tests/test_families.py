@@ -110,15 +110,20 @@ def test_ratio_one_is_the_plain_model_and_nothing_stays(sdpa: Built, when: Any) 
     assert torch.equal(again, expected) and torch.equal(again_logits, expected_logits)
 
 
-def test_a_prompt_itself_sees_everything(built: Built) -> None:
-    """With `when: prompt` no row of the prompt reads the compressed cache, in layers that share entries either."""
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("argument", ["cache", "past_key_values"])
+def test_a_prompt_itself_sees_everything(built: Built, argument: str) -> None:
+    """With `when: prompt` no row of the prompt reads the compressed cache, in layers that share entries either.
+
+    The cache may come under its older name.
+    """
     family, model = built
     inputs = family.clip(model)
     with torch.no_grad():
         expected = model(**plain(inputs), use_cache=False).logits
         with KVCompressor(CompressionConfig(policy="keydiff", when="prompt", ratio=0.2))(model):
             cache = DynamicCache(config=model.config.get_text_config())
-            found = model(**inputs, past_key_values=cache).logits
+            found = model(**inputs, **{argument: cache}).logits
     assert compressed_layers(cache)[0].physical < found.shape[1] - 8
     assert_equal(found, expected)
 

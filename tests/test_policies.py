@@ -537,7 +537,7 @@ def test_eviction_is_simulation_is_masking(model: Any, policy: str, when: Any, r
             "position_ids": session.adapter.text_positions(prefill.next_position + torch.arange(QUESTION.shape[1])),
         }
         simulated = session.simulate(prefill, plans, **after)
-        evicted = model(past_key_values=evicted_cache.branch(), use_cache=True, **after).logits
+        evicted = model(cache=evicted_cache.branch(), use_cache=True, **after).logits
     keep = [torch.isfinite(plan.log_gates).expand(-1, 2, -1) for plan in plans]
     changed = [plan.pivots for plan in plans] if policy == "look_m" else None
     reference = masked_full_attention(model, inputs, keep, changed)

@@ -166,7 +166,7 @@ def test_beams_samples_and_several_returns(sdpa: Any, policy: str) -> None:
                     input_ids=ids,
                     attention_mask=mask,
                     position_ids=session.adapter.text_positions(positions),
-                    past_key_values=branch,
+                    cache=branch,
                 ).logits
             chosen = logits[0, 2:-1].log_softmax(-1).gather(-1, row[:, None]).sum()
             assert chosen / 6 == pytest.approx(float(score), abs=1e-4)

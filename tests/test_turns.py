@@ -36,7 +36,7 @@ def continued(
             input_ids=ids,
             attention_mask=mask,
             position_ids=session.adapter.text_positions(positions),
-            past_key_values=branch,
+            cache=branch,
         ).logits[0]
 
 
@@ -99,13 +99,13 @@ def test_a_later_clip_under_plain_generate(built: Built, when: Any, monkeypatch:
                 inputs.pop("modality_ids", None)
             out = model.generate(
                 **inputs,
-                past_key_values=cache,
+                cache=cache,
                 max_new_tokens=4,
                 do_sample=False,
                 return_dict_in_generate=True,
                 output_logits=True,
             )
-            cache = out.past_key_values
+            cache = out.cache
             logits.append(torch.stack(out.logits)[:, 0])
             turns.append(family.text(model, tuple(logits[-1].argmax(-1).tolist())))
         return logits
@@ -199,11 +199,11 @@ def test_text_first_then_a_clip(built: Built) -> None:
     with compressor(model) as session, torch.no_grad():
         cache: Any = DynamicCache(config=model.config.get_text_config())
         one = {name: value for name, value in greeting.items() if name != "mm_token_type_ids"}
-        model(**one, past_key_values=cache)
+        model(**one, cache=cache)
         seen = one["attention_mask"].shape[1]
         positions = session.adapter.prompt_positions(clip, clip["attention_mask"].bool(), torch.tensor([[seen]]))
         logits = model(
-            **{**clip, "attention_mask": both["attention_mask"]}, position_ids=positions, past_key_values=cache
+            **{**clip, "attention_mask": both["attention_mask"]}, position_ids=positions, cache=cache
         ).logits[0, -1]
         kept = session.last_cache.kept_entries().sum() if session.last_cache else None
         expected = session.prefill(**both).logits[0]

@@ -56,7 +56,7 @@ class Gemma4Adapter(ModelAdapter):
             config=config,
             inputs_embeds=arguments["inputs_embeds"],
             attention_mask=real,
-            past_key_values=cache,
+            cache=cache,
             position_ids=arguments["position_ids"],
         )
 

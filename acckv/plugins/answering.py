@@ -159,7 +159,7 @@ class Answerer:
         positions = session.adapter.text_positions(branch.next_position + (mask.cumsum(-1) - 1).clamp_min(0))
         seen = torch.cat([branch.labels.real.to(mask.dtype), mask], dim=1)
         logits = self.model(
-            input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=branch, use_cache=True
+            input_ids=ids, attention_mask=seen, position_ids=positions, cache=branch, use_cache=True
         ).logits
         own = [each[-len(row) :] for each, row in zip(logits, rows, strict=True)]
         return own if first is None else [torch.cat([first, each]) for each in own]

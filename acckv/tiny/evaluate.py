@@ -44,7 +44,7 @@ def answer(model: Any, processor: Any, clip: Media, questions: Sequence[str], ma
     Questions of equal length share a batch, so nothing is padded.
     """
     context = encode_context(processor, clip)
-    prefilled = model(**context, use_cache=True).past_key_values
+    prefilled = model(**context, use_cache=True).cache
     suffixes = [question_suffix(processor, question) for question in questions]
     replies = [""] * len(questions)
     for length in sorted({len(suffix) for suffix in suffixes}):
@@ -55,7 +55,7 @@ def answer(model: Any, processor: Any, clip: Media, questions: Sequence[str], ma
         tokens = model.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
-            past_key_values=cache,
+            cache=cache,
             max_new_tokens=max_new_tokens,
         )
         texts = processor.batch_decode(tokens[:, prompts.shape[1] :], skip_special_tokens=True)
