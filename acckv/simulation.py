@@ -109,7 +109,7 @@ class _Length(CacheLayerMixin):
 
 def enable_checkpointing(decoder: Any) -> None:
     """Gradient checkpointing of a frozen decoder's layers, which stay in evaluation mode otherwise (no dropout)."""
-    decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    decoder.activation_checkpointing_enable({"use_reentrant": False})
     for module in decoder.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # of this module alone: what is inside it stays as it is

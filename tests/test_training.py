@@ -140,7 +140,7 @@ def test_gradient_checkpointing_changes_nothing(built: Built, monkeypatch: pytes
         model.requires_grad_(False)
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         with compressor(model, Tokenizer()) as session:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(".lora_" in name)
@@ -154,7 +154,7 @@ def test_gradient_checkpointing_changes_nothing(built: Built, monkeypatch: pytes
             assert session.attached is not None
             parameters = [*compressor.weights.parameters(), *session.attached.parameters()]  # type: ignore[union-attr]
             found.append((logits.detach(), [parameter.grad for parameter in parameters]))
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         model.eval()
     for parameter, flag in zip(model.parameters(), required, strict=True):
         parameter.requires_grad_(flag)
