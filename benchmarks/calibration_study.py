@@ -8,7 +8,8 @@ r"""What calibration buys: the table over seeds, and what each part of it is wor
 Every variant is `configs/calib_full.yaml`, or `--config`, with a few options changed. It is trained, exported and
 evaluated on the same test clips, into a folder of its own; a variant whose evaluation is there already is not run
 again, so that a study can be stopped, and parts of it run side by side. Then `study.json`, `study.md` and `study.png`
-are made of all that is there. Clips are encoded once for all variants of a process.
+are made of all that is there, and of the lines of an earlier `study.json` for what was not run (`--earlier`). Clips
+are encoded once for all variants of a process.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rich.console import Console
 from acckv.report.files import whole_file
 from acckv.report.results import FULL, PREDICTIONS_FILE, RESULTS_FILE
 from benchmarks.generalisation import read_scores
-from benchmarks.study_results import RATIOS, TIMES_FILE, lines_of, mean_score
+from benchmarks.study_results import RATIOS, TIMES_FILE, lines_of, mean_score, with_earlier
 from benchmarks.study_tables import markdown, plot, table, write_section
 from benchmarks.study_variants import STUDIES, Variant
 from lightning_modules.calibration import CalibrationModule
@@ -130,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=96, help="test clips, 11 questions each")
     parser.add_argument("--clips-seed", type=int, default=1, help="of the test clips")
     parser.add_argument("--cache-dir", default=None, help="of the generated clips")
+    parser.add_argument("--earlier", type=Path, help="study.json whose lines stand for variants that were not run here")
     parser.add_argument(
         "--costs", type=Path, help="what benchmarks.calibration_step wrote, for a table of LoRA's scopes"
     )
@@ -148,7 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for variant in STUDIES[name]:
                 study.run(variant, seed)
     rivals = read_scores(study.training_free() / PREDICTIONS_FILE)
-    lines = [line for group in STUDIES.values() for v in group for line in lines_of(given.output, v, rivals)]
+    variants = [variant for group in STUDIES.values() for variant in group]
+    lines = [line for variant in variants for line in lines_of(given.output, variant, rivals)]
+    if given.earlier:
+        lines = with_earlier(lines, given.earlier, variants)
     costs = json.loads(given.costs.read_text(encoding="utf-8"))["rows"] if given.costs else []
     scorers = json.loads(given.scorers.read_text(encoding="utf-8")) if given.scorers else {}
     training_free = {f"{name}@{ratio:g}": mean_score(scores) for (name, ratio), scores in rivals.items()}

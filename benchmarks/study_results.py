@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acckv.metrics import PairedComparison
@@ -77,6 +78,20 @@ def lines_of(output: Path, variant: Variant, rivals: dict[tuple[str, float], Sco
             )
         )
     return lines
+
+
+def with_earlier(lines: Sequence[Line], file: Path, variants: Sequence[Variant]) -> list[Line]:
+    """Lines, and for variants that have none those of an earlier study's file; in the order of the variants.
+
+    Args:
+        variants: all that there are today.
+    """
+    found = {line.variant for line in lines}
+    rows = [Line(**row) for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    labels = {variant.name: variant.label for variant in variants}
+    known = [replace(row, label=labels[row.variant]) for row in rows if row.variant in labels.keys() - found]
+    names = list(labels)
+    return sorted([*lines, *known], key=lambda line: names.index(line.variant))
 
 
 def _compared(ours: Scores, theirs: Scores) -> PairedComparison:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from acckv.errors import InputError
 from acckv.modality import ModalityMap
 from acckv.weights import WEIGHT_GROUPS
 from benchmarks.scorer_study import SCORERS, clip_places
-from benchmarks.study_results import Line
+from benchmarks.study_results import Line, with_earlier
 from benchmarks.study_tables import END, START, markdown, write_section
 from benchmarks.study_variants import STUDIES, Variant
 from lightning_modules.calibration import CalibrationModule
@@ -49,6 +50,17 @@ def test_tables_of_the_readme_are_those_of_the_measured_files(tmp_path: Path) ->
     write_section(copy, text)
     assert copy.read_text() == (ROOT / "README.md").read_text()
     assert text.count("| + ") >= 5 and "| 0.05 | " in text
+
+
+def test_lines_of_an_earlier_study_stand_for_what_was_not_run(tmp_path: Path) -> None:
+    """Under the labels of today; variants that are no more are left out."""
+    file = tmp_path / "study.json"
+    line = Line("late", "late", 0.1, 2, 9, 60.0, [0.5], 0.5, 0.5, (0.4, 0.6), None, None, None)
+    old = [asdict(replace(line, variant=name, label="old")) for name in ("gone", "late", "early")]
+    file.write_text(json.dumps({"rows": old}))
+    variants = [Variant("early", "Early"), Variant("late", "Late"), Variant("never", "Never")]
+    found = with_earlier([line], file, variants)
+    assert [(one.variant, one.label) for one in found] == [("early", "Early"), ("late", "late")]
 
 
 def test_a_file_without_the_marks_stays_as_it_is(tmp_path: Path) -> None:
