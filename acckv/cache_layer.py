@@ -23,6 +23,7 @@ class CompressedLayer(DynamicLayer):
             that kept fewer entries than the longest, other values are the log mass of merged entries. None is zero.
         labels: int8 ``[B, 1 or K, region]`` modality of each entry of the region; heads may keep different ones.
         offered: int64 ``[B, 2]`` video and audio entries that were there to choose from, evicted ones included.
+        tight: whether it was compressed, and is to be read, with what the tightest ratios have of their own.
         lengths: entries held by every compressed layer of the cache, one list for all; slot: this layer's place.
             Numbers and not the layers themselves: a ring of references would keep dropped caches in memory.
     """
@@ -38,6 +39,7 @@ class CompressedLayer(DynamicLayer):
         self.bias: Tensor | None = None
         self.labels: Tensor | None = None
         self.offered: Tensor | None = None
+        self.tight = False
         self.slot, self.lengths = len(lengths), lengths
         lengths.append(0)
 
@@ -83,7 +85,7 @@ class CompressedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.region, self.bias, self.labels, self.offered = 0, 0, None, None, None
+        self.seen, self.region, self.bias, self.labels, self.offered, self.tight = 0, 0, None, None, None, False
         self.lengths[self.slot] = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -103,7 +105,7 @@ class CompressedLayer(DynamicLayer):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
 
-    def commit(self, plan: LayerPlan, labels: Tensor, offered: Tensor | None = None) -> None:
+    def commit(self, plan: LayerPlan, labels: Tensor, offered: Tensor | None = None, tight: bool = False) -> None:
         """Evict: hold what the plan keeps, in order of position, merged entries last; all of it is the new region.
 
         Entries after those that the plan speaks of (a probe prompt's) are dropped; `seen` takes them back.
@@ -112,7 +114,9 @@ class CompressedLayer(DynamicLayer):
             plan: hard log gates (0 or -inf) over the first N entries held and over merged ones.
             labels: integers ``[B, 1 or K, N]``: modality of these entries.
             offered: int64 ``[B, 2]`` video and audio entries that `labels` brought for the first time.
+            tight: whether the plan is one of the tightest ratios.
         """
+        self.tight = tight
         batch, kv_heads, _, _ = self.keys.shape
         length = labels.shape[-1]
         keep = torch.isfinite(plan.log_gates).expand(-1, kv_heads, -1)

@@ -1,4 +1,5 @@
-"""The export: config.json, model.safetensors, adapter/ and a model card. No pickle, no half-written file."""
+"""The export: config.json, model.safetensors, adapter/, the same two in tight/, and a model card. No pickle, no
+half-written file."""
 
 from __future__ import annotations
 
@@ -20,6 +21,8 @@ from acckv.weights import CalibratedWeights
 
 FORMAT = 3
 CONFIG, WEIGHTS, ADAPTER, CARD = "config.json", "model.safetensors", "adapter", "README.md"
+#: Folder of the weights and the adapter of the tightest ratios, where they have their own.
+TIGHT = "tight"
 _REQUIRED = ("format", "compression", "base", "lora_scope", "has_weights", "has_lora")
 _BASE = ("name", "layers", "query_heads", "kv_heads", "head_size")
 
@@ -49,9 +52,17 @@ def _write(compressor: KVCompressor, folder: Path, results: list[dict[str, Any]]
         "lora_scope": compressor.lora_scope,
         "has_weights": compressor.weights is not None,
         "has_lora": compressor.lora is not None,
-        "tight_up_to": compressor.weights.tight_up_to if compressor.weights is not None else 0.0,
+        "tight_below": compressor.tight_below,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    _write_learned(compressor, folder)
+    if compressor.tight is not None:
+        (folder / TIGHT).mkdir()
+        _write_learned(compressor.tight, folder / TIGHT)
+    (folder / CARD).write_text(render_card(config, results))
+
+
+def _write_learned(compressor: KVCompressor, folder: Path) -> None:
     if compressor.weights is not None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compressor.weights.state_dict().items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -59,7 +70,6 @@ def _write(compressor: KVCompressor, folder: Path, results: list[dict[str, Any]]
         (folder / ADAPTER).mkdir()
         compressor.lora.config.save_pretrained(str(folder / ADAPTER))
         save_file(compressor.lora.tensors, folder / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / CARD).write_text(render_card(config, results))
 
 
 def load(name: str | Path, options: dict[str, Any] | None = None) -> KVCompressor:
@@ -76,19 +86,24 @@ def load(name: str | Path, options: dict[str, Any] | None = None) -> KVCompresso
     config = _read_config(folder / CONFIG)
     source = folder / CONFIG
     compression = CompressionConfig.from_dict({**config["compression"], **(options or {})}, source)
-    base = config["base"]
-    weights = None
+    base, below = config["base"], config.get("tight_below", 0.0)  # earlier exports have nothing of the kind
+    if config["has_weights"] and (not isinstance(base, dict) or not all(key in base for key in _BASE)):
+        raise InputError(f"must hold {', '.join(_BASE)}", source=source, field="base")
+    tight = KVCompressor(compression, *_load_learned(config, compression, folder / TIGHT)) if below else None
+    weights, lora = _load_learned(config, compression, folder)
+    return KVCompressor(compression, weights, lora, config["lora_scope"], base, str(name), tight, below).eval()
+
+
+def _load_learned(
+    config: dict[str, Any], compression: CompressionConfig, folder: Path
+) -> tuple[CalibratedWeights | None, LoraWeights | None]:
+    weights, base = None, config["base"]
     if config["has_weights"]:
-        if not isinstance(base, dict) or not all(key in base for key in _BASE):
-            raise InputError(f"must hold {', '.join(_BASE)}", source=source, field="base")
         weights = CalibratedWeights(
             base["layers"], base["kv_heads"], base["query_heads"], base["head_size"], compression.probe_queries
         )
-        if config.get("tight_up_to"):
-            weights.add_tight(config["tight_up_to"])
         _load_tensors(weights, folder / WEIGHTS)
-    lora = LoraWeights.load(folder / ADAPTER) if config["has_lora"] else None
-    return KVCompressor(compression, weights, lora, config["lora_scope"], base, str(name)).eval()
+    return weights, LoraWeights.load(folder / ADAPTER) if config["has_lora"] else None
 
 
 def _folder(name: str | Path) -> Path:
@@ -97,7 +112,7 @@ def _folder(name: str | Path) -> Path:
         return folder
     if not is_hub_id(name):
         raise InputError("is no export folder", source=name)
-    return download(str(name), "a hub repository", allow_patterns=[CONFIG, WEIGHTS, f"{ADAPTER}/*", CARD])
+    return download(str(name), "a hub repository", allow_patterns=[CONFIG, WEIGHTS, f"{ADAPTER}/*", f"{TIGHT}/*", CARD])
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -118,9 +133,11 @@ def _read_config(file: Path) -> dict[str, Any]:
         )
     if config["lora_scope"] not in get_args(LoraScope):
         raise InputError(f"{config['lora_scope']!r} is not 'after' or 'all'", source=file, field="lora_scope")
-    up_to = config.get("tight_up_to", 0.0)  # exports of before there were tight weights have none
-    if not isinstance(up_to, int | float) or not 0 <= up_to <= 1:
-        raise InputError(f"{up_to!r} is not 0 to 1", source=file, field="tight_up_to")
+    below = config.get("tight_below", 0.0)
+    if not isinstance(below, int | float) or not 0 <= below <= 1:
+        raise InputError(f"{below!r} is not 0 to 1", source=file, field="tight_below")
+    if below and config["lora_scope"] == "all":
+        raise InputError("is 'all', which does not go with tight_below", source=file, field="lora_scope")
     if not isinstance(config["compression"], dict):
         raise InputError("must be a JSON object", source=file, field="compression")
     return config

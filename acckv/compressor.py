@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from acckv.config import CompressionConfig, LoraScope
+from acckv.errors import InputError
 from acckv.focusing import allocate, share_out, split_layer, total_budget
 from acckv.lora import LoraWeights
 from acckv.modality import ModalityMap
@@ -35,6 +37,10 @@ class KVCompressor(nn.Module):
         lora_scope: 'after' adapts only tokens after compression, 'all' the prompt too.
         base: where the weights belong: ``{"name", "layers", "query_heads", "kv_heads", "head_size"}``.
         source: the export it was loaded from, for messages.
+        tight: what compresses at ratios below `tight_below`, with weights and an adapter of its own, or None.
+
+    Raises:
+        InputError: there is a `tight`, and the adapters act on the prompt, which is run before its ratio is known.
     """
 
     def __init__(
@@ -45,6 +51,8 @@ class KVCompressor(nn.Module):
         lora_scope: LoraScope = "after",
         base: dict[str, Any] | None = None,
         source: str | None = None,
+        tight: KVCompressor | None = None,
+        tight_below: float = 0.0,
     ) -> None:
         super().__init__()
         self.config = config or CompressionConfig()
@@ -53,6 +61,9 @@ class KVCompressor(nn.Module):
         self.lora_scope: LoraScope = lora_scope
         self.base = base
         self.source = source
+        if tight is not None and lora_scope == "all":
+            raise InputError("is 'all', and the tightest ratios have an adapter of their own", field="lora_scope")
+        self.tight, self.tight_below = tight, tight_below
         self.policy = build_policy(self.config, weights)
 
     def __call__(self, model: Any, processor: Any = None, **options: Any) -> Session:  # type: ignore[override]
@@ -73,13 +84,23 @@ class KVCompressor(nn.Module):
     def with_ratio(self, ratio: float) -> KVCompressor:
         """The same weights at another ratio."""
         config = dataclasses.replace(self.config, ratio=ratio, budget=None)
-        return KVCompressor(config, self.weights, self.lora, self.lora_scope, self.base, self.source)
+        parts = self.weights, self.lora, self.lora_scope, self.base, self.source, self.tight, self.tight_below
+        return KVCompressor(config, *parts)
+
+    def is_tight(self, ratio: float) -> bool:
+        """Whether a ratio has weights and an adapter of its own."""
+        return self.tight is not None and ratio < self.tight_below
 
     def at(self, ratio: float) -> KVCompressor:
-        """What compresses at a ratio, where ratios have weights of their own."""
-        if self.weights is None or self.weights.at(ratio) is self.weights:
+        """What compresses at a ratio."""
+        if self.tight is None or not self.is_tight(ratio):
             return self
-        return KVCompressor(self.config, self.weights.at(ratio))
+        return KVCompressor(self.config, self.tight.weights, self.tight.lora)
+
+    def settle(self, below: float) -> None:
+        """Keep a copy of the weights as they are now for ratios below `below`, whatever becomes of these."""
+        self.tight = KVCompressor(self.config, copy.deepcopy(self.weights)).requires_grad_(False)
+        self.tight_below = below
 
     def head(self, index: int) -> KVCompressor:
         """What a KV head that holds other entries than the rest is compressed with, as if the layer had no other.

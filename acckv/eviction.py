@@ -72,6 +72,7 @@ class Eviction:
         self.total = self._total()
         if self.competing:
             self.ratio = compressor.effective_ratio(self.total, self._offered(), len(self.layers))
+        self.tight = compressor.is_tight(self.ratio)
         self.compressor = compressor = compressor.at(self.ratio)
         if not compressor.policy.cross_layer:
             shares = compressor.layer_shares([None] * len(self.layers), watch.labels, self.total, self.ratio)
@@ -191,7 +192,7 @@ class Eviction:
         return replace(plan, log_gates=gates, pivots=pivots)
 
     def _commit(self, slot: int, plan: LayerPlan) -> None:
-        self.layers[slot].commit(plan, self.labels[slot], self.new)
+        self.layers[slot].commit(plan, self.labels[slot], self.new, self.tight)
 
 
 def _media_count(labels: Tensor) -> Tensor:

@@ -57,12 +57,22 @@ class AttachedLora:
 
     Args:
         adapter: of the model; config: from :func:`lora_config`; tensors: as peft saves them, None for fresh ones.
+        tight: tensors of the tightest ratios, or None.
+
+    Attributes:
+        tight: whether those act now, and not the others.
 
     Raises:
         InputError: the model carries an adapter already, or the tensors belong to another model.
     """
 
-    def __init__(self, adapter: ModelAdapter, config: LoraConfig, tensors: dict[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        config: LoraConfig,
+        tensors: dict[str, Tensor] | None = None,
+        tight: dict[str, Tensor] | None = None,
+    ) -> None:
         model = adapter.model
         if hasattr(model, "peft_config"):
             raise InputError("already carries a peft adapter; merge or unload it first", field="model")
@@ -75,6 +85,11 @@ class AttachedLora:
             self.remove()
             raise InputError(f"LoRA reached {len(layers)} modules that are not the decoder's", field="adapter")
         self._layers = list(layers.values())
+        self.tight = False
+        self._aside: list[Tensor] | None = None  # values of the parameters that do not act now
+        if tight is not None:
+            self._load(tight)
+            self.settle()
         if tensors is not None:
             self._load(tensors)
 
@@ -85,13 +100,50 @@ class AttachedLora:
             raise InputError("the LoRA tensors belong to another model", field="adapter")
         set_peft_model_state_dict(self.wrapped, tensors)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The adapter's tensors as peft saves them, on the CPU."""
-        state = get_peft_model_state_dict(self.wrapped, save_embedding_layers=False)
-        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    def tensors(self, tight: bool = False) -> dict[str, Tensor]:
+        """The adapter's tensors as peft saves them, on the CPU.
+
+        Args:
+            tight: those of the tightest ratios.
+        """
+        with self.selected(tight):
+            state = get_peft_model_state_dict(self.wrapped, save_embedding_layers=False)
+            return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
 
     def parameters(self) -> list[Parameter]:
         return [value for name, value in self.adapter.model.named_parameters() if ".lora_" in name]
+
+    def settle(self, tensors: dict[str, Tensor] | None = None) -> None:
+        """Keep the values as they are now, or these, for the tightest ratios."""
+        live = self._values()
+        if tensors is not None:
+            self._load(tensors)
+        self._aside = self._values()
+        self._put(live)
+
+    def select(self, tight: bool) -> None:
+        """Let the values of the tightest ratios act, or those of all others; they are the same where none are kept."""
+        if tight != self.tight and self._aside is not None:
+            live = self._values()
+            self._put(self._aside)
+            self._aside, self.tight = live, tight
+
+    @contextmanager
+    def selected(self, tight: bool) -> Iterator[None]:
+        """The same while the context is open."""
+        before = self.tight
+        self.select(tight)
+        try:
+            yield
+        finally:
+            self.select(before)
+
+    def _values(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters()]
+
+    def _put(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters(), values, strict=True):
+            parameter.data.copy_(value)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

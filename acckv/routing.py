@@ -87,6 +87,8 @@ class Router:
         if self._simulation is not None:
             return original(**arguments, **{SIMULATION: self._simulation})
         cache: Cache | None = arguments.get("cache")
+        if cache is not None:
+            self._adapt(any(layer.tight for layer in compressed_layers(cache)))
         before, self.tap.cache = self.tap.cache, cache
         try:
             if cache is None or turn is None:
@@ -133,7 +135,9 @@ class Router:
         probe = self._probe_ids(turn) if by_probe else None
         mask = watched_rows(run.front_labels, "none" if by_probe else rows, self.compressor.config.window)
         watch = run.watch(mask, 0 if probe is None else probe.shape[1])
-        return Eviction(self.compressor, cache, watch, run.embedded_front, self.look, ratio, by_probe), probe
+        eviction = Eviction(self.compressor, cache, watch, run.embedded_front, self.look, ratio, by_probe)
+        self._adapt(eviction.tight)  # what follows the front is read with the adapter of its ratio
+        return eviction, probe
 
     def _recorder(
         self, run: PromptRun, cache: Cache, turn: Turn, task: Task
@@ -149,6 +153,10 @@ class Router:
     def _probe_ids(self, turn: Turn) -> Tensor:
         labels = turn.labels.labels
         return self.probe.ids(labels.shape[0], labels.device)
+
+    def _adapt(self, tight: bool) -> None:
+        if self.attached is not None:
+            self.attached.select(tight)
 
     @property
     def adapts_prompt(self) -> bool:

@@ -70,8 +70,13 @@ class Session:
         adapter = self.adapter
         with ExitStack() as stack:
             if self.compressor.lora is not None:
-                fresh = self.compressor.lora.tensors or None
-                attached = lora.AttachedLora(adapter, self.compressor.lora.config, fresh)
+                tight = None if self.compressor.tight is None else self.compressor.tight.lora
+                attached = lora.AttachedLora(
+                    adapter,
+                    self.compressor.lora.config,
+                    self.compressor.lora.tensors or None,  # fresh ones
+                    None if tight is None else tight.tensors,
+                )
                 self.router.attached = attached
                 stack.callback(attached.remove)
             modules = [layer.module for layer in adapter.attention_layers]
@@ -102,6 +107,10 @@ class Session:
     def base_projections(self) -> AbstractContextManager[Any]:
         """The compressor's LoRA, if there is one, is off while the context is open."""
         return self.router.base_projections()
+
+    def adapted(self, ratio: float) -> AbstractContextManager[Any]:
+        """Simulations use the LoRA of a ratio while the context is open; caches know their own."""
+        return nullcontext() if self.attached is None else self.attached.selected(self.compressor.is_tight(ratio))
 
     def _require_open(self) -> None:
         if not self.router.wiring.is_open:
@@ -163,8 +172,9 @@ class Session:
         cache = CompressedCache(branch_layers(prefill.cache.layers), prefill.labels, prefill.next_position)
         if not self.compressor.keeps_all(ratio):
             labels, offered = prefill.labels.labels[:, None], prefill.labels.counts()
+            tight = self.compressor.is_tight(self._ratio(prefill, ratio))
             for layer, plan in zip(compressed_layers(cache), self.plan(prefill, ratio), strict=True):
-                layer.commit(plan, labels, offered)
+                layer.commit(plan, labels, offered, tight)
         self.router.last_cache = cache
         return cache
 
@@ -217,7 +227,7 @@ class Session:
         seen = prefill.watched(rows, self.compressor.config)
         with self.router.prompt_adapters() if rows == "repetition" else nullcontext():  # the one that runs the model
             observations = self.router.look.complete(seen, prefill.cache.layers, prefill.embedded, prefill.repetition)
-        compressor = self.compressor.at(self.compressor.ratio_of(prefill.labels, len(observations), ratio))
+        compressor = self.compressor.at(self._ratio(prefill, ratio))
         scores = compressor.scores(observations, prefill.labels)
         return compressor.plan(scores, observations, prefill.labels, ratio, temperature)
 
@@ -285,6 +295,9 @@ class Session:
         return logits
 
     # ------------------------------------------------------------------ inside
+
+    def _ratio(self, prefill: Prefill, ratio: float | None) -> float:
+        return self.compressor.ratio_of(prefill.labels, len(prefill.observations), ratio)
 
     def _new_mask(self, inputs: dict[str, Any], seen: int) -> Tensor | None:
         """The 2-D mask of the new tokens alone."""

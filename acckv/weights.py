@@ -45,14 +45,11 @@ class CalibratedWeights(nn.Module):
         redundancy: ``[L, 2]`` by modality, what a score loses for what better neighbours hold already.
         merge_bias, merge_gain: ``[L, K, 2]`` log mass and relative value gain of merged entries.
         alignment_weight, alignment_threshold: ``[L]``.
-        tight: weights of their own for ratios of at most `tight_up_to`, or None.
     """
 
     def __init__(self, layers: int, kv_heads: int, query_heads: int, head_size: int, probes: int) -> None:
         super().__init__()
         self.shape = (layers, kv_heads, query_heads, head_size, probes)
-        self.tight: CalibratedWeights | None = None
-        self.tight_up_to = 0.0
 
         def zeros(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(*size))
@@ -73,20 +70,6 @@ class CalibratedWeights(nn.Module):
         self.alignment_weight = zeros(layers)
         self.alignment_threshold = zeros(layers)
 
-    def add_tight(self, up_to: float) -> None:
-        """Give ratios of at most `up_to` weights of their own, which start where these started."""
-        self.tight, self.tight_up_to = type(self)(*self.shape), up_to
-
-    def start_from_tight(self) -> None:
-        """Set the weights of all other ratios to the tight ones, of which there must be some."""
-        if self.tight is None:
-            raise RuntimeError("there are no tight weights")
-        self.load_state_dict(self.tight.state_dict(), strict=False)  # but not the tight ones themselves
-
-    def at(self, ratio: float) -> CalibratedWeights:
-        """The weights that hold at a ratio."""
-        return self.tight if self.tight is not None and ratio <= self.tight_up_to else self
-
     def head(self, index: int) -> CalibratedWeights:
         """The weights of one KV head, as those of a model without another; a copy without gradients."""
         layers, kv_heads, query_heads, head_size, probes = self.shape
@@ -94,7 +77,7 @@ class CalibratedWeights(nn.Module):
         alone = CalibratedWeights(layers, 1, group, head_size, probes)
         axes = {"modality_gain": 1, "merge_bias": 1, "merge_gain": 1}
         axes |= dict.fromkeys(("saliency", "saliency_bias", "saliency_place"), 2)
-        for name, parameter in self.named_parameters(recurse=False):
+        for name, parameter in self.named_parameters():
             whole = parameter.detach()
             if name in axes:
                 whole = whole.narrow(axes[name], index, 1)

@@ -84,7 +84,7 @@ class Study:
         self.data.reorder(seed)
         given = self.config["model"] | variant.options | {"seed": seed}
         module = CalibrationModule(**given)
-        steps = self.given.steps or self.config["trainer"]["max_steps"]
+        steps = self.given.steps or variant.steps or self.config["trainer"]["max_steps"]
         trainer = plain_trainer(self.config, steps, folder, limit_val_batches=0, callbacks=[ExportCompressor()])
         start = time.monotonic()
         trainer.fit(module, self.data)
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--only", default=",".join(STUDIES), help=f"of {', '.join(STUDIES)}, separated by commas; or none"
     )
     parser.add_argument("--seeds", default="0", help="seeds of each variant, separated by commas")
-    parser.add_argument("--steps", type=int, help="of training; the default config's, if not given")
+    parser.add_argument("--steps", type=int, help="of training; those of the variant or the config, if not given")
     parser.add_argument("--clips", type=int, default=96, help="test clips, 11 questions each")
     parser.add_argument("--clips-seed", type=int, default=1, help="of the test clips")
     parser.add_argument("--cache-dir", default=None, help="of the generated clips")

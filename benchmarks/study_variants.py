@@ -22,16 +22,18 @@ class Variant:
 
     Attributes:
         name: of its folder; label: in tables; options: of the module that are changed.
+        steps: of training; None for those of the config.
     """
 
     name: str
     label: str
     options: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
 
 
-def _plain(name: str, label: str, **options: Any) -> Variant:
+def _plain(name: str, label: str, steps: int | None = None, **options: Any) -> Variant:
     """Calibrated by KL alone, with a scorer that sees no places."""
-    return Variant(name, label, {"match": None, "learn": GROUPS, **options})
+    return Variant(name, label, {"match": None, "learn": GROUPS, **options}, steps)
 
 
 def _up_to(group: str) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def _up_to(group: str) -> dict[str, Any]:
 
 def _at(ratio: float) -> dict[str, Any]:
     """One ratio alone is drawn, besides the full cache."""
-    return {"ratio_min": ratio, "ratio_max": ratio}
+    return {"ratio_min": ratio, "ratio_max": ratio, "tight_share": 0.0}
 
 
 def _without(group: str) -> tuple[str, ...]:
@@ -49,6 +51,10 @@ def _without(group: str) -> tuple[str, ...]:
 
 
 MERGING = {"overrides": {"integration": True}}
+ONE_STAGE: dict[str, Any] = {"tight_share": 0.0}
+EVERY_RATIO: dict[str, Any] = ONE_STAGE | {"match": "attention", "match_from": 0.0}
+#: Steps of the trainings at full length that were compared before the default had two stages.
+THIRD = 3200
 STUDIES: dict[str, tuple[Variant, ...]] = {
     "default": (Variant("default", "the default"),),
     "ablations": (
@@ -76,15 +82,18 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         _plain("attention", "LoRA on attention alone", lora_targets=("q_proj", "k_proj", "v_proj", "o_proj")),
         _plain("all", "LoRA of scope 'all'", lora_scope="all"),
     ),
-    "length": (
-        _plain("kl_long", "by KL alone, no places"),
-        _plain("attention_long", "attention outputs at every ratio, no places", match="attention", match_from=0.0),
-        Variant("places_long", "attention outputs at every ratio, places", {"match_from": 0.0}),
-    ),
     # Where a single ratio could win: from 0.1 on the default is within a point of the full cache itself.
     "ratios": (
+        Variant("one_stage", "all ratios from the start", ONE_STAGE),
         *(Variant(f"only{ratio:g}", f"trained at {ratio:g} alone", _at(ratio)) for ratio in (0.05, 0.02)),
-        _plain("at0.02", "trained at 0.02 alone, by KL, no places", **_at(0.02)),
+    ),
+    "length": (
+        Variant("one_stage_third", "all ratios from the start", ONE_STAGE, THIRD),
+        _plain("kl_long", "by KL alone, no places", **ONE_STAGE, steps=THIRD),
+        _plain("attention_long", "attention outputs at every ratio, no places", **EVERY_RATIO, steps=THIRD),
+        Variant("places_long", "attention outputs at every ratio, places", EVERY_RATIO, THIRD),
+        *(Variant(f"only{ratio:g}_third", f"trained at {ratio:g} alone", _at(ratio), THIRD) for ratio in (0.05, 0.02)),
+        _plain("at0.02", "trained at 0.02 alone, by KL, no places", **_at(0.02), steps=THIRD),
     ),
     "losses": (
         _plain("reverse", "reverse KL", divergence="reverse"),
@@ -101,8 +110,8 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
 TITLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "ablations": ("What each part is worth", ()),
     "scopes": ("What LoRA adapts, and what that costs", (SHORT, KL_ALONE)),
-    "length": ("Places and attention outputs at full length", (DEFAULT,)),
-    "ratios": ("One export for all ratios, or one for each", (DEFAULT, "kl_long")),
+    "ratios": ("One export for all ratios, or one for each", (DEFAULT,)),
+    "length": ("With a third of the steps: places, attention outputs, one ratio alone", ()),
     "selection": ("Selection", (KL_ALONE,)),
     "losses": ("Loss", (KL_ALONE,)),
 }

@@ -33,6 +33,8 @@ from lightning_modules.taught import Taught
 
 #: Linear layers that LoRA adapts; a mixture of experts has only the first four by name.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+#: What a checkpoint holds of the settled ratios: weights by the beginning of their names, and LoRA.
+SETTLED, SETTLED_LORA = "compressor.tight.", "tight_lora"
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ class CalibrationModule(LightningModule):
         ratio_min: least kept share drawn at a step.
         ratio_max: largest kept share drawn at a step.
         ratio_power: 1 draws ratios log-uniformly; above 1, the tight ones more often.
-        tight_share: share of the training that sees `ratio_min` alone, for a selection of its own. It is then settled,
-            and read up to 1.5 times `ratio_min`; the weights of all other ratios start from it. 0 for none.
+        tight_share: share of the training that sees `ratio_min` alone. What it learned is then settled, LoRA included,
+            for ratios below 1.5 times `ratio_min`; the weights of all other ratios start from it. 0 for none.
         full_share: share of the steps in which the student reads the full cache, so that LoRA costs nothing there.
         temperature_start: of the gates, in standard deviations of the score.
         temperature_end: of the gates at the end; small, so that what is trained is what is shipped.
@@ -89,7 +91,6 @@ class CalibrationModule(LightningModule):
         lr_budget: peak learning rate of the layer and modality budgets.
         lr_score: peak learning rate of the saliency scorer and the signal mix.
         lr_lora: peak learning rate of LoRA.
-        lora_after_tight: factor on it after `tight_share`.
         lr_redundancy: peak learning rate of what an entry loses for its neighbours.
         lr_other: peak learning rate of all other weights.
         warmup: steps of linear warm-up; a cosine to 5 % follows. Both begin anew after `tight_share`.
@@ -132,7 +133,6 @@ class CalibrationModule(LightningModule):
         lr_budget: float = 0.02,
         lr_score: float = 0.02,
         lr_lora: float = 2e-3,
-        lora_after_tight: float = 0.5,
         lr_redundancy: float = 0.05,
         lr_other: float = 0.01,
         warmup: int = 20,
@@ -169,10 +169,8 @@ class CalibrationModule(LightningModule):
             sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], options.probe_queries
         )
         learned = [name for group in options.learn for name in WEIGHT_GROUPS[group]]
-        if options.tight_share:
-            weights.add_tight(TIGHT_REACH * options.ratio_min)
         for name, weight in weights.named_parameters():
-            weight.requires_grad_(name.removeprefix("tight.") in learned)
+            weight.requires_grad_(name in learned)
         adapter_weights = None
         if options.lora_rank > 0:
             alpha = options.lora_alpha or 2.0 * options.lora_rank
@@ -206,12 +204,24 @@ class CalibrationModule(LightningModule):
 
     def exported(self) -> KVCompressor:
         """A frozen copy of what was learned so far, LoRA included."""
-        compressor = self.compressor
-        adapter_weights = None
-        if compressor.lora is not None and self.live.attached is not None:
-            adapter_weights = LoraWeights(compressor.lora.config, self.live.attached.tensors())
+        compressor, attached = self.compressor, self.live.attached
+
+        def adapter_weights(tight: bool) -> LoraWeights | None:
+            if compressor.lora is None or attached is None:
+                return None
+            return LoraWeights(compressor.lora.config, attached.tensors(tight))
+
+        tight = None
+        if compressor.tight is not None:
+            tight = KVCompressor(compressor.config, compressor.tight.weights, adapter_weights(tight=True))
         return KVCompressor(
-            compressor.config, compressor.weights, adapter_weights, compressor.lora_scope, compressor.base
+            compressor.config,
+            compressor.weights,
+            adapter_weights(tight=False),
+            compressor.lora_scope,
+            compressor.base,
+            tight=tight,
+            tight_below=compressor.tight_below,
         )
 
     @property
@@ -241,29 +251,38 @@ class CalibrationModule(LightningModule):
     def draw_ratio(self, number: int) -> float:
         """The ratio of a batch of the stage of all ratios: 1, or between the bounds; a function of its number alone."""
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
-        low, high = math.log(self.options.ratio_min), math.log(self.options.ratio_max)
+        low, high = math.log(self.tight_below or self.options.ratio_min), math.log(self.options.ratio_max)
         ratio, kind = torch.rand(2, generator=generator).tolist()
         return 1.0 if kind < self.options.full_share else math.exp(low + (high - low) * ratio**self.options.ratio_power)
 
+    @property
+    def tight_below(self) -> float:
+        """Ratios below it are those of the tight stage; 0 without one."""
+        return TIGHT_REACH * self.options.ratio_min if self.options.tight_share else 0.0
+
+    def _settle(self, lora: dict[str, Tensor] | None = None) -> None:
+        """Keep what was learned so far, or this LoRA, for the ratios of the tight stage."""
+        self.compressor.settle(self.tight_below)
+        if self.live.attached is not None:
+            self.live.attached.settle(lora)
+
     def on_train_batch_start(self, batch: CalibrationBatch, batch_idx: int) -> None:
         if self.stages.widens(self.global_step):
-            self.weights.start_from_tight()
+            self._settle()
             cast(LightningOptimizer, self.optimizers()).optimizer.state.clear()  # what moved at one ratio alone
 
     def training_step(self, batch: CalibrationBatch, batch_idx: int) -> Tensor:
         stages, ratio, temperature = self.stages, self.draw_ratio(batch.number), self.temperature()
         if ratio < 1 and stages.tight(self.global_step):
             ratio = self.options.ratio_min
-        # What is settled is read as it is shipped.
-        settled = stages.settled(self.global_step) and ratio <= self.weights.tight_up_to
-        done = self.distill(batch, ratio, None if settled else temperature)
+        done = self.distill(batch, ratio, temperature)
         kept = [float(plan.log_gates.detach().exp().mean()) for plan in done.plans or []] or [1.0]
         share = sum(kept) / len(kept)
         self.log_dict({"train/ratio": ratio, "train/temperature": temperature, "train/kept": share})
         self.log("kept", share, prog_bar=True, logger=False)
         # Weights that nothing reads (of a modality that is not there, of a step that the preset leaves out) get zeros
         # as gradients: DDP waits for one from each.
-        unread = cast(Tensor, sum(0.0 * weight.sum() for weight in self.compressor.parameters()))
+        unread = cast(Tensor, sum(0.0 * weight.sum() for weight in self.weights.parameters()))
         return self.step_mean.add(batch.turns.weight.sum(), done.loss, kl=done.kl) + unread
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -290,7 +309,7 @@ class CalibrationModule(LightningModule):
         if scope_all:
             prefill = session.prefill(prefill.embedded, self.compressor.policy.rows, gradients=training)
         plans = None if self.compressor.keeps_all(ratio) else session.plan(prefill, ratio, temperature)
-        with outputs_of(matched) as found:
+        with session.adapted(ratio), outputs_of(matched) as found:
             student = self._logits(prefill, plans, turns)
         counted = turns.weight > 0
         weight = turns.weight[counted]
@@ -344,4 +363,11 @@ class CalibrationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        kept = {k: v for k, v in checkpoint["state_dict"].items() if k in trained or k.startswith(SETTLED)}
+        checkpoint["state_dict"] = kept
+        if self.compressor.tight is not None and self.live.attached is not None:
+            checkpoint[SETTLED_LORA] = self.live.attached.tensors(tight=True)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if any(name.startswith(SETTLED) for name in checkpoint["state_dict"]):
+            self._settle(checkpoint.get(SETTLED_LORA))  # its weights are loaded next

@@ -6,6 +6,7 @@ from typing import Any
 
 from acckv.errors import InputError
 from acckv.weights import WEIGHT_GROUPS
+from lightning_modules.stages import TIGHT_REACH
 
 
 def check_options(options: Any) -> None:
@@ -37,7 +38,16 @@ def check_options(options: Any) -> None:
         raise InputError(f"{options.ratio_power} is not above 0", field="model.ratio_power")
     if not 0 < options.temperature_end <= options.temperature_start:
         raise InputError("needs 0 < temperature_end <= temperature_start", field="model.temperature_end")
-    if options.tight_share and options.temperature_after_tight < options.temperature_end:
-        raise InputError("is below temperature_end", field="model.temperature_after_tight")
+    if options.tight_share:
+        _check_tight_stage(options)
     if not 0 < options.anneal <= 1:
         raise InputError(f"{options.anneal} is not above 0 and at most 1", field="model.anneal")
+
+
+def _check_tight_stage(options: Any) -> None:
+    if options.temperature_after_tight < options.temperature_end:
+        raise InputError("is below temperature_end", field="model.temperature_after_tight")
+    if TIGHT_REACH * options.ratio_min >= options.ratio_max:
+        raise InputError(f"leaves no ratio above {TIGHT_REACH:g} times ratio_min", field="model.ratio_max")
+    if options.lora_scope == "all":
+        raise InputError("has an adapter of its own, which cannot act on the prompt", field="model.tight_share")

@@ -74,11 +74,11 @@ class CalibrationReport(Callback):
 
     @torch.no_grad()
     def _note(self, trainer: Trainer, module: CalibrationModule) -> None:
-        weights = module.weights
         floor = module.compression.layer_floor
         self.steps.append(trainer.global_step)
         self.temperatures.append(module.temperature())
-        self.shares.append(torch.stack([learned_shares(weights, ratio, floor) for ratio in self.ratios]).cpu())
+        held = [(cast(CalibratedWeights, module.compressor.at(ratio).weights), ratio) for ratio in self.ratios]
+        self.shares.append(torch.stack([learned_shares(*each, floor) for each in held]).cpu())
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             file = self.path(trainer) / HISTORY_FILE
             write_budget_history(file, self.steps, self.temperatures, self.ratios, self.shares)
@@ -124,7 +124,6 @@ class CalibrationReport(Callback):
 
 def learned_shares(weights: CalibratedWeights, ratio: float, floor: float) -> Tensor:
     """Times the preset's budget that each layer gives to (video, audio): [layers, 2], 1 before training."""
-    weights = weights.at(ratio)
     even = torch.full((1, 2), 0.5, device=weights.layer_budget.device)
     layers = weights.layer_shares(ratio, floor)
     split = [weights.modality_shares(layer, even, ratio)[0] / 0.5 for layer in range(len(layers))]

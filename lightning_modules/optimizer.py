@@ -1,8 +1,9 @@
-"""Adam for what calibration learns: a learning rate for each kind of weight, and a schedule for each stage."""
+"""Adam for what calibration learns: a learning rate for each kind of weight, and a schedule that begins anew in each
+stage."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch.nn import Parameter
@@ -27,24 +28,14 @@ def scheduled_adam(weights: CalibratedWeights, adapted: Sequence[Parameter], opt
         "redundancy": options.lr_redundancy,
     }
 
-    def for_all_ratios(step: int) -> float:
-        return stages.rate(step, options.warmup)
-
-    def for_lora(step: int) -> float:
-        return for_all_ratios(step) * (options.lora_after_tight if stages.settled(step) else 1.0)
-
-    def for_tight(step: int) -> float:
-        return 0.0 if stages.settled(step) else for_all_ratios(step)
-
-    groups: dict[tuple[float, Callable[[int], float]], list[Parameter]] = {}
+    groups: dict[float, list[Parameter]] = {}
     for name, parameter in weights.named_parameters():
         if not parameter.requires_grad:
             continue
         rate = next((rate for part, rate in rates.items() if part in name), options.lr_other)
-        schedule = for_tight if name.startswith("tight.") else for_all_ratios
-        groups.setdefault((rate, schedule), []).append(parameter)
+        groups.setdefault(rate, []).append(parameter)
     if adapted:
-        groups[options.lr_lora, for_lora] = list(adapted)
-    optimizer = Adam([{"params": parameters, "lr": rate} for (rate, _), parameters in groups.items()])
-    scheduler = LambdaLR(optimizer, [schedule for _, schedule in groups])
+        groups.setdefault(options.lr_lora, []).extend(adapted)
+    optimizer = Adam([{"params": parameters, "lr": rate} for rate, parameters in groups.items()])
+    scheduler = LambdaLR(optimizer, lambda step: stages.rate(step, options.warmup))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-#: The selection of the tight stage is read up to this many times the tightest ratio.
+#: What the tight stage learned holds below this many times the tightest ratio.
 TIGHT_REACH = 1.5
 
 

@@ -106,48 +106,71 @@ def test_resume_is_exact(cache: Path, tmp_path: Path, options: dict[str, Any]) -
     fit(cache, tmp_path / "cut", stop=2, **options)
     checkpoint = tmp_path / "cut" / "step-step=2.ckpt"
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert state and all(name.startswith("compressor.weights.") or ".lora_" in name for name in state)
+    kinds = ("compressor.weights.", "compressor.tight.weights.")
+    assert state and all(name.startswith(kinds) or ".lora_" in name for name in state)
     resumed = fit(cache, tmp_path / "cut", resume=checkpoint, **options)
     expected, found = trained(whole), trained(resumed)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
-    first = KVCompressor.from_pretrained(tmp_path / "whole" / "export").weights.state_dict()
-    second = KVCompressor.from_pretrained(tmp_path / "cut" / "export").weights.state_dict()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole" / "export").rglob("*.safetensors")]
+    assert len(files) == (4 if options else 2)
+    for file in files:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
 
 
-class NoteWeights(Callback):
-    """Copies of the weights before each step."""
+class NoteTrained(Callback):
+    """Copies of what is trained before each step, and the ratios that were drawn."""
 
     def __init__(self) -> None:
         self.before: list[dict[str, torch.Tensor]] = []
+        self.ratios: list[float] = []
 
     def on_before_optimizer_step(self, trainer: Trainer, module: Any, optimizer: Any) -> None:
-        self.before.append({name: value.clone() for name, value in module.compressor.weights.state_dict().items()})
+        self.before.append({name: value.clone() for name, value in trained(module).items()})
+        self.ratios.append(float(trainer.callback_metrics["train/ratio"]))
 
 
-def test_all_ratios_start_from_a_selection_at_the_tightest(cache: Path, tmp_path: Path) -> None:
-    """First the tight weights move alone, then they are settled and the others go on from them."""
-    noted = NoteWeights()
+def test_all_ratios_start_from_what_the_tightest_learned(cache: Path, tmp_path: Path) -> None:
+    """The tightest alone at first; then that is settled, LoRA included, and the others go on from it."""
+    noted = NoteTrained()
     options = {"tight_share": 0.5, "ratio_min": 0.1, "ratio_max": 0.3, "full_share": 0.0, "warmup": 1}
     module = fit(cache, tmp_path, also=[noted], **options)
-    wide = [{name: value for name, value in state.items() if "tight." not in name} for state in noted.before]
-    tight = [{name: state[f"tight.{name}"] for name in wide[0]} for state in noted.before]
+    assert noted.ratios[:2] == [pytest.approx(0.1)] * 2 and all(0.15 <= ratio <= 0.3 for ratio in noted.ratios[2:])
+    loaded = KVCompressor.from_pretrained(tmp_path / "export")
+    assert loaded.tight is not None and loaded.tight_below == pytest.approx(0.15)
+
+    def held(compressor: KVCompressor) -> dict[str, torch.Tensor]:
+        values = {f"compressor.weights.{name}": value for name, value in compressor.weights.state_dict().items()}
+        return values | compressor.lora.tensors
 
     def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
         return all(torch.equal(one[name], two[name]) for name in one)
 
-    assert same(wide[0], tight[0]) and same(wide[1], wide[0]) and not same(tight[1], tight[0])
-    assert same(wide[2], tight[2]) and not same(tight[2], tight[1])
-    assert same(tight[3], tight[2]) and not same(wide[3], wide[2])
-    weights = module.compressor.weights
-    loaded = KVCompressor.from_pretrained(tmp_path / "export").weights
-    assert loaded.tight_up_to == weights.tight_up_to == pytest.approx(0.15)
-    for ratio, chosen in ((0.1, weights.tight), (0.15, weights.tight), (0.16, weights), (1.0, weights)):
-        assert weights.at(ratio) is chosen
-        assert torch.equal(loaded.at(ratio).saliency, chosen.saliency)
-    assert not torch.equal(loaded.tight.saliency, loaded.saliency)
+    assert held(loaded).keys() == noted.before[0].keys()
+    assert same(held(loaded.tight), noted.before[2]) and not same(noted.before[1], noted.before[2])
+    last = {name: value for name, value in trained(module).items() if not name.startswith("compressor.tight.")}
+    assert same(last, held(loaded)) and not same(held(loaded), held(loaded.tight))
+    lora = loaded.lora.tensors
+    assert not same({name: loaded.tight.lora.tensors[name] for name in lora}, lora)
+    with loaded(module.model, module.processor) as session:
+        with session.adapted(0.1):
+            assert same(session.attached.tensors(tight=True), loaded.tight.lora.tensors) and session.attached.tight
+        assert same(session.attached.tensors(), lora) and not session.attached.tight
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_scope": "all"}, "model.tight_share: has an adapter of its own"),
+        ({"ratio_min": 0.2, "ratio_max": 0.3}, "model.ratio_max: leaves no ratio above 1.5 times ratio_min"),
+        ({"temperature_after_tight": 0.001}, "model.temperature_after_tight: is below temperature_end"),
+    ],
+)
+def test_options_that_do_not_go_with_a_tight_stage(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        CalibrationModule(tight_share=0.5, **options)
+    CalibrationModule(**options)
 
 
 @pytest.mark.parametrize(

@@ -65,27 +65,72 @@ def test_untrained_weights_select_what_the_preset_selects(model: Any, preset: st
     assert any(not torch.equal(a.log_gates, b.log_gates) for a, b in zip(plans[0], other, strict=True))
 
 
-@pytest.mark.parametrize("options", [{"ratio": 0.3}, {"budget": 5}])
-def test_tight_ratios_read_weights_of_their_own(model: Any, options: dict[str, Any]) -> None:
-    """Evicted during the prefill or planned afterwards, by a ratio or a number of entries, 5 of 18."""
-    config = CompressionConfig.preset("context", **options)
-    wide, tight = calibrated(model, config, noise=1.0), calibrated(model, config)
+def with_tight(wide: KVCompressor, tight: KVCompressor, below: float) -> KVCompressor:
+    parts = wide.config, wide.weights, wide.lora, "after", wide.base, None, tight, below
+    return KVCompressor(*parts).eval()  # type: ignore[arg-type]
 
-    def selections(compressor: KVCompressor) -> list[Any]:
+
+@pytest.mark.parametrize("options", [{"ratio": 0.3}, {"budget": 5}])
+def test_tight_ratios_have_a_calibration_of_their_own(model: Any, options: dict[str, Any]) -> None:
+    """Evicted during the prefill or planned afterwards, read by generate or a session; 0.3 or 5 of 18 entries."""
+    config = CompressionConfig.preset("context", **options)
+    wide, tight = calibrated(model, config, noise=1.0, rank=2), calibrated(model, config, noise=0.3, rank=2)
+    question = torch.tensor([[20, 21, 22]])
+
+    def outcome(compressor: KVCompressor) -> list[torch.Tensor]:
         with compressor(model, tiny_omni.Tokenizer()) as session:
             streamed = session.compress(**tiny_omni.context())
             planned = session.compress(session.prefill(**tiny_omni.context()))
-        return [layer.keys for cache in (streamed, planned) for layer in compressed_layers(cache)]
+            tokens = [session.answer(cache, question, **GREEDY) for cache in (streamed, planned)]
+            found = model.generate(
+                **tiny_omni.prompt(), **GREEDY, output_logits=True, return_dict_in_generate=True
+            ).logits
+        keys = [layer.keys for cache in (streamed, planned) for layer in compressed_layers(cache)]
+        return [*keys, *tokens, *found]
 
-    def alike(one: list[Any], two: list[Any]) -> bool:
+    def alike(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
         return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
-    assert not alike(selections(wide), selections(tight))
-    wide_keys, tight_keys = selections(wide), selections(tight)
-    wide.weights.add_tight(0.27)
-    assert alike(selections(wide), wide_keys)
-    wide.weights.add_tight(0.3)
-    assert alike(selections(wide), tight_keys)
+    by_wide, by_tight = outcome(wide), outcome(tight)
+    assert not alike(by_wide, by_tight) and not torch.equal(by_wide[-1], by_tight[-1])
+    assert alike(outcome(with_tight(wide, tight, 0.27)), by_wide)
+    assert alike(outcome(with_tight(wide, tight, 0.31)), by_tight)
+    assert alike(outcome(with_tight(wide, tight, 0.31).with_ratio(0.31)), outcome(wide.with_ratio(0.31)))
+
+
+def test_a_cache_is_read_with_the_adapter_of_its_ratio(model: Any) -> None:
+    """Whatever was compressed or asked in between."""
+    config = CompressionConfig.preset("context")
+    wide, tight = calibrated(model, config, noise=1.0, rank=2), calibrated(model, config, noise=0.3, rank=2)
+    question = torch.tensor([[20, 21, 22]])
+
+    def answers(compressor: KVCompressor, *ratios: float) -> list[list[int]]:
+        with compressor(model, tiny_omni.Tokenizer()) as session:
+            prefill = session.prefill(**tiny_omni.context())
+            caches = [session.compress(prefill, ratio) for ratio in ratios]
+            return [session.answer(cache, question, **GREEDY)[0].tolist() for cache in (*caches, *caches)]
+
+    both = answers(with_tight(wide, tight, 0.3), 0.2, 0.5, 1.0)
+    assert both == [*answers(tight, 0.2)[:1], *answers(wide, 0.5, 1.0)[:2]] * 2
+    assert both[0] != answers(wide, 0.2)[0] and both[1] != answers(tight, 0.5)[0]
+
+
+def test_an_export_holds_the_calibration_of_tight_ratios(model: Any, tmp_path: Path) -> None:
+    config = CompressionConfig.preset("context")
+    wide, tight = calibrated(model, config, noise=1.0, rank=2), calibrated(model, config, noise=0.3, rank=2)
+    with_tight(wide, tight, 0.3).save_pretrained(tmp_path / "export")
+    loaded = KVCompressor.from_pretrained(tmp_path / "export")
+    assert loaded.tight is not None and loaded.tight_below == 0.3
+    for found, saved in ((loaded, wide), (loaded.tight, tight), (loaded.with_ratio(0.1).at(0.1), tight)):
+        assert found.lora.tensors.keys() == saved.lora.tensors.keys()
+        assert all(torch.equal(found.lora.tensors[name], saved.lora.tensors[name]) for name in saved.lora.tensors)
+        assert torch.equal(found.weights.saliency, saved.weights.saliency)
+    assert "Ratios below 0.3" in (tmp_path / "export" / "README.md").read_text()
+    edit(tmp_path / "export" / "config.json", lora_scope="all")
+    with pytest.raises(InputError, match=r"config\.json: lora_scope: is 'all', which does not go with tight_below"):
+        KVCompressor.from_pretrained(tmp_path / "export")
+    with pytest.raises(InputError, match="lora_scope: is 'all', and the tightest ratios"):
+        KVCompressor(config, wide.weights, wide.lora, "all", tight=tight, tight_below=0.3)
 
 
 def test_budgets_of_learned_weights_are_exact(model: Any) -> None:
@@ -195,8 +240,8 @@ def wrong_shape(file: Path) -> None:
         (lambda e: (e / "config.json").write_text("{"), r"config\.json: is no JSON"),
         (lambda e: edit(e / "config.json", format=7), r"config\.json: format: version 7 is unknown"),
         (lambda e: edit(e / "config.json", lora_scope="never"), r"lora_scope: 'never' is not"),
-        (lambda e: edit(e / "config.json", tight_up_to="low"), r"config\.json: tight_up_to: 'low' is not 0 to 1"),
-        (lambda e: edit(e / "config.json", tight_up_to=0.1), r"model\.safetensors: tight\.layer_budget: is missing"),
+        (lambda e: edit(e / "config.json", tight_below="low"), r"config\.json: tight_below: 'low' is not 0 to 1"),
+        (lambda e: edit(e / "config.json", tight_below=0.1), r"tight/model\.safetensors: is missing"),
         (lambda e: edit(e / "config.json", base=None), r"config\.json: base: is missing"),
         (lambda e: edit(e / "config.json", compression={"ratio": 1.5}), r"config\.json: ratio: 1\.5 is not a number"),
         (lambda e: edit(e / "config.json", compression={"rate": 1}), r"config\.json: rate: is no option"),

@@ -26,7 +26,8 @@ def render_card(
     """The card as Markdown with YAML front matter.
 
     Args:
-        config: the export's `config.json`, parsed; read are `base` (its `name`), `compression` and `lora_scope`.
+        config: the export's `config.json`, parsed; read are `base` (its `name`), `compression`, `lora_scope` and
+            `tight_below`.
         rows: of a `results.json`, for the table; None says that nothing has been measured yet.
         setting: what was measured, in one sentence, above the table.
         command: the command that the table came from.
@@ -50,6 +51,7 @@ def render_card(
     return environment.get_template("card.md.jinja").render(
         base_model=base.get("name") or "unknown",
         lora_scope=config.get("lora_scope") if config.get("has_lora") else None,
+        tight_below=config.get("tight_below"),
         options=compression,
         when=when,
         rows=[_cells(row) for row in measured],
