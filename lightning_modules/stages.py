@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from acckv.errors import InputError
+
 #: What the tight stage learned holds below this many times the tightest ratio.
 TIGHT_REACH = 1.5
 
@@ -16,10 +18,19 @@ class Stages:
     Args:
         tight_share: share of the steps in the tight stage; 0 for none.
         steps: of the whole training; infinite where it has no end.
+
+    Raises:
+        InputError: a share is asked of a training without an end.
     """
 
     tight_share: float
     steps: float
+
+    def __post_init__(self) -> None:
+        if self.tight_share and math.isinf(self.steps):
+            raise InputError(
+                "is a share of a training that has no end; set trainer.max_steps", field="model.tight_share"
+            )
 
     @property
     def first_wide(self) -> int:
@@ -31,11 +42,11 @@ class Stages:
         return step < self.first_wide
 
     def settled(self, step: int) -> bool:
-        """Whether there are tight weights, and they are learned."""
+        """Whether there was a tight stage, which is over."""
         return bool(self.first_wide) and step >= self.first_wide
 
     def widens(self, step: int) -> bool:
-        """Whether it is the first step of all ratios after a tight stage."""
+        """Whether it is the first step after a tight stage."""
         return self.settled(step) and step == self.first_wide
 
     def place(self, step: int) -> tuple[int, float]:

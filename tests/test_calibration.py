@@ -185,6 +185,8 @@ def test_stages(step: int, tight: bool, settled: bool, progress: float, rate: fl
     assert not alone.tight(step) and not alone.settled(step) and alone.progress(step) == step / 10
     endless = Stages(0.0, float("inf"))
     assert endless.progress(step) == 0 and endless.rate(step, 20) == (step + 1) / 20
+    with pytest.raises(InputError, match=r"model.tight_share: is a share of a training that has no end"):
+        Stages(0.6, float("inf"))
 
 
 class Fail(Callback):
