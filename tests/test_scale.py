@@ -206,6 +206,27 @@ def test_two_processes_equal_one_with_the_doubled_batch(
 
 
 @pytest.mark.slow
+def test_two_processes_settle_alike(cache: Path, tmp_path: Path) -> None:
+    """A step of each stage: the same losses, and what was settled after the first is the same."""
+    stages = ["--model.tight_share=0.5", "--model.full_share=0"]
+    kinds = {
+        "one": ["--data.batch_size=4"],
+        "two": ["--data.batch_size=2", "--trainer.devices=2", "--trainer.strategy=ddp"],
+    }
+    for name, options in kinds.items():
+        given = [sys.executable, *command(cache, tmp_path / name, *SHORT, *stages, *options)]
+        done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    for column in ("kl", "loss", "train/ratio"):
+        one, both = (curve(tmp_path / name, column) for name in kinds)
+        assert len(one) == 2 and both == pytest.approx(one, abs=1e-4)
+    assert one[0] == pytest.approx(0.02) and one[1] >= 0.03
+    settled = [load_file(tmp_path / name / "export" / "tight" / "model.safetensors") for name in kinds]
+    assert settled[0]["layer_budget"].abs().max() > 5e-4
+    assert_close({"": settled[0]["layer_budget"]}, {"": settled[1]["layer_budget"]}, 1e-4)
+
+
+@pytest.mark.slow
 def test_a_split_model_keeps_no_prefills(cache: Path, tmp_path: Path) -> None:
     split = [option for option in FSDP if "data" not in option]
     options = command(cache, tmp_path, *SHORT, *split, "--trainer.devices=1", "--trainer.strategy.data_parallel_size=1")
