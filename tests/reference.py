@@ -61,10 +61,10 @@ class Ledger:
     def following(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
         commit = CompressedLayer.commit
 
-        def followed(layer: CompressedLayer, plan: Any, labels: Tensor, offered: Any = None) -> None:
+        def followed(layer: CompressedLayer, plan: Any, labels: Tensor, offered: Any = None, tight: bool = False) -> None:
             slot, region, before = layer.slot, layer.region, layer.physical
             length = labels.shape[-1]
-            commit(layer, plan, labels, offered)
+            commit(layer, plan, labels, offered, tight)
             heads = layer.keys.shape[1]
             assert plan.bias.shape[-1] == 0, "a merged entry is no token"
             later = torch.arange(layer.seen - (length - region), layer.seen).expand(heads, -1)
