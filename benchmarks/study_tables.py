@@ -114,7 +114,11 @@ def _bars(default: Sequence[Line]) -> list[str]:
 
 
 def _variants(lines: Sequence[Line], costs: Sequence[dict[str, Any]]) -> list[str]:
-    """A row a variant: share of the full cache's accuracy in %; with costs, time and memory of a step too."""
+    """A row a variant: share of the full cache's accuracy in %; with costs, time and memory of a step too.
+
+    Where some variants have one seed and others several, the label says how many.
+    """
+    mixed = len({len(line.seeds) for line in lines}) > 1
     ratios = list(dict.fromkeys(line.ratio for line in lines))
     costs = [row for row in costs if row["clip_seconds"] == min(row["clip_seconds"] for row in costs)]
     numbers = sorted({row["questions"] for row in costs})
@@ -126,7 +130,9 @@ def _variants(lines: Sequence[Line], costs: Sequence[dict[str, Any]]) -> list[st
         for what in ("time", "memory"):
             found = {row["questions"]: row[what] for row in costs if row["variant"] == name}
             cells += [f"{found[number]:.2f}" for number in numbers]
-        text.append(f"| {rows[0].label} | " + " | ".join(cells) + " |")
+        seeds = len(rows[0].seeds)
+        label = rows[0].label + (f", {seeds} seeds" if mixed and seeds > 1 else "")
+        text.append(f"| {label} | " + " | ".join(cells) + " |")
     if costs:
         text += ["", "Time and memory of a step are shares of a plain LoRA fine-tuning step's on the same batch"]
         text += [f"(`benchmarks.calibration_step`), with {', '.join(map(str, numbers))} questions a clip."]

@@ -61,7 +61,9 @@ class Ledger:
     def following(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
         commit = CompressedLayer.commit
 
-        def followed(layer: CompressedLayer, plan: Any, labels: Tensor, offered: Any = None, tight: bool = False) -> None:
+        def followed(
+            layer: CompressedLayer, plan: Any, labels: Tensor, offered: Any = None, tight: bool = False
+        ) -> None:
             slot, region, before = layer.slot, layer.region, layer.physical
             length = labels.shape[-1]
             commit(layer, plan, labels, offered, tight)
