@@ -105,6 +105,8 @@ class CalibrationReport(Callback):
             temperature_start=module.options.temperature_start,
             temperature_end=module.options.temperature_end,
             ratio_range=(module.options.ratio_min, module.options.ratio_max),
+            tight_steps=module.stages.first_wide,
+            tight_below=module.tight_below,
         )
         text = render_report(facts, kept, evaluation.results if evaluation else None, (KEPT_PLOT, HISTORY_PLOT))
         with whole_file(folder / REPORT_FILE) as temporary:

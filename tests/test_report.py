@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from acckv.errors import InputError
+from acckv.report.calibration import KeptShares, RunFacts, render_report
 from acckv.report.card import render_card, write_card
 from acckv.report.files import whole_file
 from acckv.report.plots import plot_budgets, plot_pareto
@@ -270,3 +271,20 @@ def test_card_warns_where_the_control_is_near(results: Results) -> None:
 def test_card_needs_its_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         write_card(tmp_path / "nowhere", CONFIG)
+
+
+# ------------------------------------------------------------------ report of a calibration
+
+
+def test_the_report_says_what_the_tightest_ratio_saw_alone() -> None:
+    kept = KeptShares({0.1: torch.ones(2, 2)}, torch.tensor([10.0, 10.0]))
+
+    def text(steps: int, **options: float) -> str:
+        facts = RunFacts("tiny", "context", steps, 10, 0.005, 0.5, 0.005, (0.02, 0.5), **options)  # type: ignore[arg-type]
+        return render_report(facts, kept, None, ("kept.png", "history.png"))
+
+    alone = "The first 6 see 0.02 alone; what they learn holds below 0.03."
+    early = "warning: training ended before it saw a ratio above 0.02"
+    assert alone in text(10, tight_steps=6, tight_below=0.03) and early not in text(7, tight_steps=6, tight_below=0.03)
+    assert early in text(6, tight_steps=6, tight_below=0.03)
+    assert "alone" not in text(10) and early not in text(10)

@@ -26,6 +26,8 @@ class RunFacts:
         temperature: of the gates at the end, in standard deviations of the score; it falls from `temperature_start` to
             `temperature_end`.
         ratio_range: least and largest kept share that was trained.
+        tight_steps: of the planned ones, how many see the least alone, at first; 0 without such a stage.
+        tight_below: ratios below it keep what those steps learned.
     """
 
     model: str
@@ -36,6 +38,8 @@ class RunFacts:
     temperature_start: float
     temperature_end: float
     ratio_range: tuple[float, float]
+    tight_steps: int = 0
+    tight_below: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,12 @@ def render_report(facts: RunFacts, kept: KeptShares, results: Results | None, pl
         plots: file names of the kept shares and of their history.
     """
     low, high = facts.ratio_range
+    run = f"{facts.steps} of {facts.planned} optimiser steps, `when: {facts.when}`, ratios {low:g} to {high:g}."
+    if facts.tight_steps:
+        run += f" The first {facts.tight_steps} see {low:g} alone; what they learn holds below {facts.tight_below:g}."
     parts = [
         f"# Calibration of {facts.model}",
-        f"{facts.steps} of {facts.planned} optimiser steps, `when: {facts.when}`, ratios {low:g} to {high:g}.",
+        run,
         *(f"> **{warning}**" for warning in _warnings(facts, results)),
         "## Accuracy over ratios",
         *_accuracy(results),
@@ -105,6 +112,8 @@ def _warnings(facts: RunFacts, results: Results | None) -> list[str]:
             f"warning: training ended before the gates were hard (temperature {facts.temperature:.3g}, planned "
             f"{facts.temperature_end:g}); what was trained is not quite what is shipped"
         )
+    if facts.tight_steps and facts.steps <= facts.tight_steps:
+        warnings.append(f"warning: training ended before it saw a ratio above {facts.ratio_range[0]:g}")
     return warnings
 
 
