@@ -12,7 +12,7 @@ from rich.table import Table
 
 from acckv.errors import InputError
 from acckv.report.files import whole_file
-from acckv.report.results import CONTROLS, FULL, REFERENCE_NAMES
+from acckv.report.results import CONTROL, CONTROLS, FULL, REFERENCE_NAMES
 from benchmarks.calibration_step import FINE_TUNING
 from benchmarks.study_results import RATIOS, Line, Scores, mean_score
 from benchmarks.study_variants import DEFAULT, STUDIES, TITLES
@@ -93,7 +93,8 @@ def _policies(default: Sequence[Line], training_free: dict[str, float]) -> list[
     """A row a policy: accuracy in % at every ratio."""
     ratios = [line.ratio for line in default]
     text = _header("", *(f"{ratio:g}" for ratio in ratios))
-    for name in dict.fromkeys(key.split("@")[0] for key in training_free):
+    names = dict.fromkeys(key.split("@")[0] for key in training_free)
+    for name in (name for name in names if name not in CONTROLS or name == CONTROL):
         cells = [training_free.get(f"{name}@{ratio:g}") for ratio in ratios]
         shown = ["" if cell is None else f"{100 * cell:.1f}" for cell in cells]
         text.append(f"| {REFERENCE_NAMES.get(name, name)} | " + " | ".join(shown) + " |")

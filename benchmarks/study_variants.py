@@ -88,11 +88,14 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         *(Variant(f"only{ratio:g}", f"trained at {ratio:g} alone", _at(ratio)) for ratio in (0.05, 0.02)),
     ),
     "length": (
-        Variant("one_stage_third", "all ratios from the start", ONE_STAGE, THIRD),
+        Variant("one_stage_third", f"all ratios from the start, {THIRD:,} steps", ONE_STAGE, THIRD),
         _plain("kl_long", "by KL alone, no places", **ONE_STAGE, steps=THIRD),
         _plain("attention_long", "attention outputs at every ratio, no places", **EVERY_RATIO, steps=THIRD),
         Variant("places_long", "attention outputs at every ratio, places", EVERY_RATIO, THIRD),
-        *(Variant(f"only{ratio:g}_third", f"trained at {ratio:g} alone", _at(ratio), THIRD) for ratio in (0.05, 0.02)),
+        *(
+            Variant(f"only{ratio:g}_third", f"trained at {ratio:g} alone, {THIRD:,} steps", _at(ratio), THIRD)
+            for ratio in (0.05, 0.02)
+        ),
         _plain("at0.02", "trained at 0.02 alone, by KL, no places", **_at(0.02), steps=THIRD),
     ),
     "losses": (
