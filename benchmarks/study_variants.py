@@ -43,7 +43,7 @@ def _up_to(group: str) -> dict[str, Any]:
 
 def _at(ratio: float) -> dict[str, Any]:
     """One ratio alone is drawn, besides the full cache."""
-    return {"ratio_min": ratio, "ratio_max": ratio, "tight_share": 0.0}
+    return ONE_STAGE | {"ratio_min": ratio, "ratio_max": ratio}
 
 
 def _without(group: str) -> tuple[str, ...]:
