@@ -91,7 +91,8 @@ def load(name: str | Path, options: dict[str, Any] | None = None) -> KVCompresso
         raise InputError(f"must hold {', '.join(_BASE)}", source=source, field="base")
     tight = KVCompressor(compression, *_load_learned(config, compression, folder / TIGHT)) if below else None
     weights, lora = _load_learned(config, compression, folder)
-    return KVCompressor(compression, weights, lora, config["lora_scope"], base, str(name), tight, below).eval()
+    compressor = KVCompressor(compression, weights, lora, config["lora_scope"], base, str(name), tight, below)
+    return compressor.requires_grad_(False).eval()
 
 
 def _load_learned(

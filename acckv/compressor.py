@@ -19,7 +19,7 @@ from acckv.modality import ModalityMap
 from acckv.pipeline import AlignmentRule, LayerPlan, LayerScore, LogGates, MergeRule, hard, plan_layer, soft
 from acckv.policies import build_policy
 from acckv.scoring import Observation
-from acckv.weights import CalibratedWeights
+from acckv.weights import CalibratedWeights, LayerWeights
 
 if TYPE_CHECKING:
     from acckv.session import Session
@@ -176,7 +176,7 @@ class KVCompressor(nn.Module):
             total: int64 ``[B]`` entries that all layers together keep.
         """
         if self.weights is not None:
-            return self.weights.layer_shares(ratio, self.config.layer_floor)
+            return self.weights.layer_shares(ratio, self.config.layer_floor).to(total.device)
         return self.policy.layer_shares(scores, labels, total)
 
     def modality_shares(self, layer: int, score: LayerScore, ratio: float) -> Tensor | None:
@@ -236,26 +236,25 @@ class KVCompressor(nn.Module):
             budget: by modality, as :meth:`split` gives it.
         """
         to_gates: LogGates = hard if temperature is None else soft(temperature)
-        rules = self._merge_rule(layer), self._alignment_rule(layer, temperature or 0.0)
+        weights = None if self.weights is None else self.weights.layer(layer, observation.keys.device)
+        rules = self._merge_rule(weights), self._alignment_rule(weights, temperature or 0.0)
         plan = plan_layer(score, observation.keys, observation.values, labels, budget, to_gates, *rules)
         return self.policy.merge(plan, observation.keys, observation.values, labels)
 
-    def _merge_rule(self, layer: int) -> MergeRule | None:
+    def _merge_rule(self, weights: LayerWeights | None) -> MergeRule | None:
         if self.config.policy != "acckv" or not self.config.integration:
             return None
-        if self.weights is None:
-            return MergeRule()
-        return MergeRule(self.weights.merge_bias[layer], self.weights.merge_gain[layer])
+        return MergeRule() if weights is None else MergeRule(weights.merge_bias, weights.merge_gain)
 
-    def _alignment_rule(self, layer: int, temperature: float) -> AlignmentRule | None:
+    def _alignment_rule(self, weights: LayerWeights | None, temperature: float) -> AlignmentRule | None:
         if self.config.policy != "acckv":
             return None
         threshold, drop = self.config.alignment_threshold, self.config.cross_calibration
-        if self.weights is None:
+        if weights is None:
             return AlignmentRule(threshold) if drop else None
-        learned = threshold + self.weights.alignment_threshold[layer]
+        learned = threshold + weights.alignment_threshold
         # Cosines span 2, standardised scores about 6: a third of the temperature is as soft for them.
-        return AlignmentRule(learned, self.weights.alignment_weight[layer], drop, softness=temperature / 3)
+        return AlignmentRule(learned, weights.alignment_weight, drop, softness=temperature / 3)
 
     def save_pretrained(self, folder: str | Path, results: list[dict[str, Any]] | None = None) -> None:
         """Write config.json, model.safetensors, adapter/ and the model card; see :mod:`acckv.checkpoint`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,28 @@ WEIGHT_GROUPS = {
     "merging": ("merge_bias", "merge_gain"),
     "alignment": ("alignment_weight", "alignment_threshold"),
 }
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The learned weights of one layer, on the device of that layer's keys.
+
+    Attributes: as those of :class:`CalibratedWeights`, without the first axis.
+    """
+
+    modality_budget: Tensor
+    redistribution: Tensor
+    modality_gain: Tensor
+    probe_queries: Tensor
+    saliency: Tensor
+    saliency_bias: Tensor
+    saliency_place: Tensor
+    signal_mix: Tensor
+    redundancy: Tensor
+    merge_bias: Tensor
+    merge_gain: Tensor
+    alignment_weight: Tensor
+    alignment_threshold: Tensor
 
 
 class CalibratedWeights(nn.Module):
@@ -58,8 +81,10 @@ class CalibratedWeights(nn.Module):
         self.modality_budget = zeros(layers, 2, 2)
         self.redistribution = zeros(layers)
         self.modality_gain = zeros(layers, kv_heads, 2)
+        # Drawn on the CPU whatever device is the default: the same start everywhere.
         generator = torch.Generator().manual_seed(0)
-        self.probe_queries = nn.Parameter(torch.randn(layers, query_heads, probes, head_size, generator=generator))
+        queries = torch.randn(layers, query_heads, probes, head_size, generator=generator, device="cpu")
+        self.probe_queries = nn.Parameter(queries.to(self.layer_budget.device))
         self.saliency = zeros(layers, 2, kv_heads, 2 * head_size)
         self.saliency_bias = zeros(layers, 2, kv_heads)
         self.saliency_place = zeros(layers, 2, kv_heads, SEGMENT_PLACES)
@@ -69,6 +94,8 @@ class CalibratedWeights(nn.Module):
         self.merge_gain = zeros(layers, kv_heads, 2)
         self.alignment_weight = zeros(layers)
         self.alignment_threshold = zeros(layers)
+        self._copies: dict[tuple[int, torch.device], LayerWeights] = {}
+        self._copies_of = -1
 
     def head(self, index: int) -> CalibratedWeights:
         """The weights of one KV head, as those of a model without another; a copy without gradients."""
@@ -96,7 +123,8 @@ class CalibratedWeights(nn.Module):
 
     def modality_shares(self, layer: int, measured: Tensor, ratio: float) -> Tensor:
         """The measured split ``[B, 2]`` of a layer's budget, moved by what was learned."""
-        learned = self.modality_budget[layer, :, 0] + self.modality_budget[layer, :, 1] * log_ratio(ratio)
+        budget = self.layer(layer, measured.device).modality_budget
+        learned = budget[:, 0] + budget[:, 1] * log_ratio(ratio)
         shares = measured * learned.exp()
         return shares / shares.sum(-1, keepdim=True).clamp_min(1e-12)
 
@@ -106,15 +134,35 @@ class CalibratedWeights(nn.Module):
         Args:
             keys, values: ``[B, K, N, D]``.
         """
+        weights = self.layer(layer, keys.device)
         keys, values = keys.float(), values.float()
         squares = torch.linalg.vector_norm(keys, dim=-1).square() + torch.linalg.vector_norm(values, dim=-1).square()
         size = (squares / (keys.shape[-1] + values.shape[-1]) + 1e-6).rsqrt()
         # (key, value) side by side would be a copy of both.
-        by_key, by_value = self.saliency[layer].permute(1, 2, 0).split([keys.shape[-1], values.shape[-1]], dim=1)
+        by_key, by_value = weights.saliency.permute(1, 2, 0).split([keys.shape[-1], values.shape[-1]], dim=1)
         score = (keys @ by_key + values @ by_value).permute(0, 3, 1, 2) * size[:, None]
-        score = score + self.saliency_bias[layer][None, :, :, None]
-        score = score + torch.einsum("bnf,mkf->bmkn", labels.segment_places, self.saliency_place[layer].float())
+        score = score + weights.saliency_bias[None, :, :, None]
+        score = score + torch.einsum("bnf,mkf->bmkn", labels.segment_places, weights.saliency_place.float())
         return (score * labels.by_modality[:, :, None].to(score.dtype)).sum(dim=1)
+
+    def layer(self, index: int, device: torch.device) -> LayerWeights:
+        """The weights of one layer where that layer is.
+
+        Weights that are trained are views, so that gradients reach them. Copies of weights that no longer change are
+        made once for each device.
+        """
+        parameters = list(self.parameters())
+        if parameters[0].device == device or any(parameter.requires_grad for parameter in parameters):
+            return self._cut(index, device)
+        changes = sum(parameter._version for parameter in parameters)
+        if self._copies_of != changes:
+            self._copies, self._copies_of = {}, changes
+        if (index, device) not in self._copies:
+            self._copies[index, device] = self._cut(index, device)
+        return self._copies[index, device]
+
+    def _cut(self, index: int, device: torch.device) -> LayerWeights:
+        return LayerWeights(**{part.name: getattr(self, part.name)[index].to(device) for part in fields(LayerWeights)})
 
 
 def log_ratio(ratio: float) -> float:

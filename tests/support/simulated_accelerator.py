@@ -22,7 +22,8 @@ It says nothing of speed, of a kernel's numerics or of streams. Open it around e
 from __future__ import annotations
 
 import collections
-import traceback
+import os
+import sys
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 #: Operations that launch nothing.
 _FREE = (
     "aten._unsafe_view",
@@ -117,8 +119,8 @@ class SimulatedAccelerator(TorchDispatchMode):
     """While it is open, tensors made with ``device='sim'`` are on the pretend device and all that happens is counted.
 
     Args:
-        watch: part of a path; syncs are counted by the innermost line of a file whose path holds it, and not at all
-            where no such line asked.
+        watch: part of a path; a sync counts where the line that asks for it, outside torch, is in a file whose path
+            holds it. What the model's own code waits for is not counted.
 
     Attributes:
         operations: launches by name of the operation; syncs: by ``file:line``.
@@ -167,10 +169,11 @@ class SimulatedAccelerator(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
     def _sync(self) -> None:
-        stack = traceback.extract_stack()
-        frames = [frame for frame in stack if self.watch in frame.filename and frame.filename != __file__]
-        if frames:
-            self.syncs[f"{frames[-1].filename.rsplit(self.watch, 1)[-1]}:{frames[-1].lineno}"] += 1
+        frame: Any = sys._getframe()
+        while frame is not None and frame.f_code.co_filename.startswith((_TORCH, __file__)):
+            frame = frame.f_back
+        if frame is not None and self.watch in frame.f_code.co_filename:
+            self.syncs[f"{frame.f_code.co_filename.rsplit(self.watch, 1)[-1]}:{frame.f_lineno}"] += 1
 
 
 class _Held:
