@@ -117,24 +117,24 @@ class CompressionConfig:
             ("steepness", 1.0, 1000.0),
             ("coverage", 0.0, 1.0),
             ("layer_floor", 0.0, 1.0),
-            ("probe_queries", 0, 16),
-            ("neighbours", 0, 64),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise InputError(f"{value!r} is not a number from {low:g} to {high:g}", field=name)
-        for name, least in (
-            ("window", 1),
-            ("kernel", 1),
-            ("sinks", 0),
-            ("dense_layers", 1),
-            ("horizon", 1),
-            ("neighbours", 0),
-            ("seed", 0),
+        for name, least, most in (
+            ("window", 1, None),
+            ("kernel", 1, None),
+            ("sinks", 0, None),
+            ("dense_layers", 1, None),
+            ("horizon", 1, None),
+            ("probe_queries", 0, 16),
+            ("neighbours", 0, 64),
+            ("seed", 0, None),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"{value!r} is not an integer of at least {least}", field=name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least or (most and value > most):
+                bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+                raise InputError(f"{value!r} is not an integer {bounds}", field=name)
         if self.kernel % 2 == 0:
             raise InputError(f"{self.kernel} is even; the pooling window needs a middle", field="kernel")
         if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 0):

@@ -115,6 +115,14 @@ def enable_checkpointing(decoder: Any) -> None:
             module.training = True  # of this module alone: what is inside it stays as it is
 
 
+def disable_checkpointing(decoder: Any) -> None:
+    """Undo :func:`enable_checkpointing`: a decoder that generates needs its cache."""
+    decoder.activation_checkpointing_disable()
+    for module in decoder.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = False
+
+
 @contextmanager
 def without_checkpointing(decoder: nn.Module) -> Iterator[None]:
     """A prefill needs its cache, which gradient checkpointing takes from the layers of a model in training mode."""

@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from acckv.compressor import KVCompressor
 from acckv.report.results import Results
+from acckv.simulation import disable_checkpointing
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.clip_dataset import CalibrationBatch
 from lightning_modules.datamodule import AVDataModule
@@ -52,28 +53,48 @@ class ExportCompressor(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, CalibrationModule) or not takes_part(trainer, pl_module) or _dry(trainer):
             return
+        self.export(trainer, pl_module)
+
+    def export(self, trainer: Trainer, module: CalibrationModule) -> None:
+        """Write the export, close the module's session, and compare what is read back with what was trained.
+
+        Raises:
+            RuntimeError: the reloaded export differs from the live module.
+        """
         folder = self.path(trainer)
+        disable_checkpointing(module.live.adapter.decoder)
+        if not is_sharded(module):
+            module.to(trainer.strategy.root_device)  # a Trainer leaves it on the CPU
+        exported = module.exported()
         if trainer.is_global_zero:
-            pl_module.exported().save_pretrained(folder)
-        if is_sharded(pl_module):
+            exported.save_pretrained(folder)
+        if is_sharded(module):
             trainer.strategy.barrier()
-        batch = first_batch(trainer, pl_module)
-        live = self._answers(pl_module, pl_module.live, batch)
-        pl_module.teardown("fit")
-        with KVCompressor.from_pretrained(folder)(pl_module.model, pl_module.processor) as session:
-            reloaded = self._answers(pl_module, session, batch)
-        if not torch.equal(live, reloaded):
-            raise RuntimeError(f"{folder}: the reloaded export answers otherwise than the live module")
+        batch = first_batch(trainer, module)
+        ratios = [module.compression.ratio, *([module.options.ratio_min] if exported.tight is not None else [])]
+        live = [self._answers(module, module.live, batch, ratio) for ratio in ratios]
+        module.teardown("fit")
+        reloaded = KVCompressor.from_pretrained(folder)
+        if differing := different_tensors(exported, reloaded):
+            raise RuntimeError(f"{folder}: {', '.join(differing)} differ from what was trained")
+        with reloaded(module.model, module.processor) as session:
+            again = [self._answers(module, session, batch, ratio) for ratio in ratios]
+        for ratio, one, other in zip(ratios, live, again, strict=True):
+            if not torch.equal(one, other):
+                raise RuntimeError(f"{folder}: the reloaded export answers otherwise at {ratio:g} than the live module")
         if trainer.is_global_zero:
             print(f"Exported to {folder}; reloaded, it answers exactly as the live module.")
 
-    def _answers(self, module: CalibrationModule, session: Any, batch: CalibrationBatch) -> torch.Tensor:
-        """Tokens that a session gives to the first turn of every clip, at the config's ratio."""
+    def _answers(self, module: CalibrationModule, session: Any, batch: CalibrationBatch, ratio: float) -> torch.Tensor:
+        """Tokens that a session gives to the first turn of every clip at a ratio."""
         turns = batch.turns
         inputs: dict[str, Any] = {"max_new_tokens": self.new_tokens, "do_sample": False}
+        prefill = batch.prefilled(session, session.compressor.policy.rows)
+        cache = session.compress(prefill, ratio)
         if module.compression.when == "prompt":
-            model: Any = module.model
-            return model.generate(**batch.inputs, **inputs)
+            # The context holds the question: what is compared is read from what was kept of it.
+            first = turns.ids.gather(1, (turns.weight > 0).long().argmax(-1, keepdim=True))
+            return session.answer(cache, first, **inputs)
         question = (turns.turn == 0) & ((turns.weight == 0) | (turns.weight.cumsum(-1) == turns.weight))
         lengths = question.sum(-1)
         width = int(lengths.max())
@@ -82,8 +103,26 @@ class ExportCompressor(Callback):
         for row, length in enumerate(lengths.tolist()):
             ids[row, width - length :] = turns.ids[row, :length]
             mask[row, width - length :] = 1
-        prefill = batch.prefilled(session, session.compressor.policy.rows)
-        return session.answer(session.compress(prefill), ids, mask, **inputs)
+        return session.answer(cache, ids, mask, **inputs)
+
+
+def different_tensors(one: KVCompressor, other: KVCompressor) -> list[str]:
+    """Names of the learned tensors in which two compressors differ, those of the low-ratio stage and LoRA included."""
+    found, expected = ({**_learned(each), **_learned(each.tight, "tight.")} for each in (one, other))
+    return [
+        name
+        for name in sorted(found.keys() | expected.keys())
+        if name not in found or name not in expected or not torch.equal(found[name], expected[name])
+    ]
+
+
+def _learned(compressor: KVCompressor | None, prefix: str = "") -> dict[str, torch.Tensor]:
+    if compressor is None:
+        return {}
+    weights = {} if compressor.weights is None else compressor.weights.state_dict()
+    lora = {} if compressor.lora is None else compressor.lora.tensors
+    parts = {**{f"weights.{name}": value for name, value in weights.items()}, **lora}
+    return {f"{prefix}{name}": value.detach().cpu() for name, value in parts.items()}
 
 
 class EvaluateExport(Callback):
@@ -131,4 +170,6 @@ class EvaluateExport(Callback):
         )
         # An answer without words cannot be scored word by word.
         records = [record for record in data.records("validation") if record.answer.strip()]
-        self.results = run_evaluation(options, "python train.py", questions=(data.benchmark, records))
+        # Of a model that is split over processes this one has a part.
+        loaded = None if is_sharded(pl_module) else (pl_module.model, pl_module.processor)
+        self.results = run_evaluation(options, "python train.py", questions=(data.benchmark, records), model=loaded)

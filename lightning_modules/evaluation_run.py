@@ -46,6 +46,7 @@ def run_evaluation(
     command: str | None = None,
     console: Console | None = None,
     questions: tuple[str, list[Record]] | None = None,
+    model: tuple[Any, Any] | None = None,
 ) -> Results:
     """Measure, print the tables, and write the files. Each batch of answers is on the disk as soon as it is there.
 
@@ -57,6 +58,8 @@ def run_evaluation(
         command: the command line, for the report and the model card.
         console: to print to.
         questions: (name, questions) to ask instead of those of `options.data`.
+        model: (model, processor) in memory that are used instead of loading `options.model` again; they are left on the
+            evaluation's device.
 
     Raises:
         InputError: an option, a file or a checkpoint is not usable, or the output folder holds another evaluation.
@@ -67,9 +70,10 @@ def run_evaluation(
     cells = build_cells(options)
     title, records = questions or (options.data.title, options.data.records())
     benchmark = None if questions else options.data.benchmark
-    model, processor = load_model(options.model, dtype=options.dtype)
+    loaded: Any
+    loaded, processor = model or load_model(options.model, dtype=options.dtype)
     asking = _asking(options, benchmark, records)
-    setup = _setup(options, title, benchmark, records, cells, model, asking, trainer)
+    setup = _setup(options, title, benchmark, records, cells, loaded, asking, trainer)
     journal = Journal(Path(options.output), setup, _writer(shard, trainer))
     judge = Judge(benchmark, frozenset(setup.vocabulary), options.mode)
     if trainer.is_global_zero:
@@ -84,7 +88,7 @@ def run_evaluation(
     with progress:
         progress.start(shard.share(setup.batches, trainer.global_rank, trainer.world_size), journal)
         module = EvaluationModule(
-            model,
+            loaded,
             processor,
             cells,
             asking,
@@ -98,6 +102,8 @@ def run_evaluation(
         except InputError:
             journal.remove_if_empty()
             raise
+        finally:
+            loaded.to(trainer.strategy.root_device)  # a Trainer leaves it on the CPU, and the report asks it again
     batches, mine = journal.finished(), shard.share(setup.batches)
     outcome = evaluate_batches(setup, [batches[number] for number in mine], options.mode)
     if not trainer.is_global_zero:

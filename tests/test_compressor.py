@@ -285,7 +285,7 @@ def test_foreign_folders_are_not_overwritten(model: Any, tmp_path: Path) -> None
         ({"kernel": 4}, "kernel: 4 is even"),
         ({"budget": -1}, "budget: -1 is not a number of entries"),
         ({"focusing": 1}, "focusing: 1 is not true or false"),
-        ({"probe_queries": 17}, "probe_queries: 17 is not a number from 0 to 16"),
+        ({"probe_queries": 17}, "probe_queries: 17 is not an integer from 0 to 16"),
     ],
 )
 def test_config_errors(options: dict[str, Any], message: str) -> None:
