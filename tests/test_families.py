@@ -151,17 +151,28 @@ def test_left_padded_batch_equals_single_rows(built: Built, policy: str, when: A
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision(sdpa: Built, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within twice what rounding to this type changes in the plain model's own logits."""
-    family, exact = sdpa
-    model = family.build(dtype=dtype)
-    inputs, one = family.clip(model), {"max_new_tokens": 1, "do_sample": False}
-    ledger = Ledger(family.layers)
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.4))(model), ledger.following(monkeypatch):
-        _, logits = generate(model, inputs, **one)
-    with masked(model, ledger.evictions):
-        _, expected = generate(model, plain(inputs), **one)
-    rounded = generate(model, plain(inputs), **one)[1] - generate(exact, plain(family.clip(exact)), **one)[1]
-    assert (logits - expected).abs().max() < 2 * rounded.abs().max()
+    """A session in half precision is as far from float32 as masked full attention in half precision is.
+
+    Both round the same function, the same evictions hidden, so that how far rounding is carried on is the same for
+    both; how far depends on the clip. Of a clip's squared error the session's is a share of one half, give or take 0.35
+    where the error has one direction alone and 0.06 where it has all 64 of the hidden states: over four clips, a mean
+    over 0.8, twice the error of the reference, is two deviations away at the worst and ten as a rule.
+    """
+    family, _ = sdpa
+    model, exact = family.build(dtype=dtype), family.build(dtype=dtype).float()
+    one, shares = {"max_new_tokens": 1, "do_sample": False}, []
+    for seed in range(4):
+        inputs, ledger = family.clip(model, seed=seed), Ledger(family.layers)
+        wide = {name: x.float() if torch.is_tensor(x) and x.dtype == dtype else x for name, x in inputs.items()}
+        with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.4))(model), ledger.following(monkeypatch):
+            _, logits = generate(model, inputs, **one)
+        with masked(exact, ledger.evictions):
+            _, expected = generate(exact, plain(wide), **one)
+        with masked(model, ledger.evictions):
+            _, reference = generate(model, plain(inputs), **one)
+        added, usual = ((found - expected).square().mean() for found in (logits, reference))
+        shares.append(float(added / (added + usual)))
+    assert sum(shares) < 0.8 * len(shares)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.13, 0.0])
