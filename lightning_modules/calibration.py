@@ -9,7 +9,9 @@ from typing import Any, cast
 import torch
 from lightning import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from acckv.adapters import find_adapter, load_model
 from acckv.compressor import KVCompressor
@@ -25,11 +27,13 @@ from lightning_modules.calibration_checks import check_options
 from lightning_modules.clip_dataset import CalibrationBatch
 from lightning_modules.interrupted import TeardownOnException
 from lightning_modules.losses import Divergence, Match, divergence, mismatch, outputs_of
-from lightning_modules.optimizer import scheduled_adam
+from lightning_modules.optimizer import restart_rates, scheduled_adam
+from lightning_modules.resume import TRAINING, Resumed, check_fixed
 from lightning_modules.sharding import shard_frozen
 from lightning_modules.stages import TIGHT_REACH, Stages
 from lightning_modules.step_mean import StepMean
 from lightning_modules.taught import Taught
+from lightning_modules.trainer_checks import check_trainer
 
 #: Linear layers that LoRA adapts; a mixture of experts has only the first four by name.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -151,6 +155,9 @@ class CalibrationModule(LightningModule):
         self.compression = CompressionConfig.preset(preset, **{**options, **(overrides or {})})
         self.session: Session | None = None
         self.step_mean = StepMean()
+        self.trained_steps = 0  # in this process
+        self.resumed: Resumed | None = None
+        self._settled_at: int | None = None
 
     @property
     def options(self) -> Any:
@@ -196,6 +203,7 @@ class CalibrationModule(LightningModule):
             shard_frozen(self, self.live.adapter.decoder, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:
+        check_trainer(self.trainer)  # here, since nothing is prepared or loaded yet
         return [TeardownOnException()]
 
     def teardown(self, stage: str) -> None:
@@ -239,7 +247,7 @@ class CalibrationModule(LightningModule):
 
     @property
     def stages(self) -> Stages:
-        return Stages(self.options.tight_share, self.trainer.estimated_stepping_batches)
+        return Stages(self.options.tight_share, self.trainer.estimated_stepping_batches, self._settled_at)
 
     def temperature(self) -> float:
         """Of the gates at this step."""
@@ -266,9 +274,19 @@ class CalibrationModule(LightningModule):
         if self.live.attached is not None:
             self.live.attached.settle(lora)
 
+    def on_fit_start(self) -> None:
+        if self.trainer.max_steps >= 0:  # they alone end it: the one epoch of a run that goes on is used up
+            self.trainer.fit_loop.max_epochs = -1
+
+    def on_train_start(self) -> None:
+        if self.resumed is not None:
+            restart_rates(cast(LambdaLR, self.lr_schedulers()), self.options)
+            rank_zero_only(print)(self.resumed.describe(self))
+
     def on_train_batch_start(self, batch: CalibrationBatch, batch_idx: int) -> None:
         if self.stages.widens(self.global_step):
             self._settle()
+            self._settled_at = self.global_step
             cast(LightningOptimizer, self.optimizers()).optimizer.state.clear()  # what moved at one ratio alone
 
     def training_step(self, batch: CalibrationBatch, batch_idx: int) -> Tensor:
@@ -286,6 +304,7 @@ class CalibrationModule(LightningModule):
         return self.step_mean.add(batch.turns.weight.sum(), done.loss, kl=done.kl) + unread
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.trained_steps += 1
         self.log_dict(self.step_mean.finish(self), prog_bar=True, on_step=True, on_epoch=False)
 
     def validation_step(self, batch: CalibrationBatch, batch_idx: int) -> None:
@@ -359,15 +378,30 @@ class CalibrationModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         adapted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return scheduled_adam(self.weights, adapted, self.options, self.stages)
+        return scheduled_adam(self.weights, adapted, self.options, lambda: self.stages)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trained = self._trained()
         kept = {k: v for k, v in checkpoint["state_dict"].items() if k in trained or k.startswith(SETTLED)}
         checkpoint["state_dict"] = kept
+        checkpoint[TRAINING] = {"planned": self.stages.steps, "settled_at": self._settled_at}
         if self.compressor.tight is not None and self.live.attached is not None:
             checkpoint[SETTLED_LORA] = self.live.attached.tensors(tight=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make room for what the checkpoint holds, which is loaded next.
+
+        Raises:
+            InputError: it is another module's, contradicts the options, or there is no step left to train.
+        """
+        self.resumed = Resumed.read(checkpoint, self._trainer)
+        check_fixed(self.options, checkpoint)
+        self.configure_model()
+        self._settled_at = self.resumed.settled_at
         if any(name.startswith(SETTLED) for name in checkpoint["state_dict"]):
-            self._settle(checkpoint.get(SETTLED_LORA))  # its weights are loaded next
+            self._settle(checkpoint.get(SETTLED_LORA))
+        if missing := self._trained() - checkpoint["state_dict"].keys():
+            raise InputError(f"lacks {len(missing)} of the trained weights, {min(missing)} say", field="ckpt_path")
+
+    def _trained(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

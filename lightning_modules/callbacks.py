@@ -9,6 +9,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from acckv.compressor import KVCompressor
+from acckv.errors import InputError
 from acckv.report.results import Results
 from acckv.simulation import disable_checkpointing
 from lightning_modules.calibration import CalibrationModule
@@ -51,7 +52,12 @@ class ExportCompressor(Callback):
         return Path(self.folder or Path(trainer.default_root_dir) / "export")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, CalibrationModule) or not takes_part(trainer, pl_module) or _dry(trainer):
+        if not isinstance(pl_module, CalibrationModule):
+            return
+        if not pl_module.trained_steps:
+            message = "no step was trained; raise trainer.max_steps (or max_epochs, max_time), or export a checkpoint"
+            raise InputError(f"{message} as it is: python train.py export --ckpt_path FILE")
+        if not takes_part(trainer, pl_module) or _dry(trainer):
             return
         self.export(trainer, pl_module)
 

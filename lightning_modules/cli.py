@@ -4,25 +4,63 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.calibration_report import CalibrationReport
 from lightning_modules.callbacks import EvaluateExport, ExportCompressor
 from lightning_modules.datamodule import AVDataModule
-from lightning_modules.doors import quiet_libraries
+from lightning_modules.doors import given_options, option_value, quiet_libraries
+from lightning_modules.resume import (
+    CONFIG_FILE,
+    changed_options,
+    check_fixed,
+    find_checkpoint,
+    read_checkpoint,
+    run_config,
+)
 
 SUBCOMMANDS = ("fit", "validate")
+ROOT = "runs/calib"
+#: Of a checkpoint: the options of the model and of the data.
+SAVED = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
+#: Options of the data that are linked to the model's.
+LINKED = ("base_model", "when", "dtype")
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Keep the options in the run's folder too, where those of a checkpoint are looked for.
+
+    Args:
+        given: the options, without the paths that follow from `trainer.default_root_dir`.
+    """
+
+    def __init__(self, *args: Any, given: Namespace, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.given = given
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.given.ckpt_path = None  # of this start alone
+            file = Path(trainer.default_root_dir) / CONFIG_FILE
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.given, file, skip_none=False, overwrite=True, multifile=False)
 
 
 class CalibrationCLI(LightningCLI):
     """``fit`` calibrates and exports; ``validate`` measures the validation KL of a checkpoint.
 
     Everything is written below ``trainer.default_root_dir``: ``logs/`` (CSV), ``checkpoints/``, ``export/``,
-    ``eval/`` (a short evaluation of the export) and ``report.md`` with its plots and ``budgets.csv``.
+    ``eval/`` (a short evaluation of the export), ``report.md`` with its plots and ``budgets.csv``, and ``config.yaml``.
+
+    With ``--ckpt_path FILE`` the options that are given hold, and others are the checkpoint's; those that it cannot
+    have been trained under are refused. Without a ``--config`` that of the checkpoint's run is read.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -40,19 +78,44 @@ class CalibrationCLI(LightningCLI):
                 "trainer.use_distributed_sampler": False,  # the loader splits batches over processes itself
             }
         )
-        parser.link_arguments("model.base_model", "data.base_model")
-        parser.link_arguments("model.when", "data.when")
-        parser.link_arguments("model.dtype", "data.dtype")
+        for name in LINKED:
+            parser.link_arguments(f"model.{name}", f"data.{name}")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         every = LightningCLI.subcommands()
         return {name: every[name] for name in SUBCOMMANDS}
 
+    def _parse_ckpt_path(self) -> None:
+        """In place of Lightning's, which lets a checkpoint's options win over those of the command line."""
+        subcommand = self.config.subcommand
+        config = self.config[subcommand]
+        if config.ckpt_path is None:
+            return
+        folder = config.checkpoint.dirpath or Path(config.trainer.default_root_dir or ROOT) / "checkpoints"
+        file = find_checkpoint(str(config.ckpt_path), Path(folder))
+        checkpoint = read_checkpoint(file)
+        config.ckpt_path = str(file)
+        inherited: dict[str, dict[str, Any]] = {}
+        for group, key in SAVED.items():
+            given = given_options(group, sys.argv[1:])
+            skipped = given | ({*LINKED} if group == "data" else set())
+            saved = checkpoint.get(key, {})
+            inherited[group] = {name: saved[name] for name in saved if name in config[group] and name not in skipped}
+        self.config = self.parser.parse_object({subcommand: inherited}, self.config)
+        config = self.config[subcommand]
+        check_fixed(config.model, checkpoint, file)
+        changed = [
+            text for group, key in SAVED.items() for text in changed_options(group, config[group], checkpoint[key])
+        ]
+        if changed:
+            rank_zero_only(print)(f"Other options than the checkpoint's: {', '.join(changed)}.")
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.config.subcommand]
-        root = Path(config.trainer.default_root_dir or "runs/calib")
+        root = Path(config.trainer.default_root_dir or ROOT)
         config.trainer.default_root_dir = str(root)
+        self.save_config_kwargs["given"] = config.clone()
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(root / "checkpoints")
         if config.trainer.logger is None:
@@ -67,10 +130,24 @@ def main() -> None:
     quiet_libraries()
     if len(sys.argv) > 1 and sys.argv[1] not in (*SUBCOMMANDS, "-h", "--help"):
         sys.argv.insert(1, "fit")
+    _read_run_config(sys.argv)
     CalibrationCLI(
         CalibrationModule,
         AVDataModule,
+        save_config_callback=SaveRunConfig,
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
         parser_kwargs={"description": "Calibrate AccKV for an audio-video LLM and export the compressor."},
     )
+
+
+def _read_run_config(argv: list[str]) -> None:
+    """Put the config of a checkpoint's run before all other options, where no other config is named."""
+    name = option_value("--ckpt_path", argv)
+    if name in (None, "null") or option_value("--config", argv) or option_value("-c", argv):
+        return
+    root = Path(option_value("--trainer.default_root_dir", argv) or ROOT)
+    folder = Path(option_value("--checkpoint.dirpath", argv) or root / "checkpoints")
+    config = run_config(find_checkpoint(str(name), folder))
+    if config is not None:
+        argv[2:2] = ["--config", str(config)]

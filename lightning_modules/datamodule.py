@@ -107,7 +107,7 @@ class AVDataModule(LightningDataModule):
             raise InputError(
                 "is 'prompt', and clips that were encoded ahead end before the question", field="model.when"
             )
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # Lightning logs no two options of one name with the model's
         self.datasets: dict[str, ClipDataset] = {}
 
     @property

@@ -123,6 +123,29 @@ def _reason(text: str) -> str:
     return plain.replace("Expected a ", "expected ").rstrip(":")
 
 
+def given_options(group: str, argv: Sequence[str]) -> set[str]:
+    """Names of a group's options that are on the command line, or in a config file that is named there."""
+    names = {
+        word[len(group) + 3 :].partition("=")[0].partition(".")[0] for word in argv if word.startswith(f"--{group}.")
+    }
+    for values in (_load(file) for file in _config_files(argv)):
+        if isinstance(values, dict):
+            inner = [one for one in values.values() if isinstance(one, dict)]  # below the name of a subcommand
+            groups = [one.get(group) for one in (values, *inner)]
+            names |= {str(name) for one in groups if isinstance(one, dict) for name in one}
+    return names
+
+
+def option_value(option: str, argv: Sequence[str]) -> str | None:
+    """The value of an option on the command line, the last one of several."""
+    found = None
+    for index, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name == option and (equals or index + 1 < len(argv)):
+            found = value if equals else argv[index + 1]
+    return found
+
+
 def _config_files(argv: Sequence[str]) -> list[Path]:
     files = []
     for index, word in enumerate(argv):

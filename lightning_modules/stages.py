@@ -18,6 +18,7 @@ class Stages:
     Args:
         tight_share: share of the steps in the tight stage; 0 for none.
         steps: of the whole training; infinite where it has no end.
+        settled_at: the step with which all ratios began, where they have; it stays, however long a training gets.
 
     Raises:
         InputError: a share is asked of a training without an end.
@@ -25,6 +26,7 @@ class Stages:
 
     tight_share: float
     steps: float
+    settled_at: int | None = None
 
     def __post_init__(self) -> None:
         if self.tight_share and math.isinf(self.steps):
@@ -35,6 +37,8 @@ class Stages:
     @property
     def first_wide(self) -> int:
         """The step with which all ratios begin."""
+        if self.settled_at is not None:
+            return self.settled_at
         return round(self.tight_share * self.steps) if self.tight_share else 0
 
     def tight(self, step: int) -> bool:
