@@ -24,13 +24,14 @@ from __future__ import annotations
 import collections
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -219,7 +220,7 @@ def on_cpu(tree: Any) -> Any:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation: checked as an accelerator would, counted, and done on the CPU."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors = list(_tensors((*args, *kwargs.values())))
     devices = {x.device for x in tensors if isinstance(x, SimTensor)}
     if func is aten._fused_sdp_choice.default:
         return 0  # plain matrix products
@@ -232,7 +233,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func is aten._local_scalar_dense.default or _leaves_device(func, args, kwargs):
             _current._sync()
     here = _device_of_result(func, args, kwargs, devices)
-    inner_args, inner = tree_map(_values, args), tree_map(_values, kwargs)
+    inner_args = _mapped(_values, args)
+    inner = {name: _mapped(_values, value) for name, value in kwargs.items()}
     if inner.get("device") is not None and here is not None:
         inner["device"] = torch.device("cpu")
     generator = inner.get("generator")
@@ -243,8 +245,24 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return out
     if func is aten._to_copy.default:
         return SimTensor(out.clone() if any(out is _values(x) for x in tensors) else out, here)
-    out = tree_map(lambda x: SimTensor(x, here) if isinstance(x, Tensor) and not isinstance(x, SimTensor) else x, out)
+    out = _mapped(lambda x: SimTensor(x, here) if isinstance(x, Tensor) and not isinstance(x, SimTensor) else x, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if devices else out
+
+
+def _mapped(change: Any, value: Any) -> Any:
+    """`change` of an operation's argument or result: one thing, or a sequence (pytrees of any kind would be slow)."""
+    if isinstance(value, (list, tuple)):
+        parts = [_mapped(change, x) for x in value]
+        return parts if isinstance(value, list) else tuple(parts)
+    return change(value)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def _values(x: Any) -> Any:

@@ -1,0 +1,124 @@
+"""On the pretend accelerator a model, its cache and every method do what they do on the CPU, and no devices mix."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from acckv import CompressionConfig, KVCompressor
+from acckv.cache import CompressedCache, compressed_layers
+from acckv.config import PolicyName, When
+from acckv.weights import CalibratedWeights
+from tests.families import FAMILIES, Family, Tokenizer
+from tests.support.simulated_accelerator import DEVICE, SimulatedAccelerator, on_cpu, on_device, place
+from tests.test_training import calibrated
+
+Model = tuple[Family, Any]
+
+
+@pytest.fixture(autouse=True)
+def plain_attention() -> Iterator[None]:
+    """The pretend device multiplies matrices where the CPU has a fused kernel: so both round alike."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@pytest.fixture(scope="module")
+def family() -> Family:
+    return FAMILIES["qwen2_5_omni"]
+
+
+@pytest.fixture(scope="module")
+def model(family: Family) -> Any:
+    return family.build()
+
+
+def batch(family: Family, model: Any) -> dict[str, Any]:
+    """Two clips of different length."""
+    return family.collate([family.clip(model), family.clip(model, seed=1, frames=3, sounds=9)])
+
+
+def held(cache: CompressedCache) -> list[Tensor]:
+    """All that a cache holds, on the CPU."""
+    parts = [(layer.keys, layer.values, layer.bias, layer.labels, layer.offered) for layer in compressed_layers(cache)]
+    return [on_cpu(part) for layer in parts for part in layer if part is not None]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def generated(model: Any, inputs: dict[str, Any], compressor: KVCompressor) -> list[Tensor]:
+    """New tokens, and the cache of the prompt."""
+    with compressor(model, Tokenizer()) as session:
+        tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        cache = session.last_cache
+    return [on_cpu(tokens), *([] if cache is None else held(cache))]
+
+
+@pytest.mark.parametrize(
+    ("policy", "when"),
+    [*((policy, "context") for policy in get_args(PolicyName)), ("snapkv", "prompt"), ("acckv", "prompt")],
+)
+def test_every_policy(family: Family, model: Any, policy: PolicyName, when: When) -> None:
+    """Clips of different length in one batch: padding is on the device too."""
+    inputs = batch(family, model)
+    compressor = KVCompressor(CompressionConfig(policy=policy, ratio=0.3, when=when))
+    expected = generated(model, inputs, compressor)
+    with SimulatedAccelerator():
+        found = generated(place(copy.deepcopy(model)), on_device(inputs), compressor)
+    assert_same(found, expected)
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory, model: Any) -> Path:
+    """A calibrated compressor whose weights and LoRA are not those they start from."""
+    folder = tmp_path_factory.mktemp("export")
+    calibrated(model).with_ratio(0.3).save_pretrained(folder)
+    return folder
+
+
+def test_an_export(family: Family, model: Any, export: Path) -> None:
+    """It is read on the CPU and compresses where the model is."""
+    inputs = batch(family, model)
+    expected = generated(model, inputs, KVCompressor.from_pretrained(export))
+    with SimulatedAccelerator():
+        found = generated(place(copy.deepcopy(model)), on_device(inputs), KVCompressor.from_pretrained(export))
+    assert_same(found, expected)
+
+
+def test_weights_are_the_same_whatever_device_is_the_default() -> None:
+    """As within Lightning, and after `torch.set_default_device`."""
+    expected = CalibratedWeights(2, 1, 2, 4, 3).state_dict()
+    with SimulatedAccelerator(), torch.device("sim"):
+        found = CalibratedWeights(2, 1, 2, 4, 3)
+        assert all(weight.device == DEVICE for weight in found.parameters())
+    assert_same([on_cpu(weight) for weight in found.state_dict().values()], list(expected.values()))
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.3}, {"budget": 6, "share_heads": False}], ids=["ratio", "budget"])
+def test_a_stream(family: Family, model: Any, export: Path, options: dict[str, Any]) -> None:
+    """Chunk after chunk, then a question; within a budget heads come to hold different entries."""
+    chunks = [family.context(model), family.context(model, seed=1), family.context(model, seed=2)]
+    question = torch.tensor([[20, 21, 22]])
+
+    def streamed(model: Any, chunks: list[Any], question: Tensor) -> list[Tensor]:
+        with KVCompressor.from_pretrained(export, **options)(model, Tokenizer()) as session:
+            cache = None
+            for chunk in chunks:
+                cache = session.extend(chunk, cache)
+            answer = session.answer(cache, question, max_new_tokens=3, do_sample=False)
+        return [answer, *held(cache)]
+
+    expected = streamed(model, chunks, question)
+    with SimulatedAccelerator():
+        found = streamed(place(copy.deepcopy(model)), on_device(chunks), on_device(question))
+        assert_same(on_cpu(found), expected)
