@@ -42,7 +42,8 @@ class AskOptions:
         ratio: kept share of the audio and video entries, 0 to 1.
         max_new_tokens: longest answer, in tokens.
         seed: of random eviction.
-        dtype: of the model: float32, bfloat16 or float16.
+        dtype: of the model: float32, bfloat16, float16, or auto (what the checkpoint is stored in).
+        load_options: of transformers' from_pretrained, such as {revision: main}.
         accelerator: auto, cpu or gpu.
     """
 
@@ -57,7 +58,8 @@ class AskOptions:
     ratio: float = 0.1
     max_new_tokens: int = 40
     seed: int = 0
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    load_options: dict[str, Any] | None = None
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
 
     def __post_init__(self) -> None:
@@ -107,7 +109,9 @@ def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked,
     console = console or Console()
     media = read_media(options.video, audio=options.audio, start=options.start, end=options.end)
     compressor = _compressor(options)
-    model, processor = load_model(options.model, dtype=options.dtype, device=_device(options.accelerator))
+    placed = options.accelerator == "auto" and "device_map" in (options.load_options or {})
+    device = None if placed else _device(options.accelerator)
+    model, processor = load_model(options.model, options.dtype, device, load_options=options.load_options)
     inputs: dict[str, Any] = {
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value
         for name, value in encode_context(processor, media).items()

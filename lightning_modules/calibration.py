@@ -103,7 +103,9 @@ class CalibrationModule(LightningModule):
         validation_ratios: ratios of the validation KL.
         gradient_checkpointing: repeat the student's forward of each layer in backward instead of holding what is in it:
             less memory for one more forward. With `lora_scope: all` the prompt's part is held all the same.
-        dtype: of the frozen model.
+        dtype: of the frozen model: float32, bfloat16, float16 or auto.
+        load_options: of transformers' from_pretrained for the frozen model, such as ``{revision: main}`` or
+            ``{quantization_config: {load_in_4bit: true}}``.
         seed: of the ratio draws.
     """
 
@@ -145,6 +147,7 @@ class CalibrationModule(LightningModule):
         validation_ratios: tuple[float, ...] = (0.2, 0.05),
         gradient_checkpointing: bool = False,
         dtype: str = "float32",
+        load_options: dict[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -169,7 +172,7 @@ class CalibrationModule(LightningModule):
         if self.session is not None:
             return
         options = self.options
-        model, processor = load_model(options.base_model, options.dtype)
+        model, processor = load_model(options.base_model, options.dtype, load_options=options.load_options)
         adapter = find_adapter(model)
         sizes = adapter.dimensions
         weights = self.weights_class(

@@ -47,6 +47,7 @@ class AVDataModule(LightningDataModule):
         prompts: asked of every clip (source 'folder'); None takes a few generic ones.
         max_new_tokens: longest answer to them.
         dtype: of the model that answers them; linked to the model's.
+        load_options: of the model and its processor; linked to the model's.
         batch_size: clips a step and process.
         turns: questions about each clip in a step; 0 takes all.
         keep: what is held in memory of a clip after its first visit. 'embeddings': it is not decoded and encoded again
@@ -75,6 +76,7 @@ class AVDataModule(LightningDataModule):
         prompts: list[str] | None = None,
         max_new_tokens: int = 64,
         dtype: str = "float32",
+        load_options: dict[str, Any] | None = None,
         batch_size: int = 8,
         turns: int = 0,
         keep: Keep = "embeddings",
@@ -127,7 +129,7 @@ class AVDataModule(LightningDataModule):
         if self.datasets:  # what was kept of the clips stays
             return
         options = self.options
-        processor = load_processor(options.base_model, options.dtype)
+        processor = load_processor(options.base_model, options.dtype, options.load_options)
         for split in ("train", "validation"):
             self.datasets[split] = ClipDataset(
                 self.records(split), processor, options.when, options.turns, options.seed, options.keep
@@ -192,7 +194,9 @@ class AVDataModule(LightningDataModule):
     def _answers(self) -> AnswerFile:
         options = self.options
         prompts = tuple(PROMPTS if options.prompts is None else options.prompts)
-        settings = AnswerSettings(str(options.base_model), options.dtype, prompts, options.max_new_tokens)
+        settings = AnswerSettings(
+            str(options.base_model), options.dtype, prompts, options.max_new_tokens, options.load_options
+        )
         return AnswerFile(Path(self._trainer.default_root_dir) / ANSWERS_FILE, settings)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.config import PolicyName, When
@@ -49,7 +49,9 @@ class EvaluationOptions:
         strips: clips whose kept entries the report shows.
         strict: a clip that cannot be read is an error. Otherwise its questions are left out, and it is listed.
         update_card: write the measured table into the model card of the export, where that is a folder.
-        dtype: of the model: float32, bfloat16 or float16.
+        dtype: of the model: float32, bfloat16, float16, or auto (what the checkpoint is stored in).
+        load_options: of transformers' from_pretrained, such as {revision: main} or
+            {quantization_config: {load_in_4bit: true}}.
         accelerator: of the Trainer: auto, cpu or gpu.
         devices: processes on this machine, each with a share of the batches.
         shard: this machine's part of the batches, such as 2/4; give each part a folder, and join them with
@@ -73,7 +75,8 @@ class EvaluationOptions:
     strips: int = 3
     strict: bool = False
     update_card: bool = True
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    load_options: dict[str, Any] | None = None
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     shard: str | None = None

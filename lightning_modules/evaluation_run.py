@@ -71,7 +71,7 @@ def run_evaluation(
     title, records = questions or (options.data.title, options.data.records())
     benchmark = None if questions else options.data.benchmark
     loaded: Any
-    loaded, processor = model or load_model(options.model, dtype=options.dtype)
+    loaded, processor = model or load_model(options.model, options.dtype, load_options=options.load_options)
     asking = _asking(options, benchmark, records)
     setup = _setup(options, title, benchmark, records, cells, loaded, asking, trainer)
     journal = Journal(Path(options.output), setup, _writer(shard, trainer))
@@ -219,6 +219,7 @@ def _setup(
         batch_size=options.batch_size,
         max_new_tokens=asking.max_new_tokens,
         dtype=options.dtype,
+        load_options=options.load_options,
         device=trainer.strategy.root_device.type,
     )
     vocabulary = sorted(answer_vocabulary(records)) if benchmark is None else []

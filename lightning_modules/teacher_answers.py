@@ -40,7 +40,7 @@ class AnswerSettings:
     """What answers depend on besides the clip.
 
     Attributes:
-        model: 'tiny', a folder or a hub id; dtype: that it runs in.
+        model: 'tiny', a folder or a hub id; dtype: that it runs in; load_options: of from_pretrained.
         prompts: asked of every clip, each in a conversation of its own.
         max_new_tokens: longest answer.
     """
@@ -49,6 +49,7 @@ class AnswerSettings:
     dtype: str
     prompts: tuple[str, ...]
     max_new_tokens: int
+    load_options: dict[str, Any] | None = None
 
 
 class AnswerFile:
@@ -130,7 +131,10 @@ def answer_clips(file: AnswerFile, videos: Sequence[Path], batch_size: int, devi
     if not waiting:
         return
     settings = file.settings
-    model, processor = load_model(settings.model, settings.dtype, str(device))
+    placed = "device_map" in (settings.load_options or {})
+    model, processor = load_model(
+        settings.model, settings.dtype, None if placed else device, load_options=settings.load_options
+    )
     _warn_of_unknown_words(processor, settings.prompts)
     batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
     with KVCompressor(CompressionConfig(policy="full"))(model) as session:

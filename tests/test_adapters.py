@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from acckv import CompressionConfig, InputError, KVCompressor, adapters
-from acckv.adapters import GenericAdapter, find_adapter, load_model
+from acckv.adapters import GenericAdapter, find_adapter, load_model, loading
 from acckv.adapters.base import ModelAdapter
 from tests.families import FAMILIES, TEXT
 
@@ -27,7 +27,7 @@ class NoProcessor:
 
 @pytest.mark.parametrize("name", SERVED)
 def test_load_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters, "AutoProcessor", NoProcessor)
+    monkeypatch.setattr(loading, "AutoProcessor", NoProcessor)
     family = FAMILIES[name]
     model = family.build()
     model.save_pretrained(tmp_path)
@@ -44,7 +44,7 @@ def test_load_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_load_the_thinker_of_a_full_omni_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hub checkpoints hold a talker too; what generates text is taken out of them."""
-    monkeypatch.setattr(adapters, "AutoProcessor", NoProcessor)
+    monkeypatch.setattr(loading, "AutoProcessor", NoProcessor)
     thinker = FAMILIES["qwen2_5_omni"].build()
     config = transformers.Qwen2_5OmniConfig(thinker_config=thinker.config.to_dict(), enable_audio_output=False)
     whole = transformers.Qwen2_5OmniForConditionalGeneration._from_config(config)
