@@ -330,7 +330,8 @@ class CalibrationModule(LightningModule):
         matched = self._matched() if training and ratio >= options.match_from else []
         if scope_all:
             prefill = session.prefill(prefill.embedded, self.compressor.policy.rows, gradients=training)
-        plans = None if self.compressor.keeps_all(ratio) else session.plan(prefill, ratio, temperature)
+        with torch.autocast(self.device.type, enabled=False):  # sessions select in full precision
+            plans = None if self.compressor.keeps_all(ratio) else session.plan(prefill, ratio, temperature)
         with session.adapted(ratio), outputs_of(matched) as found:
             student = self._logits(prefill, plans, turns)
         counted = turns.weight > 0

@@ -25,6 +25,7 @@ from lightning_modules.resume import (
     read_checkpoint,
     run_config,
 )
+from lightning_modules.trainer_checks import freeze_precision
 
 SUBCOMMANDS = ("fit", "validate")
 ROOT = "runs/calib"
@@ -115,9 +116,12 @@ class CalibrationCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         root = Path(config.trainer.default_root_dir or ROOT)
         config.trainer.default_root_dir = str(root)
+        freeze_precision(config, given_options("model", sys.argv[1:]))
         self.save_config_kwargs["given"] = config.clone()
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(root / "checkpoints")
+        if config.trainer.fast_dev_run:
+            config.checkpoint.save_last = False  # Lightning would write it all the same
         if config.trainer.logger is None:
             config.trainer.logger = Namespace(
                 class_path="lightning.pytorch.loggers.CSVLogger",
