@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from torch.nn import Parameter
 
 from acckv.adapters.base import ModelAdapter
 from acckv.errors import InputError
+
+#: Names of the two sets of a session as peft's adapters: of all ratios, and of the low ratios that have their own.
+DEFAULT, TIGHT = "default", "tight"
 
 
 @dataclass
@@ -52,15 +56,46 @@ def lora_config(adapter: ModelAdapter, rank: int, alpha: float, targets: tuple[s
     )
 
 
-class AttachedLora:
-    """LoRA layers on a model, in place, until :meth:`remove`.
+class SessionLora(ABC):
+    """The LoRA of a session: which set acts now, or none.
+
+    Attributes:
+        tight: whether the set of the tightest ratios acts, and not the one of all others.
+    """
+
+    tight: bool = False
+
+    @abstractmethod
+    def select(self, tight: bool) -> None:
+        """Let the set of the tightest ratios act, or that of all others; they are the same where there is one."""
+
+    @contextmanager
+    def selected(self, tight: bool) -> Iterator[None]:
+        """The same while the context is open."""
+        before = self.tight
+        self.select(tight)
+        try:
+            yield
+        finally:
+            self.select(before)
+
+    @abstractmethod
+    def disabled(self) -> Any:
+        """The base model's own projections while the context is open; then as before, so that it can be nested."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """The model is as it was before."""
+
+
+class AttachedLora(SessionLora):
+    """LoRA layers on a model, in place, until :meth:`remove`: what is trained, and what quantised weights need.
+
+    The two sets are two adapters of peft.
 
     Args:
         adapter: of the model; config: from :func:`lora_config`; tensors: as peft saves them, None for fresh ones.
         tight: tensors of the tightest ratios, or None.
-
-    Attributes:
-        tight: whether those act now, and not the others.
 
     Raises:
         InputError: the model carries an adapter already, or the tensors belong to another model.
@@ -79,76 +114,64 @@ class AttachedLora:
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.adapter = adapter
         # peft edits the configuration it is given.
-        self.wrapped = PeftModel(model, LoraConfig(**config.to_dict()))
+        self.wrapped = PeftModel(model, LoraConfig(**config.to_dict()), adapter_name=DEFAULT)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
         if layers.keys() != set(config.target_modules or ()):
             self.remove()
             raise InputError(f"LoRA reached {len(layers)} modules that are not the decoder's", field="adapter")
-        self._layers = list(layers.values())
-        self.tight = False
-        self._aside: list[Tensor] | None = None  # values of the parameters that do not act now
-        if tight is not None:
-            self._load(tight)
-            self.settle()
+        self.layers: list[Any] = list(layers.values())
         if tensors is not None:
-            self._load(tensors)
+            self._load(tensors, DEFAULT)
+        if tight is not None:
+            self.settle(tight)
 
-    def _load(self, tensors: dict[str, Tensor]) -> None:
-        expected = {name: tensor.shape for name, tensor in self.tensors().items()}
-        if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+    def _load(self, tensors: dict[str, Tensor], name: str) -> None:
+        expected = {key: tensor.shape for key, tensor in self.tensors().items()}
+        if expected != {key: tensor.shape for key, tensor in tensors.items()}:
             self.remove()
             raise InputError("the LoRA tensors belong to another model", field="adapter")
-        set_peft_model_state_dict(self.wrapped, tensors)
+        set_peft_model_state_dict(self.wrapped, tensors, adapter_name=name)
+
+    @property
+    def sets(self) -> list[str]:
+        """Names of the adapters that there are."""
+        return [name for name in (DEFAULT, TIGHT) if name in self.wrapped.peft_config]
 
     def tensors(self, tight: bool = False) -> dict[str, Tensor]:
         """The adapter's tensors as peft saves them, on the CPU.
 
         Args:
-            tight: those of the tightest ratios.
+            tight: those of the tightest ratios, where they have their own.
         """
-        with self.selected(tight):
-            state = get_peft_model_state_dict(self.wrapped, save_embedding_layers=False)
-            return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+        name = TIGHT if tight and TIGHT in self.sets else DEFAULT
+        state = get_peft_model_state_dict(self.wrapped, adapter_name=name, save_embedding_layers=False)
+        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
 
     def parameters(self) -> list[Parameter]:
-        return [value for name, value in self.adapter.model.named_parameters() if ".lora_" in name]
+        """Those that act at all ratios but the tightest: what is trained."""
+        return [p for name, p in self.adapter.model.named_parameters() if ".lora_" in name and f".{DEFAULT}." in name]
 
     def settle(self, tensors: dict[str, Tensor] | None = None) -> None:
         """Keep the values as they are now, or these, for the tightest ratios."""
-        live = self._values()
-        if tensors is not None:
-            self._load(tensors)
-        self._aside = self._values()
-        self._put(live)
+        values = self.tensors() if tensors is None else tensors
+        if TIGHT not in self.sets:
+            self.wrapped.add_adapter(TIGHT, LoraConfig(**self.wrapped.peft_config[DEFAULT].to_dict()))
+        self._load(values, TIGHT)
+        self._activate()
 
     def select(self, tight: bool) -> None:
-        """Let the values of the tightest ratios act, or those of all others; they are the same where none are kept."""
-        if tight != self.tight and self._aside is not None:
-            live = self._values()
-            self._put(self._aside)
-            self._aside, self.tight = live, tight
+        if tight != self.tight:
+            self.tight = tight
+            self._activate()
 
-    @contextmanager
-    def selected(self, tight: bool) -> Iterator[None]:
-        """The same while the context is open."""
-        before = self.tight
-        self.select(tight)
-        try:
-            yield
-        finally:
-            self.select(before)
-
-    def _values(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self.parameters()]
-
-    def _put(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters(), values, strict=True):
-            parameter.data.copy_(value)
+    def _activate(self) -> None:
+        name = TIGHT if self.tight and TIGHT in self.sets else DEFAULT
+        for layer in self.layers:
+            layer.set_adapter(name)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model's own projections while the context is open; then as before, so that it can be nested."""
-        enabled = [layer for layer in self._layers if not layer.disable_adapters]
+        enabled = [layer for layer in self.layers if not layer.disable_adapters]
         for layer in enabled:
             layer.enable_adapters(False)
         try:
@@ -158,7 +181,6 @@ class AttachedLora:
                 layer.enable_adapters(True)
 
     def remove(self) -> None:
-        """Take every LoRA layer off again; the model is as it was before."""
         tuner: Any = self.wrapped.base_model
         model = tuner.unload()
         for name in ("peft_config", "_hf_peft_config_loaded"):

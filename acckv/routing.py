@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from acckv import lora
 from acckv.adapters.base import ModelAdapter
 from acckv.attention import SIMULATION, Tap
 from acckv.cache import CompressedCache, adopt, compressed_layers
 from acckv.compressor import KVCompressor
 from acckv.eviction import Eviction
+from acckv.lora import SessionLora
 from acckv.modality import Modality, ModalityMap
 from acckv.policies.base import Rows
 from acckv.prompt import Decoder, ProbePrompt, PromptRun
@@ -51,7 +51,7 @@ class Router:
 
     Attributes:
         last_cache: of the last prompt that was compressed under the user's own call.
-        attached: the compressor's LoRA while it is on the model.
+        lora: the compressor's, while it is on the model.
     """
 
     def __init__(self, compressor: KVCompressor, adapter: ModelAdapter, probe: ProbePrompt) -> None:
@@ -60,7 +60,7 @@ class Router:
         self.look = SecondLook(compressor, adapter, self.tap, probe.processor)
         self.wiring = Wiring(adapter, self._decode, compressor.config.when)
         self.last_cache: CompressedCache | None = None
-        self.attached: lora.AttachedLora | None = None
+        self.lora: SessionLora | None = None
         self._task: Task | None = None
         self._simulation: Simulation | None = None
 
@@ -95,7 +95,7 @@ class Router:
                 return original(**arguments)
             if self._task is not None:
                 return self._run_task(self._task, original, cache, turn, arguments)
-            if turn.has_media and (self.attached is not None or not self.compressor.keeps_all()):
+            if turn.has_media and (self.lora is not None or not self.compressor.keeps_all()):
                 return self._compress_prompt(original, cache, turn, arguments)
             if self.adapter.has_windows and compressed_layers(cache) and not bool(turn.labels.real.all()):
                 run = PromptRun(self.adapter, self.tap, original, cache, turn.uncompressed(), arguments)
@@ -155,13 +155,13 @@ class Router:
         return self.probe.ids(labels.shape[0], labels.device)
 
     def _adapt(self, tight: bool) -> None:
-        if self.attached is not None:
-            self.attached.select(tight)
+        if self.lora is not None:
+            self.lora.select(tight)
 
     @property
     def adapts_prompt(self) -> bool:
         """Whether LoRA acts on the prompt too, so that a prefill of the base model is of no use here."""
-        return self.attached is not None and self.compressor.lora_scope == "all"
+        return self.lora is not None and self.compressor.lora_scope == "all"
 
     def prompt_adapters(self) -> AbstractContextManager[Any]:
         """LoRA of scope 'after' is off while the prompt runs."""
@@ -169,4 +169,4 @@ class Router:
 
     def base_projections(self) -> AbstractContextManager[Any]:
         """LoRA, if there is any, is off while the context is open."""
-        return nullcontext() if self.attached is None else self.attached.disabled()
+        return nullcontext() if self.lora is None else self.lora.disabled()

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acckv import lora
 from acckv.adapters import find_adapter
 from acckv.attention import shadow_attention
 from acckv.cache import CompressedCache, branch_layers, compressed_layers, fresh_cache
 from acckv.compressor import KVCompressor
 from acckv.errors import InputError
+from acckv.lora import AttachedLora
+from acckv.merged_lora import LoraMode, attach
 from acckv.modality import ModalityMap
 from acckv.pipeline import LayerPlan
 from acckv.policies.base import Rows
@@ -37,6 +38,10 @@ class Session:
     Args:
         compressor: what to do; model: of a supported family; processor: tokenises the probe prompt, if one is needed.
         probe_prompt: text run once after the media and forgotten, whose attention stands for the question's.
+        lora_mode: 'merged' holds copies of the weights with the compressor's LoRA in them, so that an adapted token
+            costs no more than one of the base model; 'separate' runs LoRA beside the weights, which training and
+            quantised weights need; 'auto' merges where the weights are plain and the copies take at most half of the
+            free memory, and warns where they would take more.
     """
 
     def __init__(
@@ -45,10 +50,12 @@ class Session:
         model: Any,
         processor: Any = None,
         probe_prompt: str = "describe the clip",
+        lora_mode: LoraMode = "auto",
     ) -> None:
         self.compressor = compressor
         self.adapter = find_adapter(model)
         self.model = model
+        self.lora_mode = lora_mode
         self.router = Router(compressor, self.adapter, ProbePrompt(processor, probe_prompt))
         self._stack = ExitStack()
         if compressor.base is not None:
@@ -71,14 +78,8 @@ class Session:
         with ExitStack() as stack:
             if self.compressor.lora is not None:
                 tight = None if self.compressor.tight is None else self.compressor.tight.lora
-                attached = lora.AttachedLora(
-                    adapter,
-                    self.compressor.lora.config,
-                    self.compressor.lora.tensors or None,  # fresh ones
-                    None if tight is None else tight.tensors,
-                )
-                self.router.attached = attached
-                stack.callback(attached.remove)
+                self.router.lora = attach(adapter, self.compressor.lora, tight, self.lora_mode)
+                stack.callback(self.router.lora.remove)
             modules = [layer.module for layer in adapter.attention_layers]
             stack.enter_context(shadow_attention(modules, adapter.attention_implementation, self.router.tap.attend))
             stack.enter_context(self.router.wiring)
@@ -87,7 +88,7 @@ class Session:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-        self.router.attached = None
+        self.router.lora = None
 
     @property
     def last_cache(self) -> CompressedCache | None:
@@ -95,9 +96,9 @@ class Session:
         return self.router.last_cache
 
     @property
-    def attached(self) -> lora.AttachedLora | None:
-        """The compressor's LoRA while it is on the model."""
-        return self.router.attached
+    def attached(self) -> AttachedLora | None:
+        """The compressor's LoRA layers while they are on the model; None without any, and where they are merged."""
+        return self.router.lora if isinstance(self.router.lora, AttachedLora) else None
 
     @property
     def adapts_prompt(self) -> bool:
@@ -110,7 +111,8 @@ class Session:
 
     def adapted(self, ratio: float) -> AbstractContextManager[Any]:
         """Simulations use the LoRA of a ratio while the context is open; caches know their own."""
-        return nullcontext() if self.attached is None else self.attached.selected(self.compressor.is_tight(ratio))
+        lora = self.router.lora
+        return nullcontext() if lora is None else lora.selected(self.compressor.is_tight(ratio))
 
     def _require_open(self) -> None:
         if not self.router.wiring.is_open:

@@ -191,7 +191,7 @@ class CalibrationModule(LightningModule):
             parameter.requires_grad_(False)
         self.model, self.processor = model, processor
         self.compressor = KVCompressor(self.compression, weights, adapter_weights, options.lora_scope, base)
-        self.session = self.compressor(model, processor).__enter__()
+        self.session = self.compressor(model, processor, lora_mode="separate").__enter__()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(".lora_" in name)
         if options.gradient_checkpointing:

@@ -83,7 +83,8 @@ class ExportCompressor(Callback):
         reloaded = KVCompressor.from_pretrained(folder)
         if differing := different_tensors(exported, reloaded):
             raise RuntimeError(f"{folder}: {', '.join(differing)} differ from what was trained")
-        with reloaded(module.model, module.processor) as session:
+        # Merged LoRA rounds otherwise than the layers that were trained.
+        with reloaded(module.model, module.processor, lora_mode="separate") as session:
             again = [self._answers(module, session, batch, ratio) for ratio in ratios]
         for ratio, one, other in zip(ratios, live, again, strict=True):
             if not torch.equal(one, other):

@@ -153,7 +153,7 @@ def test_all_ratios_start_from_what_the_tightest_learned(cache: Path, tmp_path: 
     assert same(last, held(loaded)) and not same(held(loaded), held(loaded.tight))
     lora = loaded.lora.tensors
     assert not same({name: loaded.tight.lora.tensors[name] for name in lora}, lora)
-    with loaded(module.model, module.processor) as session:
+    with loaded(module.model, module.processor, lora_mode="separate") as session:
         with session.adapted(0.1):
             assert same(session.attached.tensors(tight=True), loaded.tight.lora.tensors) and session.attached.tight
         assert same(session.attached.tensors(), lora) and not session.attached.tight

@@ -141,7 +141,7 @@ def test_gradient_checkpointing_changes_nothing(built: Built, monkeypatch: pytes
         model.train()
         if checkpointing:
             model.activation_checkpointing_enable()
-        with compressor(model, Tokenizer()) as session:
+        with compressor(model, Tokenizer(), lora_mode="separate") as session:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(".lora_" in name)
             prefill = session.prefill(**family.context(model))
@@ -177,12 +177,16 @@ def test_lora_is_on_the_decoder_alone_and_comes_off(built: Built) -> None:
     assert names and all(name.startswith(f"{decoder}.layers.") for name in names)
     assert len([name for name in names if name.endswith("q_proj")]) == len(adapter.decoder.layers)
     before = model.generate(**{k: v for k, v in family.clip(model).items() if k != "modality_ids"}, max_new_tokens=2)
-    with calibrated(model)(model, Tokenizer()) as session:
-        session.compress(**family.context(model))
-        assert any("lora" in name for name, _ in model.named_modules())
-    assert not any("lora" in name for name, _ in model.named_modules())
     clip = {name: value for name, value in family.clip(model).items() if name != "modality_ids"}
-    assert torch.equal(model.generate(**clip, max_new_tokens=2), before)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for mode in ("separate", "merged"):
+        with calibrated(model)(model, Tokenizer(), lora_mode=mode) as session:
+            session.compress(**family.context(model))
+            assert any("lora" in name for name, _ in model.named_modules()) == (mode == "separate")
+        assert not any("lora" in name for name, _ in model.named_modules())
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert torch.equal(model.generate(**clip, max_new_tokens=2), before)
 
 
 @pytest.mark.parametrize("preset", ["paper", "context"])
