@@ -146,7 +146,7 @@ def region_mask(
     if bias is None:
         front = tail_mask.new_zeros(*tail_mask.shape[:3], region)
     else:
-        front = bias.to(query.dtype).clamp_min(torch.finfo(query.dtype).min)[:, :, None]
+        front = bias.to(query).clamp_min(torch.finfo(query.dtype).min)[:, :, None]
         if front.shape[1] > 1:
             front = front.repeat_interleave(heads // front.shape[1], dim=1)
         front = front.expand(-1, -1, length, -1)

@@ -49,7 +49,8 @@ class CompressedCache(DynamicCache):
         """float ``[layers, 2]``: video and audio entries held by each compressed layer, merged ones included; mean
         over rows."""
         counts = self.labels.counts()
-        kept = [counts if layer.kept is None else layer.kept for layer in compressed_layers(self)]
+        held = [layer.kept for layer in compressed_layers(self)]
+        kept = [counts if each is None else each.to(counts.device) for each in held]
         return torch.stack(kept).float().mean(dim=1)
 
     def full_entries(self) -> Tensor:

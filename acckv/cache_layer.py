@@ -60,6 +60,9 @@ class CompressedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.seen += key_states.shape[-2]
+        if self.physical and self.keys.device != key_states.device:  # of a prefill that was kept elsewhere
+            self.keys, self.values = self.keys.to(key_states.device), self.values.to(key_states.device)
+            self._map_rows(lambda rows: rows.to(key_states.device))
         held = super().update(key_states, value_states)
         self.lengths[self.slot] = self.physical
         return held
@@ -97,6 +100,7 @@ class CompressedLayer(DynamicLayer):
         self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        indices = indices.to(self.keys.device)
         super().batch_select_indices(indices)
         self._map_rows(lambda rows: rows[indices])
 
@@ -118,6 +122,7 @@ class CompressedLayer(DynamicLayer):
         """
         self.tight = tight
         batch, kv_heads, _, _ = self.keys.shape
+        labels = labels.to(self.keys.device)
         length = labels.shape[-1]
         keep = torch.isfinite(plan.log_gates).expand(-1, kv_heads, -1)
         merged = torch.tensor(COMPRESSED, device=labels.device, dtype=labels.dtype).expand(batch, labels.shape[1], -1)
@@ -129,6 +134,7 @@ class CompressedLayer(DynamicLayer):
         if plan.pivots is not None:
             keys, values = plan.pivots.place(keys, values)
         if offered is not None:
+            offered = offered.to(self.keys.device)
             self.offered = offered if self.offered is None else self.offered + offered
         self._hold((keys, plan.keys), (values, plan.values), bias, labels, keep)
 
@@ -139,6 +145,7 @@ class CompressedLayer(DynamicLayer):
             valid: bool ``[B, tail]`` of the entries after the region.
         """
         batch, kv_heads, _, _ = self.keys.shape
+        valid = valid.to(self.keys.device)
         old = self._region_bias(torch.float32)
         bias = torch.cat([old, old.new_zeros(batch, kv_heads, valid.shape[1])], dim=-1)
         keep = torch.cat([torch.isfinite(old), valid[:, None].expand(-1, kv_heads, -1)], dim=-1)
@@ -195,10 +202,11 @@ def settle_window(layer: DynamicSlidingWindowLayer, valid: Tensor, seen: int) ->
         valid: bool ``[B, held]`` of the entries that the layer holds now.
         seen: columns that the layer has seen when the gaps are not counted.
     """
-    held = layer.keys.shape[-2]  # type: ignore[union-attr]
+    keys: Any = layer.keys
+    held = keys.shape[-2]
     width = min(layer.sliding_window - 1, seen)
     # A stable sort puts gaps first: each row's last `width` places are its latest tokens.
-    index = valid.to(torch.uint8).argsort(dim=-1, stable=True)[:, held - width :, None]
+    index = valid.to(keys.device, torch.uint8).argsort(dim=-1, stable=True)[:, held - width :, None]
     for name in ("keys", "values"):
         tensor = getattr(layer, name)
         place = index[:, None].expand(-1, tensor.shape[1], -1, tensor.shape[-1])

@@ -134,6 +134,7 @@ class KVCompressor(nn.Module):
             policy takes one top-k over both.
         """
         counts, layers = labels.counts(), len(scores)
+        scores = [score.to(counts.device) for score in scores]
         absolute = self.config.budget if ratio is None else None
         ratio = self.ratio_of(labels, layers, ratio)
         if self.config.policy == "full":
@@ -233,10 +234,13 @@ class KVCompressor(nn.Module):
         """Decide for one layer whose budget is settled.
 
         Args:
+            score, labels, budget: on any device; the plan is on that of the layer's keys.
             budget: by modality, as :meth:`split` gives it.
         """
+        device = observation.keys.device
+        score, labels, budget = score.to(device), labels.to(device), budget.to(device)
         to_gates: LogGates = hard if temperature is None else soft(temperature)
-        weights = None if self.weights is None else self.weights.layer(layer, observation.keys.device)
+        weights = None if self.weights is None else self.weights.layer(layer, device)
         rules = self._merge_rule(weights), self._alignment_rule(weights, temperature or 0.0)
         plan = plan_layer(score, observation.keys, observation.values, labels, budget, to_gates, *rules)
         return self.policy.merge(plan, observation.keys, observation.values, labels)

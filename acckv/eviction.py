@@ -95,14 +95,14 @@ class Eviction:
     def _offered(self) -> Tensor:
         """int64 ``[B, 2]`` entries that there have been to choose from in a layer, the new ones included."""
         before = self.layers[0].offered
-        return self.new if before is None else before + self.new
+        return self.new if before is None else before.to(self.new.device) + self.new
 
     def _total(self) -> Tensor:
         """int64 ``[B]``: entries that all layers together may keep of those that compete now."""
         count, most = len(self.layers), self.available.sum(-1)
         if self.competing:
             return torch.minimum(torch.full_like(most, (self.config.budget or 0) * count), most)
-        kept = [_media_count(layer.labels) for layer in self.layers if layer.labels is not None]
+        kept = [_media_count(layer.labels).to(most.device) for layer in self.layers if layer.labels is not None]
         total = total_budget(self.ratio, None, count, self._offered())
         total = total - torch.stack(kept).sum(0) if kept else total
         return torch.minimum(total.clamp_min(0), most)
@@ -121,7 +121,8 @@ class Eviction:
             real = self.labels[layer.slot][:, 0] != Modality.PADDING
             look = self.watch.observe_probe if self.by_probe else self.watch.observe
             seen = look(real, query, key, value, scaling)
-            seen = replace(seen, rotation=behind(self.rotation, self.before[layer.slot]))
+            rotation = behind(self.rotation, self.before[layer.slot])
+            seen = replace(seen, rotation=rotation and rotation.to(key.device))
             if self.compressor.policy.cross_layer:
                 self.waiting.append(self._new_alone(layer.slot, seen))
             else:
@@ -136,7 +137,8 @@ class Eviction:
 
     def _plan(self, slot: int, seen: Observation) -> LayerPlan:
         """What becomes of a layer whose budget is settled."""
-        labels, budget = self.planning[slot], self.budgets[:, slot]
+        device = seen.keys.device
+        labels, budget = self.planning[slot].to(device), self.budgets[:, slot].to(device)
         if labels.shape[1] == 1:
             return self._plan_with(self.compressor, slot, seen, labels[:, 0], budget)
         # Heads hold different entries: each is planned as if the layer had no other.
@@ -161,7 +163,7 @@ class Eviction:
             return
         compressor, labels = self.compressor, self.watch.labels
         waiting = self.look.complete(self.waiting, self.cache.layers, self.embedded, [])
-        scores = compressor.scores(waiting, labels)
+        scores = [score.to(self.total.device) for score in compressor.scores(waiting, labels)]
         shares = compressor.layer_shares(scores, labels, self.total, self.ratio)
         budgets = share_out(self.total, shares, self.available)
         for slot, seen in enumerate(waiting):
@@ -178,7 +180,7 @@ class Eviction:
             values=seen.values[:, :, first:],
             row_positions=seen.row_positions - first,
             real=seen.real[:, first:],
-            rotation=self.rotation,
+            rotation=self.rotation and self.rotation.to(seen.keys.device),
         )
 
     def _behind(self, slot: int, plan: LayerPlan) -> LayerPlan:
@@ -186,7 +188,7 @@ class Eviction:
         first = self.before[slot]
         if not first:
             return plan
-        stays = (self.planning[slot][..., :first] != Modality.PADDING).to(plan.log_gates.dtype).log()
+        stays = (self.planning[slot][..., :first] != Modality.PADDING).to(plan.log_gates).log()
         gates = torch.cat([stays.expand(-1, plan.log_gates.shape[1], -1), plan.log_gates], dim=-1)
         pivots = None if plan.pivots is None else replace(plan.pivots, index=plan.pivots.index + first)
         return replace(plan, log_gates=gates, pivots=pivots)

@@ -43,6 +43,10 @@ class ModalityMap:
         if self.labels.ndim != 2 or self.labels.is_floating_point():
             raise InputError(f"needs integers of shape [batch, tokens], not {tuple(self.labels.shape)}", field="labels")
 
+    def to(self, device: torch.device) -> ModalityMap:
+        """The same on a device."""
+        return self if self.labels.device == device else ModalityMap(self.labels.to(device))
+
     @property
     def text(self) -> Tensor:
         """bool ``[batch, tokens]``"""

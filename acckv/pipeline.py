@@ -47,6 +47,11 @@ class LayerScore:
     score: Tensor
     modality_shares: Tensor | None
 
+    def to(self, device: torch.device) -> LayerScore:
+        """The same on a device."""
+        shares = None if self.modality_shares is None else self.modality_shares.to(device)
+        return LayerScore(self.score.to(device), shares)
+
 
 @dataclass(frozen=True)
 class AlignmentRule:

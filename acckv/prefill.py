@@ -49,7 +49,7 @@ class Prefill:
 
     def to(self, device: torch.device) -> Prefill:
         """The same on a device (layers that are compressed, as of :meth:`rows`)."""
-        if self.next_position.device == device:
+        if all(place.device == device for place in (self.next_position, *(layer.keys for layer in self._layers))):
             return self
 
         def moved(observations: list[Observation]) -> list[Observation]:
@@ -116,7 +116,7 @@ class Prefill:
                 queries=torch.cat([F.pad(s.queries, (0, 0, *pad)) for s, pad in zip(layers, pads, strict=True)]),
                 row_positions=torch.cat([F.pad(place, pad) for place, pad in zip(positions, pads, strict=True)]),
                 row_valid=torch.cat([F.pad(s.row_valid, pad) for s, pad in zip(layers, pads, strict=True)]),
-                real=embedded.labels.real,
+                real=embedded.labels.real.to(layers[0].queries.device),
             )
 
         held = [

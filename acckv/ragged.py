@@ -40,8 +40,7 @@ class DecoderInputs:
     def to(self, device: torch.device) -> DecoderInputs:
         """The same on a device."""
         others = {name: tensor.to(device) for name, tensor in self.others.items()}
-        labels = ModalityMap(self.labels.labels.to(device))
-        return DecoderInputs(self.embeds.to(device), self.position_ids.to(device), labels, others)
+        return DecoderInputs(self.embeds.to(device), self.position_ids.to(device), self.labels.to(device), others)
 
     def rows(self) -> list[DecoderInputs]:
         """Each row by itself, without its padding, in memory of its own."""
@@ -154,6 +153,7 @@ def scatter_back(parts: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
         return first
     hidden = first.new_zeros(first.shape[0], length, first.shape[-1])
     for columns, states in parts:
+        columns = columns.to(states.device)  # of the last layer, which may be on another than the tokens
         rows, places = (columns >= 0).nonzero(as_tuple=True)
         hidden[rows, columns[rows, places]] = states[rows, places]
     return hidden

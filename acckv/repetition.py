@@ -59,7 +59,9 @@ def watch_repetition(
         rows = torch.arange(real.shape[1] - tokens.embeds.shape[1], real.shape[1], device=real.device)
 
         def record(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
-            seen = Observation(query, key, value, rows.expand(len(real), -1), real[:, rows], real, scaling)
+            here, places = real.to(key.device), rows.to(key.device)
+            valid = here[:, places]
+            seen = Observation(query, key, value, places.expand(len(here), -1), valid, here, scaling)
             peak = peak_attention(seen)[..., :entries]
             peaks[layer] = torch.maximum(peaks[layer], peak) if layer in peaks else peak
 

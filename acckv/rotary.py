@@ -21,6 +21,10 @@ class Rotation:
     ahead_cos: Tensor
     ahead_sin: Tensor
 
+    def to(self, device: torch.device) -> Rotation:
+        """The same on a device."""
+        return Rotation(*(part.to(device) for part in (self.cos, self.sin, self.ahead_cos, self.ahead_sin)))
+
 
 def rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate ``[..., D]``; the mean of several rotations is applied in the same way."""

@@ -93,6 +93,7 @@ class Router:
         try:
             if cache is None or turn is None:
                 return original(**arguments)
+            turn, arguments = _together(turn, arguments)
             if self._task is not None:
                 return self._run_task(self._task, original, cache, turn, arguments)
             if turn.has_media and (self.lora is not None or not self.compressor.keeps_all()):
@@ -170,3 +171,16 @@ class Router:
     def base_projections(self) -> AbstractContextManager[Any]:
         """LoRA, if there is any, is off while the context is open."""
         return nullcontext() if self.lora is None else self.lora.disabled()
+
+
+def _together(turn: Turn, arguments: dict[str, Any]) -> tuple[Turn, dict[str, Any]]:
+    """A turn and its positions where its embeddings are: the caller's tensors may be elsewhere (accelerate moves them).
+
+    A prompt is planned there; what a layer holds, and what is decided about it, is on the device of that layer.
+    """
+    embeds, positions = arguments.get("inputs_embeds"), arguments.get("position_ids")
+    if embeds is None:
+        return turn, arguments
+    if positions is not None:
+        arguments = {**arguments, "position_ids": positions.to(embeds.device)}
+    return turn.to(embeds.device), arguments

@@ -47,7 +47,7 @@ class Observation:
 
     def rows(self, mask: Tensor) -> Observation:
         """The same observation with only the rows of `mask` (bool ``[B, R]``) counting, others cut where possible."""
-        valid = self.row_valid & mask
+        valid = self.row_valid & mask.to(self.row_valid.device)
         used = valid.any(dim=0).nonzero().flatten()
         first, last = (int(used[0]), int(used[-1]) + 1) if used.numel() else (0, 0)
         return replace(

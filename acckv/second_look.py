@@ -100,7 +100,7 @@ class SecondLook:
                 repetition += self.repetition(layers, embedded)
             return [replace(seen, repetition=peak) for seen, peak in zip(observations, repetition, strict=True)]
         rotation = self.rotation(embedded.position_ids)
-        return [replace(seen, rotation=rotation) for seen in observations]
+        return [replace(seen, rotation=rotation and rotation.to(seen.keys.device)) for seen in observations]
 
 
 def behind(rotation: Rotation | None, entries: int) -> Rotation | None:

@@ -135,12 +135,14 @@ class Session:
         cache, task = fresh_cache(self.adapter), Task(rows)
         call: Any = self.model
         if embedded is None:
+            inputs = self._placed(inputs)
             turn = self._read(inputs)
             inputs.pop("modality_ids", None)
             if inputs.get("position_ids") is None:
                 start = turn.stop.new_zeros(turn.stop.shape[0], 1)
                 inputs["position_ids"] = self.adapter.prompt_positions(inputs, turn.labels.real, start)
         else:
+            embedded = embedded.to(self.adapter.device)
             call, turn, inputs = self.adapter.decoder, embedded_turn(embedded), self._decoder_arguments(embedded)
         with torch.set_grad_enabled(gradients), without_checkpointing(self.adapter.decoder):
             output = self.router.run(call, task, turn, {**inputs, "cache": cache, "use_cache": True})
@@ -150,7 +152,7 @@ class Session:
         logits = output.logits[:, -1] if call is self.model else None
         return Prefill(
             cache,
-            turn.labels,
+            embedded.labels,
             recorder.observations,
             recorder.probes or None,
             embedded.next_position,
@@ -201,7 +203,7 @@ class Session:
                 stream flat.
         """
         self._require_open()
-        inputs = dict(chunk)
+        inputs = self._placed(chunk)
         seen = 0 if cache is None else cache.get_seq_length()
         turn = self._read({**inputs, "attention_mask": self._new_mask(inputs, seen)}, seen)
         real, labels = turn.labels.real, turn.labels.labels
@@ -256,6 +258,7 @@ class Session:
         branch = cache.branch(input_ids.shape[0] // batch * copies)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        input_ids, attention_mask = input_ids.to(self.adapter.device), attention_mask.to(self.adapter.device)
         # generate slices what the cache has seen off the front; what stands there does not matter.
         context = input_ids.new_zeros(input_ids.shape[0], branch.get_seq_length())
         ids = torch.cat([context, input_ids], dim=1)
@@ -300,6 +303,11 @@ class Session:
 
     def _ratio(self, prefill: Prefill, ratio: float | None) -> float:
         return self.compressor.ratio_of(prefill.labels, len(prefill.observations), ratio)
+
+    def _placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Model inputs where the model takes them; the user's may come as a processor made them."""
+        device = self.adapter.device
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
     def _new_mask(self, inputs: dict[str, Any], seen: int) -> Tensor | None:
         """The 2-D mask of the new tokens alone."""

@@ -48,12 +48,12 @@ class Simulation:
         """Attention of the new tokens; `key` and `value` are theirs alone."""
         self.reached = True
         held = self.layers[layer.cache_index]
-        keys, values, mask = held.keys, held.values, attention_mask
+        keys, values, mask = held.keys, held.values, attention_mask  # kept and planned on any device
         if self.plans is not None and layer.slot is not None:
             keys, values, bias = readable(*self.plans[layer.slot].apply(keys, values))
             region = bias.shape[-1]
             mask = region_mask(attention_mask, query, region + key.shape[2], region, bias)
-        key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+        key, value = (torch.cat([old.to(new.device), new], dim=2) for old, new in ((keys, key), (values, value)))
         return original(module, query, key, value, mask, **kwargs)
 
 

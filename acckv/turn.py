@@ -31,6 +31,13 @@ class Turn:
     stop: Tensor
     token_types: Tensor | None = None
 
+    def to(self, device: torch.device) -> Turn:
+        """The same on a device."""
+        if self.stop.device == self.labels.labels.device == device:
+            return self
+        types = None if self.token_types is None else self.token_types.to(device)
+        return Turn(self.labels.to(device), self.past.to(device), self.stop.to(device), types)
+
     @property
     def length(self) -> int:
         """New tokens."""

@@ -49,7 +49,8 @@ class Watch:
         if layer.labels is None:
             return torch.cat([after, new], dim=-1)
         heads = layer.labels.shape[1]
-        return torch.cat([layer.labels.long(), after.expand(-1, heads, -1), new.expand(-1, heads, -1)], dim=-1)
+        held = layer.labels.to(new)
+        return torch.cat([held, after.expand(-1, heads, -1), new.expand(-1, heads, -1)], dim=-1)
 
     def observe(self, real: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Observation:
         """The rows of the prompt that the policy reads.
@@ -57,14 +58,14 @@ class Watch:
         Args:
             real: bool ``[B, N]`` of the entries held and new; keys and values may be longer by a probe prompt's.
         """
-        entries = real.shape[1]
+        real, entries = real.to(key.device), real.shape[1]
         positions = torch.arange(entries - self.width, entries, device=real.device).expand_as(self.rows)
         seen = Observation(
             query[:, :, : self.width],
             key[:, :, :entries],
             value[:, :, :entries],
             positions,
-            torch.ones_like(self.rows),
+            torch.ones_like(positions, dtype=torch.bool),
             real,
             scaling,
         )
@@ -72,7 +73,7 @@ class Watch:
 
     def observe_probe(self, real: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Observation:
         """The rows of the probe prompt."""
-        entries = real.shape[1]
+        real, entries = real.to(key.device), real.shape[1]
         steps = torch.arange(entries, entries + self.probe, device=real.device)
         positions = steps.expand(real.shape[0], -1)
         return Observation(

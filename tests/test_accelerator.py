@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.cache import CompressedCache, compressed_layers
 from acckv.config import PolicyName, When
+from acckv.prefill import Prefill
 from acckv.weights import CalibratedWeights
 from tests.families import FAMILIES, Family, Tokenizer
-from tests.support.simulated_accelerator import DEVICE, SimulatedAccelerator, on_cpu, on_device, place
-from tests.test_training import calibrated
+from tests.support.simulated_accelerator import DEVICE, SECOND_DEVICE, SimulatedAccelerator, on_cpu, on_device, place
+from tests.test_training import after, calibrated
 
 Model = tuple[Family, Any]
 
@@ -64,17 +66,32 @@ def generated(model: Any, inputs: dict[str, Any], compressor: KVCompressor) -> l
     return [on_cpu(tokens), *([] if cache is None else held(cache))]
 
 
+def spread(model: Any) -> Any:
+    """A copy whose layers are on two devices, by accelerate's own hooks, and whose head is not where it begins."""
+    body, decoder = model.model, model.model.language_model
+    first, second = str(DEVICE), str(SECOND_DEVICE)
+    places = {"lm_head": second}
+    places |= {f"model.{name}": first for name, part in body.named_children() if part is not decoder}
+    places |= {
+        f"model.language_model.{name}": second if name == "norm" else first
+        for name, _ in decoder.named_children()
+        if name != "layers"
+    }
+    places |= {f"model.language_model.layers.{index}": second if index else first for index in range(3)}
+    return dispatch_model(copy.deepcopy(model), places, skip_keys=model._skip_keys_device_placement)
+
+
 @pytest.mark.parametrize(
     ("policy", "when"),
     [*((policy, "context") for policy in get_args(PolicyName)), ("snapkv", "prompt"), ("acckv", "prompt")],
 )
 def test_every_policy(family: Family, model: Any, policy: PolicyName, when: When) -> None:
-    """Clips of different length in one batch: padding is on the device too."""
+    """Layers on two devices, and clips of different length in one batch, whose padding is on a device too."""
     inputs = batch(family, model)
     compressor = KVCompressor(CompressionConfig(policy=policy, ratio=0.3, when=when))
     expected = generated(model, inputs, compressor)
     with SimulatedAccelerator():
-        found = generated(place(copy.deepcopy(model)), on_device(inputs), compressor)
+        found = generated(spread(model), on_device(inputs), compressor)
     assert_same(found, expected)
 
 
@@ -86,12 +103,17 @@ def export(tmp_path_factory: pytest.TempPathFactory, model: Any) -> Path:
     return folder
 
 
-def test_an_export(family: Family, model: Any, export: Path) -> None:
-    """It is read on the CPU and compresses where the model is."""
+def one_device(model: Any) -> Any:
+    return place(copy.deepcopy(model))
+
+
+@pytest.mark.parametrize("placed", [one_device, spread])
+def test_an_export(family: Family, model: Any, export: Path, placed: Callable[[Any], Any]) -> None:
+    """It is read on the CPU, and each layer's weights and LoRA act where that layer is."""
     inputs = batch(family, model)
     expected = generated(model, inputs, KVCompressor.from_pretrained(export))
     with SimulatedAccelerator():
-        found = generated(place(copy.deepcopy(model)), on_device(inputs), KVCompressor.from_pretrained(export))
+        found = generated(placed(model), on_device(inputs), KVCompressor.from_pretrained(export))
     assert_same(found, expected)
 
 
@@ -106,19 +128,38 @@ def test_weights_are_the_same_whatever_device_is_the_default() -> None:
 
 @pytest.mark.parametrize("options", [{"ratio": 0.3}, {"budget": 6, "share_heads": False}], ids=["ratio", "budget"])
 def test_a_stream(family: Family, model: Any, export: Path, options: dict[str, Any]) -> None:
-    """Chunk after chunk, then a question; within a budget heads come to hold different entries."""
+    """Chunk after chunk, as a processor gives them, then a question; within a budget heads hold different entries."""
     chunks = [family.context(model), family.context(model, seed=1), family.context(model, seed=2)]
-    question = torch.tensor([[20, 21, 22]])
 
-    def streamed(model: Any, chunks: list[Any], question: Tensor) -> list[Tensor]:
+    def streamed(model: Any) -> list[Tensor]:
         with KVCompressor.from_pretrained(export, **options)(model, Tokenizer()) as session:
             cache = None
             for chunk in chunks:
                 cache = session.extend(chunk, cache)
-            answer = session.answer(cache, question, max_new_tokens=3, do_sample=False)
-        return [answer, *held(cache)]
+            answer = session.answer(cache, torch.tensor([[20, 21, 22]]), max_new_tokens=3, do_sample=False)
+        return [on_cpu(answer), *held(cache)]
 
-    expected = streamed(model, chunks, question)
+    expected = streamed(model)
     with SimulatedAccelerator():
-        found = streamed(place(copy.deepcopy(model)), on_device(chunks), on_device(question))
-        assert_same(on_cpu(found), expected)
+        found = streamed(spread(model))
+    assert_same(found, expected)
+
+
+def test_a_shared_prefill(family: Family, model: Any, export: Path) -> None:
+    """One prefill is kept on the CPU and read again on two devices: by eviction, and through gates with gradients."""
+    rows = [family.context(model), family.context(model, seed=1, frames=3, sounds=9)]
+
+    def answered(model: Any) -> list[Tensor]:
+        with KVCompressor.from_pretrained(export)(model, Tokenizer()) as session:
+            kept = [row.to(torch.device("cpu")) for row in session.prefill(**family.collate(rows)).rows()]
+            prefill = Prefill.stack(kept).to(session.adapter.device)
+            new = session.answer(session.compress(prefill), torch.tensor([[20], [21]]), max_new_tokens=2)
+            with torch.enable_grad():
+                plans = session.plan(prefill, 0.3, temperature=0.5)
+                logits = session.simulate(prefill, plans, **after(session, prefill))
+        return [on_cpu(new), on_cpu(logits).detach()]
+
+    expected = answered(model)
+    with SimulatedAccelerator():
+        found = answered(spread(model))
+    assert_same(found, expected)

@@ -36,9 +36,11 @@ def after(session: Any, prefill: Any, tokens: tuple[int, ...] = QUESTION) -> dic
     rows = prefill.labels.labels.shape[0]
     real = prefill.labels.real.long()
     return {
-        "input_ids": torch.tensor([tokens] * rows),
+        "input_ids": torch.tensor([tokens] * rows, device=real.device),
         "attention_mask": torch.cat([real, real.new_ones(rows, len(tokens))], dim=1),
-        "position_ids": session.adapter.text_positions(prefill.next_position + torch.arange(len(tokens))),
+        "position_ids": session.adapter.text_positions(
+            prefill.next_position + torch.arange(len(tokens), device=real.device)
+        ),
     }
 
 

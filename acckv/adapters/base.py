@@ -104,6 +104,13 @@ class ModelAdapter:
         return any(layer.slot is None for layer in self.attention_layers)
 
     @property
+    def device(self) -> torch.device:
+        """Where token ids become embeddings; layers may be elsewhere, and with accelerate's hooks their weights too."""
+        embeddings = self.model.get_input_embeddings()
+        place = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+        return embeddings.weight.device if place is None else torch.device(place)
+
+    @property
     def attention_implementation(self) -> str:
         return self.decoder.config._attn_implementation
 

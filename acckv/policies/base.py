@@ -43,7 +43,7 @@ class Policy(ABC):
 
     def scores(self, observations: list[Observation], labels: ModalityMap) -> list[LayerScore]:
         """Score every layer; overridden where one layer's score comes from another."""
-        return [self.score(layer, seen, labels) for layer, seen in enumerate(observations)]
+        return [self.score(layer, seen, labels.to(seen.keys.device)) for layer, seen in enumerate(observations)]
 
     def layer_shares(self, scores: Sequence[LayerScore | None], labels: ModalityMap, total: Tensor) -> Tensor:
         """Relative budget of each layer; it is scaled to the exact total, and no layer gets more than exists.

@@ -30,7 +30,8 @@ class FastV(Policy):
 
     def scores(self, observations: list[Observation], labels: ModalityMap) -> list[LayerScore]:
         layer = min(self.config.dense_layers, len(observations)) - 1
-        return [self.score(layer, observations[layer], labels)] * len(observations)
+        seen = observations[layer]
+        return [self.score(layer, seen, labels.to(seen.keys.device))] * len(observations)
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
         last = torch.zeros_like(observation.row_valid)
