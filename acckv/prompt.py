@@ -71,6 +71,9 @@ class PromptRun:
 
     def __post_init__(self) -> None:
         turn = self.turn
+        if self.arguments.get("inputs_embeds") is None:  # a plain decoder that got token ids
+            others = {name: value for name, value in self.arguments.items() if name != "input_ids"}
+            self.arguments = {**others, **self.adapter.embed(self.arguments["input_ids"])}
         # Where columns are counted, gaps were closed when they came.
         self.past = packed(turn.past) if self.adapter.has_windows else turn.past
         if self.arguments.get("position_ids") is None:  # the decoder would count columns

@@ -54,7 +54,7 @@ class Session:
     ) -> None:
         self.compressor = compressor
         self.adapter = find_adapter(model)
-        self.model = model
+        self.model = self.adapter.model
         self.lora_mode = lora_mode
         self.router = Router(compressor, self.adapter, ProbePrompt(processor, probe_prompt))
         self._stack = ExitStack()

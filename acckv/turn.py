@@ -96,7 +96,7 @@ def read_turn(
     mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
     if modality_ids is not None:
         labels = _given_labels(modality_ids.to(tokens.device), mask, batch, length, seen)
-    elif any(inputs.get(name) is not None for name in adapter.feature_inputs) and isinstance(ids, Tensor):
+    elif adapter.brings_media(inputs) and isinstance(ids, Tensor):
         labels = adapter.label(ids, None if mask is None else mask[:, -length:])
     elif isinstance(ids, Tensor):
         # A generated token may happen to be a placeholder: media are there only where their features are.

@@ -162,6 +162,11 @@ class ModelAdapter:
 
     # ------------------------------------------------------------- the tokens
 
+    def brings_media(self, inputs: dict[str, Any]) -> bool:
+        """Whether the model's inputs have features among them; generate hands on an empty mapping where it has none."""
+        given = (inputs.get(name) for name in self.feature_inputs)
+        return any(value is not None and not (isinstance(value, dict) and not value) for value in given)
+
     def label(self, input_ids: Tensor, attention_mask: Tensor | None) -> ModalityMap:
         """The modality of every token of ``[batch, tokens]`` placeholders."""
         config = self.model.config

@@ -9,6 +9,8 @@ from acckv.adapters.gemma4 import Gemma4Adapter, Gemma4UnifiedAdapter
 from acckv.adapters.generic import GenericAdapter
 from acckv.adapters.qwen2_5_omni import Qwen25OmniAdapter
 from acckv.adapters.qwen3_omni_moe import Qwen3OmniMoeAdapter
+from acckv.adapters.qwen_vl import Qwen3VLAdapter, QwenVLAdapter
+from acckv.adapters.wrappers import unwrapped
 from acckv.errors import InputError
 
 ADAPTERS: tuple[type[ModelAdapter], ...] = (
@@ -16,15 +18,18 @@ ADAPTERS: tuple[type[ModelAdapter], ...] = (
     Qwen3OmniMoeAdapter,
     Gemma4Adapter,
     Gemma4UnifiedAdapter,
+    QwenVLAdapter,
+    Qwen3VLAdapter,
 )
 
 
 def find_adapter(model: Any) -> ModelAdapter:
-    """The adapter of a loaded model: its family's, else the generic one.
+    """The adapter of a loaded model, wrapped by peft or not: its family's, else the generic one.
 
     Raises:
         InputError: nothing fits; the message says what is missing and which model types are supported.
     """
+    model = unwrapped(model)
     kind = getattr(getattr(model, "config", None), "model_type", None)
     for family in ADAPTERS:
         if kind in family.model_types:
