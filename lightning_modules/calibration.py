@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from lightning import Callback, LightningModule
+from lightning import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,15 +21,15 @@ from acckv.data.batching import PackedTurns
 from acckv.errors import InputError
 from acckv.lora import LoraWeights, lora_config
 from acckv.pipeline import LayerPlan
-from acckv.session import Prefill, Session
+from acckv.session import Prefill
 from acckv.simulation import enable_checkpointing
 from acckv.weights import WEIGHT_GROUPS, CalibratedWeights
 from lightning_modules.calibration_checks import check_options
+from lightning_modules.calibration_state import CalibrationState
 from lightning_modules.clip_dataset import CalibrationBatch
-from lightning_modules.interrupted import TeardownOnException
+from lightning_modules.interrupted import StopBetweenSteps
 from lightning_modules.losses import Divergence, Match, divergence, mismatch, outputs_of
 from lightning_modules.optimizer import restart_rates, scheduled_adam
-from lightning_modules.resume import TRAINING, Resumed, check_fixed
 from lightning_modules.sharding import shard_frozen
 from lightning_modules.stages import TIGHT_REACH, Stages
 from lightning_modules.step_mean import StepMean
@@ -37,8 +38,6 @@ from lightning_modules.trainer_checks import check_trainer
 
 #: Linear layers that LoRA adapts; a mixture of experts has only the first four by name.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-#: What a checkpoint holds of the settled ratios: weights by the beginning of their names, and LoRA.
-SETTLED, SETTLED_LORA = "compressor.tight.", "tight_lora"
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Distillation:
     plans: list[LayerPlan] | None
 
 
-class CalibrationModule(LightningModule):
+class CalibrationModule(CalibrationState):
     """Learn the weights of METHOD's table and LoRA by distillation from the full cache of the same frozen model.
 
     Each step draws a ratio, prefills the media once without gradients, lets the model answer with the
@@ -153,18 +152,9 @@ class CalibrationModule(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         check_options(self.options)
-        self.strict_loading = False  # a checkpoint holds what was trained, not the frozen model
         options = {"when": when, "layer_floor": layer_floor, "probe_queries": probe_queries, "ratio": 0.1}
         self.compression = CompressionConfig.preset(preset, **{**options, **(overrides or {})})
-        self.session: Session | None = None
         self.step_mean = StepMean()
-        self.trained_steps = 0  # in this process
-        self.resumed: Resumed | None = None
-        self._settled_at: int | None = None
-
-    @property
-    def options(self) -> Any:
-        return self.hparams
 
     # ------------------------------------------------------------------ model
 
@@ -207,56 +197,26 @@ class CalibrationModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         check_trainer(self.trainer)  # here, since nothing is prepared or loaded yet
-        return [TeardownOnException()]
+        return [StopBetweenSteps()]
 
     def teardown(self, stage: str) -> None:
         if self.session is not None:
             self.session.__exit__(None, None, None)
 
-    def exported(self) -> KVCompressor:
-        """A frozen copy of what was learned so far, LoRA included."""
-        compressor, attached = self.compressor, self.live.attached
-
-        def adapter_weights(tight: bool) -> LoraWeights | None:
-            if compressor.lora is None or attached is None:
-                return None
-            return LoraWeights(compressor.lora.config, attached.tensors(tight))
-
-        tight = None
-        if compressor.tight is not None:
-            tight = KVCompressor(compressor.config, compressor.tight.weights, adapter_weights(tight=True))
-        return KVCompressor(
-            compressor.config,
-            compressor.weights,
-            adapter_weights(tight=False),
-            compressor.lora_scope,
-            compressor.base,
-            tight=tight,
-            tight_below=compressor.tight_below,
-        )
-
-    @property
-    def live(self) -> Session:
-        if self.session is None:
-            raise RuntimeError("the model is built by configure_model, which a Trainer calls")
-        return self.session
-
-    @property
-    def weights(self) -> CalibratedWeights:
-        """What is learned besides LoRA."""
-        return cast(CalibratedWeights, self.compressor.weights)
-
     # --------------------------------------------------------------- training
 
     @property
     def stages(self) -> Stages:
-        return Stages(self.options.tight_share, self.trainer.estimated_stepping_batches, self._settled_at)
+        steps = self.trainer.estimated_stepping_batches
+        if self.resumed is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            steps = self.resumed.planned
+        return Stages(self.options.tight_share, steps, self.settled_at)
 
-    def temperature(self) -> float:
-        """Of the gates at this step."""
-        stages, options = self.stages, self.options
-        start = options.temperature_after_tight if stages.settled(self.global_step) else options.temperature_start
-        cooled = min(stages.progress(self.global_step) / options.anneal, 1.0)
+    def temperature(self, step: int | None = None) -> float:
+        """Of the gates at a step; None is this one."""
+        stages, options, step = self.stages, self.options, self.global_step if step is None else step
+        start = options.temperature_after_tight if stages.settled(step) else options.temperature_start
+        cooled = min(stages.progress(step) / options.anneal, 1.0)
         return start * (options.temperature_end / start) ** cooled
 
     def draw_ratio(self, number: int) -> float:
@@ -271,12 +231,6 @@ class CalibrationModule(LightningModule):
         """Ratios below it are those of the tight stage; 0 without one."""
         return TIGHT_REACH * self.options.ratio_min if self.options.tight_share else 0.0
 
-    def _settle(self, lora: dict[str, Tensor] | None = None) -> None:
-        """Keep what was learned so far, or this LoRA, for the ratios of the tight stage."""
-        self.compressor.settle(self.tight_below)
-        if self.live.attached is not None:
-            self.live.attached.settle(lora)
-
     def on_fit_start(self) -> None:
         if self.trainer.max_steps >= 0:  # they alone end it: the one epoch of a run that goes on is used up
             self.trainer.fit_loop.max_epochs = -1
@@ -288,8 +242,8 @@ class CalibrationModule(LightningModule):
 
     def on_train_batch_start(self, batch: CalibrationBatch, batch_idx: int) -> None:
         if self.stages.widens(self.global_step):
-            self._settle()
-            self._settled_at = self.global_step
+            self.settle()
+            self.settled_at = self.global_step
             cast(LightningOptimizer, self.optimizers()).optimizer.state.clear()  # what moved at one ratio alone
 
     def training_step(self, batch: CalibrationBatch, batch_idx: int) -> Tensor:
@@ -378,34 +332,8 @@ class CalibrationModule(LightningModule):
             position_ids=session.adapter.text_positions(prefill.next_position + turns.offset),
         )
 
-    # ------------------------------------------------ optimiser and checkpoint
+    # ----------------------------------------------------------------- optimiser
 
     def configure_optimizers(self) -> Any:
         adapted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return scheduled_adam(self.weights, adapted, self.options, lambda: self.stages)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = self._trained()
-        kept = {k: v for k, v in checkpoint["state_dict"].items() if k in trained or k.startswith(SETTLED)}
-        checkpoint["state_dict"] = kept
-        checkpoint[TRAINING] = {"planned": self.stages.steps, "settled_at": self._settled_at}
-        if self.compressor.tight is not None and self.live.attached is not None:
-            checkpoint[SETTLED_LORA] = self.live.attached.tensors(tight=True)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make room for what the checkpoint holds, which is loaded next.
-
-        Raises:
-            InputError: it is another module's, contradicts the options, or there is no step left to train.
-        """
-        self.resumed = Resumed.read(checkpoint, self._trainer)
-        check_fixed(self.options, checkpoint)
-        self.configure_model()
-        self._settled_at = self.resumed.settled_at
-        if any(name.startswith(SETTLED) for name in checkpoint["state_dict"]):
-            self._settle(checkpoint.get(SETTLED_LORA))
-        if missing := self._trained() - checkpoint["state_dict"].keys():
-            raise InputError(f"lacks {len(missing)} of the trained weights, {min(missing)} say", field="ckpt_path")
-
-    def _trained(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -84,14 +84,18 @@ class CalibrationReport(Callback):
             write_budget_history(file, self.steps, self.temperatures, self.ratios, self.shares)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, CalibrationModule) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.finish(trainer, pl_module)
+
+    def finish(self, trainer: Trainer, module: CalibrationModule) -> None:
+        """Write the report, where there is an export to report on."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         export = next((callback for callback in callbacks if isinstance(callback, ExportCompressor)), None)
-        ours = isinstance(pl_module, CalibrationModule) and takes_part(trainer, pl_module) and export is not None
-        if not ours or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if export is None or not takes_part(trainer, module):
             return
-        module, folder = cast(CalibrationModule, pl_module), self.path(trainer)
+        folder, step = self.path(trainer), trainer.global_step if export.step is None else export.step
         evaluation = next((callback for callback in callbacks if isinstance(callback, EvaluateExport)), None)
-        kept = self._kept(trainer, module, cast(ExportCompressor, export).path(trainer))
+        kept = self._kept(trainer, module, export.path(trainer))
         if not trainer.is_global_zero:
             return
         plot_budgets(folder / KEPT_PLOT, kept.entries, kept.full, "calibrated")
@@ -100,8 +104,9 @@ class CalibrationReport(Callback):
             model=str(module.options.base_model),
             when=module.compression.when,
             steps=trainer.global_step,
-            planned=int(trainer.estimated_stepping_batches),
-            temperature=module.temperature(),
+            planned=int(module.stages.steps),
+            exported=step,
+            temperature=module.temperature(step),
             temperature_start=module.options.temperature_start,
             temperature_end=module.options.temperature_end,
             ratio_range=(module.options.ratio_min, module.options.ratio_max),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 
 from acckv.compressor import KVCompressor
 from acckv.errors import InputError
@@ -16,6 +19,7 @@ from lightning_modules.calibration import CalibrationModule
 from lightning_modules.clip_dataset import CalibrationBatch
 from lightning_modules.datamodule import AVDataModule
 from lightning_modules.evaluation_run import CALIBRATED, EvaluationOptions, run_evaluation
+from lightning_modules.resume import TRAINING, read_checkpoint
 from lightning_modules.sharding import is_sharded
 
 
@@ -38,6 +42,8 @@ def takes_part(trainer: Trainer, module: LightningModule) -> bool:
 class ExportCompressor(Callback):
     """At the end of training: freeze, export, load the export again and check that it answers as the live module.
 
+    Exported is the last step, or where `checkpoint.monitor` names a metric the step that was best by it.
+
     Args:
         folder: of the export; None is `export` in the trainer's default_root_dir.
         new_tokens: length of the compared answers.
@@ -46,6 +52,8 @@ class ExportCompressor(Callback):
     def __init__(self, folder: str | None = None, new_tokens: int = 24) -> None:
         self.folder = folder
         self.new_tokens = new_tokens
+        self.step: int | None = None
+        """Of what was exported."""
 
     def path(self, trainer: Trainer) -> Path:
         """Folder of the export."""
@@ -57,16 +65,19 @@ class ExportCompressor(Callback):
         if not pl_module.trained_steps:
             message = "no step was trained; raise trainer.max_steps (or max_epochs, max_time), or export a checkpoint"
             raise InputError(f"{message} as it is: python train.py export --ckpt_path FILE")
-        if not takes_part(trainer, pl_module) or _dry(trainer):
-            return
-        self.export(trainer, pl_module)
+        if not _dry(trainer):
+            self.step = load_best(trainer, pl_module)
+            self.finish(trainer, pl_module)
 
-    def export(self, trainer: Trainer, module: CalibrationModule) -> None:
+    def finish(self, trainer: Trainer, module: CalibrationModule) -> None:
         """Write the export, close the module's session, and compare what is read back with what was trained.
 
         Raises:
             RuntimeError: the reloaded export differs from the live module.
         """
+        if not takes_part(trainer, module):
+            return
+        self.step = trainer.global_step if self.step is None else self.step
         folder = self.path(trainer)
         disable_checkpointing(module.live.adapter.decoder)
         if not is_sharded(module):
@@ -90,7 +101,7 @@ class ExportCompressor(Callback):
             if not torch.equal(one, other):
                 raise RuntimeError(f"{folder}: the reloaded export answers otherwise at {ratio:g} than the live module")
         if trainer.is_global_zero:
-            print(f"Exported to {folder}; reloaded, it answers exactly as the live module.")
+            print(f"Exported step {self.step} to {folder}; reloaded, it answers exactly as the live module.")
 
     def _answers(self, module: CalibrationModule, session: Any, batch: CalibrationBatch, ratio: float) -> torch.Tensor:
         """Tokens that a session gives to the first turn of every clip at a ratio."""
@@ -111,6 +122,34 @@ class ExportCompressor(Callback):
             ids[row, width - length :] = turns.ids[row, :length]
             mask[row, width - length :] = 1
         return session.answer(cache, ids, mask, **inputs)
+
+
+def load_best(trainer: Any, module: CalibrationModule) -> int | None:
+    """Put the weights of the best checkpoint in the module, where a metric chose one (`checkpoint.monitor`).
+
+    Returns:
+        the step that they are of; None where the weights are left as they are.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
+            continue
+        if not callback.best_model_path or not Path(callback.best_model_path).is_file():
+            continue
+        checkpoint = read_checkpoint(callback.best_model_path)
+        step = checkpoint["global_step"]
+        if module.stages.settled(trainer.global_step) and checkpoint[TRAINING]["settled_at"] is None:
+            warnings.warn(
+                f"the best {callback.monitor} is of step {step}, before ratios above the least were trained; "
+                "the last step is exported instead",
+                stacklevel=2,
+            )
+            return None
+        module.load_learned(checkpoint)
+        score: Any = callback.best_model_score
+        best = "" if score is None else f", {float(score):.4g},"
+        rank_zero_only(print)(f"The best {callback.monitor}{best} is of step {step}, which is exported.")
+        return step
+    return None
 
 
 def different_tensors(one: KVCompressor, other: KVCompressor) -> list[str]:
@@ -156,27 +195,32 @@ class EvaluateExport(Callback):
         self.results: Results | None = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, CalibrationModule) or not trainer.is_global_zero or _dry(trainer):
+        if isinstance(pl_module, CalibrationModule) and not _dry(trainer):
+            self.finish(trainer, pl_module)
+
+    def finish(self, trainer: Trainer, module: CalibrationModule) -> None:
+        """Evaluate the export in the first process."""
+        if not trainer.is_global_zero:
             return
         exports = [callback for callback in trainer.callbacks if isinstance(callback, ExportCompressor)]  # type: ignore[attr-defined]
         if not self.clips or not exports:
             return
         data: AVDataModule = trainer.datamodule  # type: ignore[attr-defined]
         options = EvaluationOptions(
-            model=str(pl_module.options.base_model),
+            model=str(module.options.base_model),
             compressor=str(exports[0].path(trainer)),
             policies=list(self.policies),
             ratios=[*self.ratios, 0.0],
-            when=pl_module.compression.when,
+            when=module.compression.when,
             limit=self.clips,
             output=self.output or str(Path(trainer.default_root_dir) / "eval"),
             overwrite=True,
             description_tokens=max(data.options.max_new_tokens if data.options.source == "folder" else 0, 40),
-            dtype=pl_module.options.dtype,
+            dtype=module.options.dtype,
             accelerator="gpu" if trainer.strategy.root_device.type == "cuda" else "cpu",
         )
         # An answer without words cannot be scored word by word.
         records = [record for record in data.records("validation") if record.answer.strip()]
         # Of a model that is split over processes this one has a part.
-        loaded = None if is_sharded(pl_module) else (pl_module.model, pl_module.processor)
+        loaded = None if is_sharded(module) else (module.model, module.processor)
         self.results = run_evaluation(options, "python train.py", questions=(data.benchmark, records), model=loaded)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.calibration_report import CalibrationReport
+from lightning_modules.calibration_trainer import CalibrationTrainer
 from lightning_modules.callbacks import EvaluateExport, ExportCompressor
 from lightning_modules.datamodule import AVDataModule
 from lightning_modules.doors import given_options, option_value, quiet_libraries
@@ -27,7 +28,7 @@ from lightning_modules.resume import (
 )
 from lightning_modules.trainer_checks import freeze_precision
 
-SUBCOMMANDS = ("fit", "validate")
+SUBCOMMANDS = ("fit", "validate", "export")
 ROOT = "runs/calib"
 #: Of a checkpoint: the options of the model and of the data.
 SAVED = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
@@ -48,14 +49,15 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.given.ckpt_path = None  # of this start alone
+            for name in ("ckpt_path", "weights_only"):  # of this start alone
+                self.given.pop(name, None)
             file = Path(trainer.default_root_dir) / CONFIG_FILE
             file.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.given, file, skip_none=False, overwrite=True, multifile=False)
 
 
 class CalibrationCLI(LightningCLI):
-    """``fit`` calibrates and exports; ``validate`` measures the validation KL of a checkpoint.
+    """``fit`` calibrates and exports; ``validate`` measures the validation KL of a checkpoint; ``export`` exports one.
 
     Everything is written below ``trainer.default_root_dir``: ``logs/`` (CSV), ``checkpoints/``, ``export/``,
     ``eval/`` (a short evaluation of the export), ``report.md`` with its plots and ``budgets.csv``, and ``config.yaml``.
@@ -84,8 +86,18 @@ class CalibrationCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        every = LightningCLI.subcommands()
+        every = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
         return {name: every[name] for name in SUBCOMMANDS}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if subcommand != "export":
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = self.init_parser(**kwargs)  # the group of its arguments would have the name of the callback's options
+        self._add_arguments(parser)
+        text = "The checkpoint: a file, or 'last' or 'best' (by checkpoint.monitor) of the run."
+        parser.add_argument("--ckpt_path", type=str | None, help=text)
+        self._subcommand_method_arguments[subcommand] = ["ckpt_path"]
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """In place of Lightning's, which lets a checkpoint's options win over those of the command line."""
@@ -138,6 +150,7 @@ def main() -> None:
     CalibrationCLI(
         CalibrationModule,
         AVDataModule,
+        trainer_class=CalibrationTrainer,
         save_config_callback=SaveRunConfig,
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,

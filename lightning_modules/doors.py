@@ -17,26 +17,64 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from acckv.errors import InputError
+from lightning_modules.interrupted import was_interrupted
 
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+#: Where a config is looked for by its name alone, after the current folder.
+CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parent.parent / "configs")
 _LONGEST = 400  # characters of a line; some type errors list every type that was tried
 
 
 def run_door(main: Callable[[], Any]) -> int:
     """Run a script's `main` and return its exit code: 0, or 2 after printing one `error:` line for bad input.
 
+    A run that Ctrl-C stopped ends with 130, one that was sent SIGTERM with 143.
+
     Errors of a jsonargparse parser that `main` makes count as bad input. `SystemExit` (of `--help` and
     `--print_config`) passes through.
     """
     try:
+        sys.argv[1:] = with_found_configs(sys.argv[1:])
         with _parser_errors_raise():
             main()
     except InputError as error:
         print(f"error: {one_line(_located(error, sys.argv[1:]))}", file=sys.stderr)
         return BAD_INPUT
+    except MisconfigurationException as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return BAD_INPUT
+    except SIGTERMException:
+        return TERMINATED
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not was_interrupted(error):
+            raise
+        return INTERRUPTED
     return 0
+
+
+def with_found_configs(argv: Sequence[str]) -> list[str]:
+    """Command-line words in which a config that is a bare file name, and not in this folder, is that of `configs/`.
+
+    Raises:
+        InputError: there is none of this name in either place.
+    """
+    words = list(argv)
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        last = index + 1 == len(words)
+        if name not in ("--config", "-c") or (last and not equals):
+            continue
+        place, given = (index, value) if equals else (index + 1, words[index + 1])
+        if Path(given).name != given or Path(given).suffix not in (".yaml", ".yml", ".json") or Path(given).exists():
+            continue
+        found = next((folder / given for folder in CONFIG_FOLDERS if (folder / given).is_file()), None)
+        if found is None:
+            raise InputError("is neither in this folder nor in configs/", source=given, field="config")
+        words[place] = f"{name}={found}" if equals else str(found)
+    return words
 
 
 def quiet_libraries() -> None:

@@ -145,3 +145,25 @@ def test_a_step_of_a_family(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         *("--description_tokens", 4, "--output", tmp_path / "eval"),
     )
     assert code == 0 and (tmp_path / "eval" / "results.json").is_file()
+
+
+@pytest.mark.parametrize("words", ["train.py fit --config={}", "train.py -c {}", "evaluate.py --config {}"])
+def test_a_config_by_its_name_alone(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This folder's comes first, then that of configs/; one that is in neither is refused, and both are named."""
+    monkeypatch.chdir(tmp_path)
+    name, steps = ("eval.yaml", "batch_size") if "evaluate" in words else ("folder.yaml", "default_root_dir")
+
+    def printed(name: str) -> Any:
+        assert door(monkeypatch, *words.format(name).split(), "--print_config") == 0
+        values = yaml.safe_load(capsys.readouterr().out)
+        return values.get("trainer", values)[steps]
+
+    values = yaml.safe_load((ROOT / "configs" / name).read_text())
+    assert printed(name) == values.get("trainer", values)[steps]
+    values.get("trainer", values)[steps] = 7 if steps == "batch_size" else "elsewhere"
+    (tmp_path / name).write_text(yaml.safe_dump(values))
+    assert printed(name) == values.get("trainer", values)[steps]
+    assert door(monkeypatch, *words.format("nowhere.yaml").split()) == 2
+    assert capsys.readouterr().err == "error: nowhere.yaml: config: is neither in this folder nor in configs/\n"

@@ -280,7 +280,7 @@ def test_the_report_says_what_the_tightest_ratio_saw_alone() -> None:
     kept = KeptShares({0.1: torch.ones(2, 2)}, torch.tensor([10.0, 10.0]))
 
     def text(steps: int, **options: float) -> str:
-        facts = RunFacts("tiny", "context", steps, 10, 0.005, 0.5, 0.005, (0.02, 0.5), **options)  # type: ignore[arg-type]
+        facts = RunFacts("tiny", "context", steps, 10, steps, 0.005, 0.5, 0.005, (0.02, 0.5), **options)  # type: ignore[arg-type]
         return render_report(facts, kept, None, ("kept.png", "history.png"))
 
     alone = "The first 6 see 0.02 alone; what they learn holds below 0.03."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,62 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         options = [f"--data.cache_dir={cache}", f"--trainer.default_root_dir={folder}"]
         assert door(patched, "train.py", "fit", "--config", folder / "small.yaml", *options) == 0
     return folder
+
+
+class PressCtrlC(Callback):
+    """In the middle of the second step."""
+
+    def on_before_optimizer_step(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_ends_between_two_steps_with_a_checkpoint_that_can_be_exported(
+    run: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    options = (f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks+=tests.test_resume.PressCtrlC")
+    assert door(monkeypatch, "train.py", "--config", run / CONFIG_FILE, *options) == 130
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    said = capsys.readouterr().err
+    assert f"Stopped at step 2. Checkpoint: {last}. To go on: python train.py --ckpt_path {last}; to export" in said
+    assert signal.getsignal(signal.SIGINT) is handler and not (tmp_path / "export").exists()
+    whole, stopped = (read_checkpoint(file) for file in (run / "checkpoints" / "step-2.ckpt", last))
+    assert whole["state_dict"].keys() == stopped["state_dict"].keys()
+    assert all(torch.equal(whole["state_dict"][name], value) for name, value in stopped["state_dict"].items())
+    for mine, its in zip(*(state["optimizer_states"][0]["state"].values() for state in (whole, stopped)), strict=True):
+        assert torch.equal(mine["exp_avg"], its["exp_avg"])
+    config = ("--config", run / CONFIG_FILE)  # without the callback
+    assert door(monkeypatch, "train.py", "export", *config, *options[:1], "--ckpt_path=last") == 0
+    export = KVCompressor.from_pretrained(tmp_path / "export")
+    for name, value in export.weights.state_dict().items():
+        assert torch.equal(value, stopped["state_dict"][f"compressor.weights.{name}"]), name
+    assert export.lora.tensors.keys() and "2 of 4 optimiser steps" in (tmp_path / "report.md").read_text()
+    assert door(monkeypatch, "train.py", "export") == 2
+    assert "ckpt_path: is needed: a file, or 'last' or 'best' of the run" in capsys.readouterr().err
+
+
+def test_the_best_by_a_monitored_metric_is_exported(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        *(f"--trainer.default_root_dir={tmp_path}", "--trainer.val_check_interval=1", "--trainer.limit_val_batches=1"),
+        *("--checkpoint.monitor=val/kl", "--checkpoint.save_top_k=1", "--checkpoint.every_n_train_steps=null"),
+        *("--model.lr_lora=3", "--model.warmup=1", "--trainer.max_steps=3"),
+    ]
+    assert door(monkeypatch, "train.py", "--config", run / CONFIG_FILE, *options) == 0
+    (best,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
+    step, states = (
+        int(best.stem[5:]),
+        [read_checkpoint(file) for file in (best, tmp_path / "checkpoints" / "last.ckpt")],
+    )
+    assert step < states[1]["global_step"] == 3
+    export = KVCompressor.from_pretrained(tmp_path / "export").weights.saliency
+    found = [torch.equal(export, state["state_dict"]["compressor.weights.saliency"]) for state in states]
+    assert found == [True, False]
+    assert f"is of step {step}, which is exported." in capsys.readouterr().out
+    assert f"Exported is step {step}, the best of the checkpoints" in (tmp_path / "report.md").read_text()
+    assert find_checkpoint("best", tmp_path / "checkpoints") == best
 
 
 def test_given_options_hold_and_others_are_the_checkpoints(

@@ -22,8 +22,8 @@ class RunFacts:
 
     Attributes:
         model: base model; when: "context" or "prompt".
-        steps: optimiser steps done, of `planned`.
-        temperature: of the gates at the end, in standard deviations of the score; it falls from `temperature_start` to
+        steps: optimiser steps done, of `planned`; exported: the one whose weights were exported.
+        temperature: of the gates at that one, in standard deviations of the score; it falls from `temperature_start` to
             `temperature_end`.
         ratio_range: least and largest kept share that was trained.
         tight_steps: of the planned ones, how many see the least alone, at first; 0 without such a stage.
@@ -34,6 +34,7 @@ class RunFacts:
     when: str
     steps: int
     planned: int
+    exported: int
     temperature: float
     temperature_start: float
     temperature_end: float
@@ -59,6 +60,8 @@ def render_report(facts: RunFacts, kept: KeptShares, results: Results | None, pl
     """
     low, high = facts.ratio_range
     run = f"{facts.steps} of {facts.planned} optimiser steps, `when: {facts.when}`, ratios {low:g} to {high:g}."
+    if facts.exported != facts.steps:
+        run += f" Exported is step {facts.exported}, the best of the checkpoints by the metric that was monitored."
     if facts.tight_steps:
         run += f" The first {facts.tight_steps} see {low:g} alone; what they learn holds below {facts.tight_below:g}."
     parts = [
@@ -75,8 +78,8 @@ def render_report(facts: RunFacts, kept: KeptShares, results: Results | None, pl
         "Times the training-free preset's budget, by optimiser step; the numbers are in `budgets.csv`.",
         f"![learned budgets over steps]({plots[1]})",
         "## Gates",
-        f"Temperature {facts.temperature_start:g} at the start, {facts.temperature:.4g} at the end, in standard "
-        "deviations of the score. The export selects hard, which is temperature 0.",
+        f"Temperature {facts.temperature_start:g} at the start, {facts.temperature:.4g} in what is exported, in "
+        "standard deviations of the score. The export selects hard, which is temperature 0.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -112,7 +115,7 @@ def _warnings(facts: RunFacts, results: Results | None) -> list[str]:
             f"warning: training ended before the gates were hard (temperature {facts.temperature:.3g}, planned "
             f"{facts.temperature_end:g}); what was trained is not quite what is shipped"
         )
-    if facts.tight_steps and facts.steps <= facts.tight_steps:
+    if facts.tight_steps and facts.exported <= facts.tight_steps:
         warnings.append(f"warning: training ended before it saw a ratio above {facts.ratio_range[0]:g}")
     return warnings
 
