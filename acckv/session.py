@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from acckv.attention import shadow_attention
 from acckv.cache import CompressedCache, branch_layers, compressed_layers, fresh_cache
 from acckv.compressor import KVCompressor
 from acckv.errors import InputError
+from acckv.logits import at_places, chosen_logits, last_position
 from acckv.lora import AttachedLora
 from acckv.merged_lora import LoraMode, attach
 from acckv.modality import ModalityMap
@@ -133,9 +135,9 @@ class Session:
         """
         self._require_open()
         cache, task = fresh_cache(self.adapter), Task(rows)
-        call: Any = self.model
+        logits = None
         if embedded is None:
-            inputs = self._placed(inputs)
+            inputs = self.adapter.placed(inputs)
             turn = self._read(inputs)
             inputs.pop("modality_ids", None)
             if inputs.get("position_ids") is None:
@@ -143,13 +145,17 @@ class Session:
                 inputs["position_ids"] = self.adapter.prompt_positions(inputs, turn.labels.real, start)
         else:
             embedded = embedded.to(self.adapter.device)
-            call, turn, inputs = self.adapter.decoder, embedded_turn(embedded), self._decoder_arguments(embedded)
+            turn, inputs = embedded_turn(embedded), self._decoder_arguments(embedded)
+        arguments = {**inputs, "cache": cache, "use_cache": True}
+        run = partial(self.router.run, task=task, turn=turn, arguments=arguments)
         with torch.set_grad_enabled(gradients), without_checkpointing(self.adapter.decoder):
-            output = self.router.run(call, task, turn, {**inputs, "cache": cache, "use_cache": True})
+            if embedded is None:
+                logits = chosen_logits(self.model, last_position, partial(run, self.model))[:, -1]
+            else:
+                run(self.adapter.decoder)
         recorder, embedded = task.recorder, task.embedded
         if recorder is None or embedded is None:
             raise InputError("brings no token", field="input_ids")
-        logits = output.logits[:, -1] if call is self.model else None
         return Prefill(
             cache,
             embedded.labels,
@@ -203,7 +209,7 @@ class Session:
                 stream flat.
         """
         self._require_open()
-        inputs = self._placed(chunk)
+        inputs = self.adapter.placed(chunk)
         seen = 0 if cache is None else cache.get_seq_length()
         turn = self._read({**inputs, "attention_mask": self._new_mask(inputs, seen)}, seen)
         real, labels = turn.labels.real, turn.labels.labels
@@ -271,7 +277,9 @@ class Session:
         out = out if isinstance(out, Tensor) else out.sequences
         return out[:, ids.shape[1] :]
 
-    def simulate(self, prefill: Prefill, plans: list[LayerPlan] | None, **inputs: Any) -> Tensor:
+    def simulate(
+        self, prefill: Prefill, plans: list[LayerPlan] | None, places: Tensor | None = None, **inputs: Any
+    ) -> Tensor:
         """Logits of tokens that follow a prefill, reading it through gates instead of an evicted cache.
 
         It equals physical eviction where the gates are hard, and passes gradients where they are soft. The prefill is
@@ -280,10 +288,11 @@ class Session:
 
         Args:
             plans: None reads the full cache (the teacher).
+            places: int64 ``[wanted]``, tokens whose logits are wanted, counted through all rows; None wants them all.
             inputs: input_ids, attention_mask (4-D additive, or 2-D) and position_ids of the new tokens.
 
         Returns:
-            ``[B, tokens, vocabulary]``.
+            ``[B, tokens, vocabulary]``, or ``[wanted, vocabulary]``.
         """
         self._require_open()
         layers = prefill.cache.layers
@@ -294,7 +303,8 @@ class Session:
             inputs["attention_mask"] = self.adapter.packed_mask(mask, positions, layers)
         simulation = Simulation(layers, plans)
         with self.router.simulating(simulation):
-            logits = self.model(cache=LengthCache(layers), use_cache=True, **inputs).logits
+            run = partial(self.model, cache=LengthCache(layers), use_cache=True, **inputs)
+            logits = run().logits if places is None else chosen_logits(self.model, at_places(places), run)[0]
         if not simulation.reached:
             raise InputError("keeps keyword arguments from its attention, so it cannot be simulated", field="model")
         return logits
@@ -303,11 +313,6 @@ class Session:
 
     def _ratio(self, prefill: Prefill, ratio: float | None) -> float:
         return self.compressor.ratio_of(prefill.labels, len(prefill.observations), ratio)
-
-    def _placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Model inputs where the model takes them; the user's may come as a processor made them."""
-        device = self.adapter.device
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
     def _new_mask(self, inputs: dict[str, Any], seen: int) -> Tensor | None:
         """The 2-D mask of the new tokens alone."""

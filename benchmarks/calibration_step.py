@@ -91,8 +91,7 @@ def fine_tuning_loss(module: CalibrationModule, batch: CalibrationBatch) -> Tens
     """One plain LoRA step on the same tokens with the full cache."""
     prefill = module.live.prefill(batch.embedded, "none", gradients=True)
     logits = module._logits(prefill, None, batch.turns)
-    counted = batch.turns.weight[:, :-1] > 0
-    return F.cross_entropy(logits[:, :-1][counted], batch.turns.ids[:, 1:][counted])
+    return F.cross_entropy(logits, batch.turns.ids.flatten()[batch.turns.counted + 1])
 
 
 def measured(step: Step, module: CalibrationModule, batch: CalibrationBatch) -> tuple[float, float]:

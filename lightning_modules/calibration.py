@@ -251,8 +251,9 @@ class CalibrationModule(CalibrationState):
         if ratio < 1 and stages.tight(self.global_step):
             ratio = self.options.ratio_min
         done = self.distill(batch, ratio, temperature)
-        kept = [float(plan.log_gates.detach().exp().mean()) for plan in done.plans or []] or [1.0]
-        share = sum(kept) / len(kept)
+        # A tensor: a number would have to wait for the device at every step.
+        kept = [plan.log_gates.detach().exp().mean() for plan in done.plans or []]
+        share = torch.stack(kept).mean() if kept else done.kl.new_ones(())
         self.log_dict({"train/ratio": ratio, "train/temperature": temperature, "train/kept": share})
         self.log("kept", share, prog_bar=True, logger=False)
         # Weights that nothing reads (of a modality that is not there, of a step that the preset leaves out) get zeros
@@ -288,9 +289,8 @@ class CalibrationModule(CalibrationState):
             plans = None if self.compressor.keeps_all(ratio) else session.plan(prefill, ratio, temperature)
         with session.adapted(ratio), outputs_of(matched) as found:
             student = self._logits(prefill, plans, turns)
-        counted = turns.weight > 0
-        weight = turns.weight[counted]
-        said = Taught.at(counted, student, found)
+        weight = turns.weight.flatten()[turns.counted]
+        said = Taught.at(turns.counted, student, found)
         kl = divergence(taught.logits, said.logits, weight)
         loss = kl
         if options.divergence == "reverse":
@@ -312,7 +312,7 @@ class CalibrationModule(CalibrationState):
                 batch.keep(prefill)
             with torch.no_grad(), outputs_of(self._matched()) as outputs:
                 logits = self._logits(prefill, None, turns)
-        taught = Taught.at(turns.weight > 0, logits, outputs)
+        taught = Taught.at(turns.counted, logits, outputs)
         return prefill, taught if batch.lesson is None else batch.lesson.heard(taught)
 
     def _matched(self) -> list[torch.nn.Module]:
@@ -323,10 +323,12 @@ class CalibrationModule(CalibrationState):
         return list(adapter.decoder.layers) if match == "hidden" else adapter.decoder_attention
 
     def _logits(self, prefill: Prefill, plans: list[LayerPlan] | None, turns: PackedTurns) -> Tensor:
+        """Logits of the tokens that count, ``[tokens, vocabulary]``: most of a long vocabulary is never made."""
         session = self.live
         return session.simulate(
             prefill,
             plans,
+            places=turns.counted,
             input_ids=turns.ids,
             attention_mask=turns.mask(prefill.labels, self.model.dtype),
             position_ids=session.adapter.text_positions(prefill.next_position + turns.offset),

@@ -28,11 +28,11 @@ class Taught:
         """What counts of a forward.
 
         Args:
-            counted: bool ``[B, T]``; logits: ``[B, T, vocabulary]``; outputs: by layer ``[B, T, size]``.
+            counted: int64 ``[tokens]`` places in B x T; logits: ``[tokens, vocabulary]`` of these alone; outputs: by
+                layer ``[B, T, size]``.
         """
-        chosen = [layer[counted] for layer in outputs]
-        tokens = logits[counted]
-        return cls(tokens, torch.stack(chosen) if chosen else tokens.new_zeros(0, len(tokens), 0))
+        chosen = [layer.flatten(0, 1).index_select(0, counted) for layer in outputs]
+        return cls(logits, torch.stack(chosen) if chosen else logits.new_zeros(0, len(logits), 0))
 
     @classmethod
     def join(cls, parts: Sequence[Taught]) -> Taught:

@@ -383,14 +383,15 @@ def test_packed_turns_equal_single_turns(cache: Path) -> None:
     with torch.no_grad():
         prefill = module.live.prefill(**context)
         packed = pack_turns([turns])
-        together = module._logits(prefill, None, packed)[0]
+        together, turn_of = module._logits(prefill, None, packed), packed.turn[0, packed.counted]
         for number, turn in enumerate(turns):
-            alone = module._logits(prefill, None, pack_turns([[turn]]))[0]
-            assert torch.allclose(together[packed.turn[0] == number], alone, atol=1e-4)
+            alone = module._logits(prefill, None, pack_turns([[turn]]))
+            assert torch.allclose(together[turn_of == number], alone, atol=1e-4)
         ids = torch.cat([context["input_ids"], turns[0].ids[None]], dim=1)
         plain = module.model(**{**context, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0]
     module.teardown("fit")
-    assert torch.allclose(plain[context["input_ids"].shape[1] :], together[packed.turn[0] == 0], atol=1e-4)
+    counted = packed.counted[turn_of == 0]
+    assert torch.allclose(plain[context["input_ids"].shape[1] :][counted], together[turn_of == 0], atol=1e-4)
 
 
 def test_pack_turns() -> None:

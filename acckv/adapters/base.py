@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -166,6 +167,11 @@ class ModelAdapter:
         """Whether the model's inputs have features among them; generate hands on an empty mapping where it has none."""
         given = (inputs.get(name) for name in self.feature_inputs)
         return any(value is not None and not (isinstance(value, dict) and not value) for value in given)
+
+    def placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Model inputs where the model takes them; a user's may come as a processor made them."""
+        device = self.device
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
     def label(self, input_ids: Tensor, attention_mask: Tensor | None) -> ModalityMap:
         """The modality of every token of ``[batch, tokens]`` placeholders."""

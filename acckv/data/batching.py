@@ -37,15 +37,18 @@ class PackedTurns:
         turn: ``[B, T]`` which turn of its row a token belongs to, -1 for padding.
         offset: ``[B, T]`` place of a token inside its turn.
         weight: float ``[B, T]`` weight of the prediction made at this token.
+        counted: int64 ``[predictions]`` places of the tokens that weigh, rows laid behind one another.
     """
 
     ids: Tensor
     turn: Tensor
     offset: Tensor
     weight: Tensor
+    counted: Tensor
 
     def to(self, device: torch.device) -> PackedTurns:
-        return PackedTurns(*(tensor.to(device) for tensor in (self.ids, self.turn, self.offset, self.weight)))
+        parts = self.ids, self.turn, self.offset, self.weight, self.counted
+        return PackedTurns(*(tensor.to(device) for tensor in parts))
 
     def mask(self, labels: ModalityMap, dtype: torch.dtype) -> Tensor:
         """Additive attention mask ``[B, 1, T, N + T]``: the whole context and the earlier tokens of the same turn."""
@@ -65,20 +68,16 @@ def pack_turns(rows: list[list[Turn]]) -> PackedTurns:
     """
     length = max(sum(len(turn.ids) for turn in turns) for turns in rows)
     shape = (len(rows), length)
-    packed = PackedTurns(
-        torch.zeros(shape, dtype=torch.long),
-        torch.full(shape, -1),
-        torch.zeros(shape, dtype=torch.long),
-        torch.zeros(shape),
-    )
+    ids, turn_of = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
+    offset, weight = torch.zeros_like(ids), torch.zeros(shape)
     for row, turns in enumerate(rows):
         start = 0
         for number, turn in enumerate(turns):
             stop = start + len(turn.ids)
-            packed.ids[row, start:stop] = turn.ids
-            packed.turn[row, start:stop] = number
-            packed.offset[row, start:stop] = torch.arange(len(turn.ids))
+            ids[row, start:stop] = turn.ids
+            turn_of[row, start:stop] = number
+            offset[row, start:stop] = torch.arange(len(turn.ids))
             answer = len(turn.ids) - 1 - turn.first
-            packed.weight[row, start + turn.first : stop - 1] = max(answer, 1) ** -0.5
+            weight[row, start + turn.first : stop - 1] = max(answer, 1) ** -0.5
             start = stop
-    return packed
+    return PackedTurns(ids, turn_of, offset, weight, weight.flatten().nonzero()[:, 0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from acckv.cache import CompressedCache
 from acckv.data.encoding import encode, encode_context, question_suffix
 from acckv.data.media import MAX_PIXELS, Media, join_media, read_media
 from acckv.errors import InputError
+from acckv.logits import chosen_logits
 from acckv.plugins.requests import ClipRef, Generation
 from acckv.ragged import left_padded
 from acckv.session import Session
@@ -128,7 +130,7 @@ class Answerer:
         targets = [self._answer_ids(answer) for answer in answers]
         if not clip:
             inputs = self._text_inputs(question)
-            logits = [self.model(input_ids=torch.cat([inputs["input_ids"], ids[None]], 1)).logits[0] for ids in targets]
+            logits = [self._text_logits(inputs["input_ids"], ids) for ids in targets]
         else:
             with self._session() as session:
                 logits = self._logits(session, clip, question, targets)
@@ -163,6 +165,11 @@ class Answerer:
         ).logits
         own = [each[-len(row) :] for each, row in zip(logits, rows, strict=True)]
         return own if first is None else [torch.cat([first, each]) for each in own]
+
+    def _text_logits(self, before: Tensor, ids: Tensor) -> Tensor:
+        """``[tokens, vocabulary]`` from the token before `ids` to their last, without any clip."""
+        run = partial(self.model, input_ids=torch.cat([before, ids[None]], dim=1))
+        return chosen_logits(self.model, lambda hidden: hidden[:, -len(ids) - 1 :], run)[0]
 
     def _context(self, session: Session, clip: Clip) -> CompressedCache:
         """The compressed cache of a clip; that of the last clip is kept."""
