@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from acckv.adapters.base import ModelAdapter
 from acckv.errors import InputError
+from acckv.lora_targets import check_adaptable
 
 #: Names of the two sets of a session as peft's adapters: of all ratios, and of the low ratios that have their own.
 DEFAULT, TIGHT = "default", "tight"
@@ -50,9 +51,10 @@ class LoraWeights:
 
 def lora_config(adapter: ModelAdapter, rank: int, alpha: float, targets: tuple[str, ...], base: str) -> LoraConfig:
     """A LoRA of the decoder's projections, by full module names: leaf names would hit the audio tower too."""
-    names = adapter.projection_names(targets)
+    layers = adapter.projections(targets)
+    check_adaptable(layers)
     return LoraConfig(
-        r=rank, lora_alpha=int(alpha), target_modules=names, lora_dropout=0.0, base_model_name_or_path=base
+        r=rank, lora_alpha=int(alpha), target_modules=list(layers), lora_dropout=0.0, base_model_name_or_path=base
     )
 
 
@@ -113,10 +115,12 @@ class AttachedLora(SessionLora):
             raise InputError("already carries a peft adapter; merge or unload it first", field="model")
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.adapter = adapter
+        wanted = set(config.target_modules or ())
+        check_adaptable({name: module for name, module in model.named_modules() if name in wanted})
         # peft edits the configuration it is given.
         self.wrapped = PeftModel(model, LoraConfig(**config.to_dict()), adapter_name=DEFAULT)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-        if layers.keys() != set(config.target_modules or ()):
+        if layers.keys() != wanted:
             self.remove()
             raise InputError(f"LoRA reached {len(layers)} modules that are not the decoder's", field="adapter")
         self.layers: list[Any] = list(layers.values())

@@ -12,7 +12,6 @@ import psutil
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from acckv.adapters.base import ModelAdapter
@@ -138,7 +137,7 @@ def _obstacle(attached: AttachedLora) -> str | None:
         plain = type(layer) is LoraLinear and type(module).forward is nn.Linear.forward
         if not plain or layer.lora_variant or layer.fan_in_fan_out:
             return f"{type(module).__name__} layers keep weights that cannot be added to"
-        if isinstance(weight, DTensor) or weight.device.type == "meta" or not weight.is_floating_point():
+        if type(weight.data) is not Tensor or weight.device.type == "meta" or not weight.is_floating_point():
             return "the weights are quantised, offloaded or split over processes"
     return None
 

@@ -126,7 +126,7 @@ def test_what_cannot_be_merged_stays_separate() -> None:
 def test_auto_asks_for_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_omni.build()
     compress = compressor(model)
-    names = find_adapter(model).projection_names(TARGETS)
+    names = list(find_adapter(model).projections(TARGETS))
     copies = 2 * sum(4 * model.get_submodule(name).weight.numel() for name in names)
     monkeypatch.setattr(merged_lora, "_free_memory", lambda device: 2 * copies)
     with compress(model) as session:

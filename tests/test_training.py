@@ -174,7 +174,7 @@ def test_gradient_checkpointing_changes_nothing(built: Built, monkeypatch: pytes
 def test_lora_is_on_the_decoder_alone_and_comes_off(built: Built) -> None:
     family, model = built
     adapter = find_adapter(model)
-    names = adapter.projection_names(("q_proj", "v_proj"))
+    names = list(adapter.projections(("q_proj", "v_proj")))
     decoder = next(name for name, module in model.named_modules() if module is adapter.decoder)
     assert names and all(name.startswith(f"{decoder}.layers.") for name in names)
     assert len([name for name in names if name.endswith("q_proj")]) == len(adapter.decoder.layers)

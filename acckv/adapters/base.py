@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from acckv.errors import InputError
+from acckv.lora_targets import is_linear, match_names
 from acckv.modality import ModalityMap, label_tokens
 from acckv.ragged import take
 
@@ -142,8 +143,8 @@ class ModelAdapter:
             "head_size": first.head_dim,
         }
 
-    def projection_names(self, names: tuple[str, ...]) -> list[str]:
-        """Full module names of the linear layers called so in the decoder, never a tower's that has the same leaf name.
+    def projections(self, names: tuple[str, ...]) -> dict[str, nn.Module]:
+        """Linear layers of the decoder by full module name, never a tower's that has the same leaf name.
 
         Args:
             names: such as 'q_proj' or 'gate_proj'. Experts of a mixture that are one fused tensor have no such layer.
@@ -152,14 +153,11 @@ class ModelAdapter:
             InputError: the decoder has no linear layer of a name.
         """
         own = {id(module) for layer in self.decoder.layers for module in layer.modules()}
-        linear: dict[str, list[str]] = {}
+        linear: dict[str, list[tuple[str, nn.Module]]] = {}
         for name, module in self.model.named_modules():
-            if id(module) in own and isinstance(module, nn.Linear):
-                linear.setdefault(name.rpartition(".")[-1], []).append(name)
-        for name in names:
-            if name not in linear:
-                raise InputError(f"{name!r} is not one of {', '.join(linear)}", field="lora_targets")
-        return [name for leaf in names for name in linear[leaf]]
+            if id(module) in own and is_linear(module):
+                linear.setdefault(name.rpartition(".")[-1], []).append((name, module))
+        return dict(match_names(names, linear))
 
     # ------------------------------------------------------------- the tokens
 
