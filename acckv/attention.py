@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -28,6 +30,26 @@ Listener = Callable[[AttentionLayer, Tensor, Tensor, Tensor, float], None]
 SIMULATION = "acckv_simulation"
 
 
+@dataclass
+class _Entry:
+    """An attention function of transformers while sessions are open that use it.
+
+    Attributes:
+        dispatch: stands in its place; before: what the mapping held of its own, or None where it inherits.
+        watched: id of an attention module -> (its layer, where its attention goes).
+    """
+
+    dispatch: Attend
+    before: Attend | None
+    watched: dict[int, tuple[int, Attend]]
+
+
+# The mapping is one for the whole process, and models whose sessions overlap share an entry of it, in any order of
+# opening and closing: the first session puts the stand-in there and the last one takes it away.
+_entries: dict[str, _Entry] = {}
+_entries_lock = Lock()
+
+
 @contextmanager
 def shadow_attention(modules: list[nn.Module], implementation: str, attend: Attend) -> Iterator[None]:
     """Send the attention of `modules` through `attend` while the context is open; all others stay untouched.
@@ -36,27 +58,49 @@ def shadow_attention(modules: list[nn.Module], implementation: str, attend: Atte
         modules: the decoder's attention modules, in order of layer.
         implementation: the name that the decoder's config has in use, such as 'sdpa' or 'eager'.
     """
-    index = {id(module): layer for layer, module in enumerate(modules)}
-    local = ALL_ATTENTION_FUNCTIONS._local_mapping
-    before = local.get(implementation)
+    ours = {id(module): (layer, attend) for layer, module in enumerate(modules)}
+    with _entries_lock:
+        entry = _entries.get(implementation)
+        if entry is None:
+            entry = _entries[implementation] = _installed(implementation)
+        entry.watched.update(ours)
+    try:
+        yield
+    finally:
+        with _entries_lock:
+            for module in ours:
+                entry.watched.pop(module, None)
+            if not entry.watched:
+                del _entries[implementation]
+                _restore(implementation, entry)
+
+
+def _installed(implementation: str) -> _Entry:
+    """A stand-in for an attention function, in the mapping, that watches nothing yet."""
     inherited = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    watched: dict[int, tuple[int, Attend]] = {}
 
     def dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         # 'eager' is no entry of the mapping: every model file has its own.
         original = inherited or sys.modules[type(module).__module__].eager_attention_forward
-        layer = index.get(id(module))
-        if layer is None:
+        place = watched.get(id(module))
+        if place is None:
             return original(module, *args, **kwargs)
+        layer, attend = place
         return attend(original, layer, module, *args, **kwargs)
 
+    entry = _Entry(dispatch, ALL_ATTENTION_FUNCTIONS._local_mapping.get(implementation), watched)
     ALL_ATTENTION_FUNCTIONS[implementation] = dispatch
-    try:
-        yield
-    finally:
-        if before is None:
-            del ALL_ATTENTION_FUNCTIONS[implementation]
-        else:
-            ALL_ATTENTION_FUNCTIONS[implementation] = before
+    return entry
+
+
+def _restore(implementation: str, entry: _Entry) -> None:
+    if ALL_ATTENTION_FUNCTIONS._local_mapping.get(implementation) is not entry.dispatch:
+        return  # somebody else put theirs over it since; it may call the stand-in, which watches nothing any more
+    if entry.before is None:
+        del ALL_ATTENTION_FUNCTIONS[implementation]
+    else:
+        ALL_ATTENTION_FUNCTIONS[implementation] = entry.before
 
 
 class Tap:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from acckv.logits import at_places, chosen_logits, last_position
 from acckv.lora import AttachedLora
 from acckv.merged_lora import LoraMode, attach
 from acckv.modality import ModalityMap
+from acckv.patching import in_use
 from acckv.pipeline import LayerPlan
 from acckv.policies.base import Rows
 from acckv.prefill import Prefill
@@ -27,6 +28,7 @@ from acckv.ragged import DecoderInputs, next_position
 from acckv.routing import Router, Task
 from acckv.simulation import LengthCache, Simulation, without_checkpointing
 from acckv.turn import Turn, embedded_turn, read_turn
+from acckv.wiring import served
 
 __all__ = ["Prefill", "Session"]
 
@@ -78,6 +80,7 @@ class Session:
     def __enter__(self) -> Session:
         adapter = self.adapter
         with ExitStack() as stack:
+            stack.enter_context(in_use(adapter.decoder))
             if self.compressor.lora is not None:
                 tight = None if self.compressor.tight is None else self.compressor.tight.lora
                 self.router.lora = attach(adapter, self.compressor.lora, tight, self.lora_mode)
@@ -89,8 +92,9 @@ class Session:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
-        self.router.lora = None
+        with self.router.wiring.lock:  # another thread may still generate
+            self._stack.close()
+            self.router.lora = None
 
     @property
     def last_cache(self) -> CompressedCache | None:
@@ -107,21 +111,24 @@ class Session:
         """Whether LoRA acts on the prompt too, so that a prefill of the base model is of no use here."""
         return self.router.adapts_prompt
 
-    def base_projections(self) -> AbstractContextManager[Any]:
-        """The compressor's LoRA, if there is one, is off while the context is open."""
-        return self.router.base_projections()
+    @contextmanager
+    def base_projections(self) -> Iterator[None]:
+        """The compressor's LoRA, if there is one, is off while the context is open; other threads wait."""
+        with self.router.wiring.lock, self.router.base_projections():
+            yield
 
-    def adapted(self, ratio: float) -> AbstractContextManager[Any]:
-        """Simulations use the LoRA of a ratio while the context is open; caches know their own."""
-        lora = self.router.lora
-        return nullcontext() if lora is None else lora.selected(self.compressor.is_tight(ratio))
-
-    def _require_open(self) -> None:
-        if not self.router.wiring.is_open:
-            raise InputError("is closed; use it inside `with compressor(model) as session`", field="session")
+    @contextmanager
+    def adapted(self, ratio: float) -> Iterator[None]:
+        """Simulations use the LoRA of a ratio while the context is open, and other threads wait; caches know their
+        own."""
+        with self.router.wiring.lock:
+            lora = self.router.lora
+            with nullcontext() if lora is None else lora.selected(self.compressor.is_tight(ratio)):
+                yield
 
     # ----------------------------------------------- compressing, and answering
 
+    @served
     def prefill(
         self, embedded: DecoderInputs | None = None, rows: Rows = "all", gradients: bool = False, **inputs: Any
     ) -> Prefill:
@@ -133,7 +140,6 @@ class Session:
             gradients: keep the graph, to train LoRA of scope 'all'.
             inputs: as for the model, media included; with `when: context` up to the end of the media.
         """
-        self._require_open()
         cache, task = fresh_cache(self.adapter), Task(rows)
         logits = None
         if embedded is None:
@@ -167,6 +173,7 @@ class Session:
             logits,
         )
 
+    @served
     @torch.no_grad()
     def compress(self, prefill: Prefill | None = None, ratio: float | None = None, **inputs: Any) -> CompressedCache:
         """The compressed cache of a prefill, or of model `inputs`, whose layers are evicted as the prefill goes on.
@@ -174,7 +181,6 @@ class Session:
         Args:
             ratio: kept share, replaces the config's.
         """
-        self._require_open()
         if prefill is None:
             return self.extend(inputs, ratio=ratio)
         if prefill.adapted != self.adapts_prompt:
@@ -188,6 +194,7 @@ class Session:
         self.router.last_cache = cache
         return cache
 
+    @served
     @torch.no_grad()
     def extend(
         self,
@@ -208,7 +215,6 @@ class Session:
             keep_text: False lets the chunk's text (markers, time stamps) age with its media, which keeps an endless
                 stream flat.
         """
-        self._require_open()
         inputs = self.adapter.placed(chunk)
         seen = 0 if cache is None else cache.get_seq_length()
         turn = self._read({**inputs, "attention_mask": self._new_mask(inputs, seen)}, seen)
@@ -231,6 +237,7 @@ class Session:
         self.router.last_cache = CompressedCache(branch.layers, ModalityMap(labels), next_position(positions))
         return self.router.last_cache
 
+    @served
     def plan(self, prefill: Prefill, ratio: float | None = None, temperature: float | None = None) -> list[LayerPlan]:
         """What :meth:`compress` would keep; with a temperature, the differentiable twin of it."""
         rows = self.compressor.policy.rows
@@ -241,6 +248,7 @@ class Session:
         scores = compressor.scores(observations, prefill.labels)
         return compressor.plan(scores, observations, prefill.labels, ratio, temperature)
 
+    @served
     @torch.no_grad()
     def answer(
         self, cache: CompressedCache, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
@@ -256,7 +264,6 @@ class Session:
         Returns:
             the new tokens ``[rows, new]``, or ``[rows * returns, new]``.
         """
-        self._require_open()
         batch = cache.labels.labels.shape[0]
         if input_ids.shape[0] % batch:
             raise InputError(f"{input_ids.shape[0]} rows do not divide over {batch} clips", field="input_ids")
@@ -277,6 +284,7 @@ class Session:
         out = out if isinstance(out, Tensor) else out.sequences
         return out[:, ids.shape[1] :]
 
+    @served
     def simulate(
         self, prefill: Prefill, plans: list[LayerPlan] | None, places: Tensor | None = None, **inputs: Any
     ) -> Tensor:
@@ -294,7 +302,6 @@ class Session:
         Returns:
             ``[B, tokens, vocabulary]``, or ``[wanted, vocabulary]``.
         """
-        self._require_open()
         layers = prefill.cache.layers
         mask = inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 4:

@@ -1,11 +1,12 @@
-"""How a session gets into a model's forward: instance attributes and a hook, all taken back on exit."""
+"""How a session gets into a model's forward: methods in place of its own, all taken back on exit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
-from typing import Any
+from threading import RLock
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,21 +15,28 @@ from acckv.adapters.base import ModelAdapter
 from acckv.cache import compressed_layers
 from acckv.config import When
 from acckv.errors import InputError
+from acckv.patching import patch_method
 from acckv.ragged import packed
 from acckv.turn import Turn, read_turn
 
 #: (the decoder's own forward, the turn that its model call brings or None, its arguments) -> its output
 Decode = Callable[[Callable[..., Any], Turn | None, dict[str, Any]], Any]
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Wiring:
     """Open, it reads the turn of every call of the model and sends the decoder's forward through `decode`.
 
     ``model.generate`` and ``model(...)`` take `modality_ids`, the labels of tokens that no placeholder marks.
+
+    Attributes:
+        lock: held for each request from its start to its end, so that those of several threads are served one after
+            another: what a forward is for, the model's own record of positions and LoRA are one for the whole model.
     """
 
     def __init__(self, adapter: ModelAdapter, decode: Decode, when: When) -> None:
         self.adapter, self.decode, self.when = adapter, decode, when
+        self.lock = RLock()
         self.is_open = False
         self._turn: Turn | None = None
         self._expected = False
@@ -38,10 +46,9 @@ class Wiring:
 
     def __enter__(self) -> Wiring:
         with ExitStack() as stack:
-            handle = self.adapter.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
-            stack.callback(handle.remove)
-            stack.enter_context(shadow(self.adapter.decoder, "forward", self._forward))
-            stack.enter_context(shadow(self.adapter.model, "generate", self._generate))
+            stack.enter_context(patch_method(self.adapter.decoder, "forward", self._decoder_forward))
+            stack.enter_context(patch_method(self.adapter.model, "forward", self._model_forward))
+            stack.enter_context(patch_method(self.adapter.model, "generate", self._generate))
             self._stack = stack.pop_all()
         self.is_open = True
         return self
@@ -69,17 +76,34 @@ class Wiring:
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         mask = kwargs.get("attention_mask")
         whole = mask if isinstance(mask, Tensor) and mask.ndim == 2 else tokens
-        before = self._given, self._prompt_length
-        self._given = modality_ids
-        self._prompt_length = whole.shape[1] if isinstance(whole, Tensor) else None
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self._given, self._prompt_length = before
+        with self.lock:
+            if not self.is_open:
+                raise InputError(
+                    "was taken from a session that is closed by now; join its threads first", field="generate"
+                )
+            before = self._given, self._prompt_length
+            self._given = modality_ids
+            self._prompt_length = whole.shape[1] if isinstance(whole, Tensor) else None
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._given, self._prompt_length = before
 
-    def _before_model(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _serving(self) -> AbstractContextManager[Any]:
+        """The lock; a graph cannot take one, so compiled forwards of several threads are not kept apart."""
+        return nullcontext() if torch.compiler.is_compiling() else self.lock
+
+    def _model_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._serving():
+            if not self.is_open:
+                return original(*args, **kwargs)
+            args, kwargs = self._before_model(args, kwargs)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._turn = None  # an error on the way to the decoder leaves it
+
+    def _before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Read the turn while its token ids are still known."""
         kwargs = renamed(kwargs)
         modality_ids = kwargs.pop("modality_ids", None)
@@ -107,13 +131,14 @@ class Wiring:
             kwargs["attention_mask"] = torch.cat([packed(mask[:, :seen] > 0), mask[:, seen:] > 0], dim=1).to(mask.dtype)
         return args, kwargs
 
-    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        turn, self._turn = self._turn, None
-        if args and turn is not None and turn.has_media:
-            raise InputError("call the decoder with keyword arguments and a cache", field="model")
-        if args:
-            return original(*args, **kwargs)
-        return self.decode(original, turn, renamed(kwargs))
+    def _decoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._serving():
+            turn, self._turn = self._turn, None
+            if args and turn is not None and turn.has_media:
+                raise InputError("call the decoder with keyword arguments and a cache", field="model")
+            if args or not self.is_open:
+                return original(*args, **kwargs)
+            return self.decode(original, turn, renamed(kwargs))
 
 
 def renamed(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -124,21 +149,15 @@ def renamed(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"cache": arguments["past_key_values"], **others}
 
 
-@contextmanager
-def shadow(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
-    """Hide a method behind ``replacement(original, ...)`` by an instance attribute while the context is open."""
-    own = vars(owner).get(name)
-    original = getattr(owner, name)
+def served(method: Method) -> Method:
+    """A session's method that runs the model: only while it is open, and for one thread after another."""
 
-    @wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return replacement(original, *args, **kwargs)
+    @wraps(method)
+    def call(session: Any, *args: Any, **options: Any) -> Any:
+        wiring = session.router.wiring
+        with wiring.lock:
+            if not wiring.is_open:
+                raise InputError("is closed; use it inside `with compressor(model) as session`", field="session")
+            return method(session, *args, **options)
 
-    setattr(owner, name, call)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
+    return cast(Method, call)
