@@ -17,7 +17,8 @@ from acckv.cache import compressed_layers, sliding_layers
 from acckv.cache_layer import settle_window
 from acckv.errors import InputError
 from acckv.modality import Modality, ModalityMap
-from acckv.ragged import DecoderInputs, next_position, packed, scatter_back, take, window
+from acckv.outputs import join_outputs, wants_records
+from acckv.ragged import DecoderInputs, next_position, packed, take, window
 from acckv.turn import Turn
 from acckv.watch import Watch, WatchListener, record_past, restore_past
 
@@ -118,7 +119,7 @@ class PromptRun:
         probe_ids: Tensor | None,
         prompt_adapters: AbstractContextManager[Any],
     ) -> Any:
-        """Front, then rest; the decoder's output with hidden states in the order of the tokens.
+        """Front, then rest; the decoder's output with what it tells of every token in the order of the tokens.
 
         Args:
             listener: watches the front.
@@ -128,21 +129,21 @@ class PromptRun:
         keep = self.arguments.get("logits_to_keep", 0)
         lengths = (self.rest >= 0).sum(-1)
         # Layers that share entries skip rows whose output nobody reads.
-        needs_front = not (isinstance(keep, int) and 0 < keep <= int(lengths.min()))
-        parts, output = [], None
+        in_rest = isinstance(keep, int) and 0 < keep <= int(lengths.min())
+        needs_front = not in_rest or wants_records(self.arguments, self.adapter.decoder.config)
+        runs, output = [], None
         if self.front.shape[1]:
             with prompt_adapters:
                 output = self._front(listener, probe_ids, needs_front)
             if needs_front:
-                parts.append((self.front, output.last_hidden_state[:, : self.front.shape[1]]))
+                runs.append((self.front, output))
         if self.rest.shape[1]:
             output = self._rest()
-            parts.append((self.rest, output.last_hidden_state))
+            runs.append((self.rest, output))
         self._count(self.turn.seen + self.turn.length)
         if output is None:
             raise InputError("brings no token", field="input_ids")
-        output.last_hidden_state = scatter_back(parts, self.turn.length)
-        return output
+        return join_outputs(runs, output, self.turn.length)
 
     def _front(self, listener: WatchListener | None, probe_ids: Tensor | None, needs_front: bool) -> Any:
         inputs = self._cut(self.front, needs_front)

@@ -140,22 +140,22 @@ def covers(columns: Tensor, length: int) -> bool:
 
 
 def scatter_back(parts: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
-    """Put hidden states ``[batch, width, hidden]`` of several windows back in their columns.
+    """Put hidden states ``[..., batch, width, hidden]`` of several windows back in their columns.
 
     Args:
         parts: at least one (window, states).
 
     Returns:
-        ``[batch, length, hidden]``, zero where no window reaches.
+        ``[..., batch, length, hidden]``, zero where no window reaches.
     """
     first = parts[0][1]
     if len(parts) == 1 and covers(parts[0][0], length):
         return first
-    hidden = first.new_zeros(first.shape[0], length, first.shape[-1])
+    hidden = first.new_zeros(*first.shape[:-2], length, first.shape[-1])
     for columns, states in parts:
         columns = columns.to(states.device)  # of the last layer, which may be on another than the tokens
         rows, places = (columns >= 0).nonzero(as_tuple=True)
-        hidden[rows, columns[rows, places]] = states[rows, places]
+        hidden[..., rows, columns[rows, places], :] = states[..., rows, places, :]
     return hidden
 
 

@@ -106,6 +106,7 @@ class Router:
             self.tap.cache = before
 
     def _run_task(self, task: Task, original: Decoder, cache: Cache, turn: Turn, arguments: dict[str, Any]) -> Any:
+        arguments = {**arguments, "output_hidden_states": False, "output_attentions": False}  # nobody gets them
         run = PromptRun(self.adapter, self.tap, original, cache, turn, arguments)
         if task.rows is None:
             listener, probe = self._eviction(run, cache, turn, task.ratio)
