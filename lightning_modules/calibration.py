@@ -155,6 +155,8 @@ class CalibrationModule(CalibrationState):
         options = {"when": when, "layer_floor": layer_floor, "probe_queries": probe_queries, "ratio": 0.1}
         self.compression = CompressionConfig.preset(preset, **{**options, **(overrides or {})})
         self.step_mean = StepMean()
+        self.last_step: dict[str, Any] = {}
+        """What the last optimiser step came to, by name."""
 
     # ------------------------------------------------------------------ model
 
@@ -250,7 +252,7 @@ class CalibrationModule(CalibrationState):
         stages, ratio, temperature = self.stages, self.draw_ratio(batch.number), self.temperature()
         if ratio < 1 and stages.tight(self.global_step):
             ratio = self.options.ratio_min
-        done = self.distill(batch, ratio, temperature)
+        done, self._ratio = self.distill(batch, ratio, temperature), ratio
         # A tensor: a number would have to wait for the device at every step.
         kept = [plan.log_gates.detach().exp().mean() for plan in done.plans or []]
         share = torch.stack(kept).mean() if kept else done.kl.new_ones(())
@@ -263,7 +265,9 @@ class CalibrationModule(CalibrationState):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.trained_steps += 1
-        self.log_dict(self.step_mean.finish(self), prog_bar=True, on_step=True, on_epoch=False)
+        means = self.step_mean.finish(self)
+        self.last_step = {**means, "ratio": self._ratio}
+        self.log_dict(means, prog_bar=True, on_step=True, on_epoch=False)
 
     def validation_step(self, batch: CalibrationBatch, batch_idx: int) -> None:
         for ratio in self.options.validation_ratios:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from acckv.compressor import KVCompressor
 from acckv.errors import InputError
+from acckv.progress import Progress
 from acckv.report.results import Results
 from acckv.simulation import disable_checkpointing
 from lightning_modules.calibration import CalibrationModule
@@ -87,7 +88,13 @@ class ExportCompressor(Callback):
             exported.save_pretrained(folder)
         if is_sharded(module):
             trainer.strategy.barrier()
-        batch = first_batch(trainer, module)
+        with Progress("comparing the export with what was trained", shown=trainer.is_global_zero):
+            self._compare(trainer, module, exported)
+        if trainer.is_global_zero:
+            print(f"Exported step {self.step} to {folder}; reloaded, it answers exactly as the live module.")
+
+    def _compare(self, trainer: Trainer, module: CalibrationModule, exported: KVCompressor) -> None:
+        folder, batch = self.path(trainer), first_batch(trainer, module)
         ratios = [module.compression.ratio, *([module.options.ratio_min] if exported.tight is not None else [])]
         live = [self._answers(module, module.live, batch, ratio) for ratio in ratios]
         module.teardown("fit")
@@ -100,8 +107,6 @@ class ExportCompressor(Callback):
         for ratio, one, other in zip(ratios, live, again, strict=True):
             if not torch.equal(one, other):
                 raise RuntimeError(f"{folder}: the reloaded export answers otherwise at {ratio:g} than the live module")
-        if trainer.is_global_zero:
-            print(f"Exported step {self.step} to {folder}; reloaded, it answers exactly as the live module.")
 
     def _answers(self, module: CalibrationModule, session: Any, batch: CalibrationBatch, ratio: float) -> torch.Tensor:
         """Tokens that a session gives to the first turn of every clip at a ratio."""

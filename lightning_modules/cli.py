@@ -27,6 +27,7 @@ from lightning_modules.resume import (
     run_config,
 )
 from lightning_modules.trainer_checks import freeze_precision
+from lightning_modules.training_progress import TrainingProgress
 
 SUBCOMMANDS = ("fit", "validate", "export")
 ROOT = "runs/calib"
@@ -71,6 +72,7 @@ class CalibrationCLI(LightningCLI):
         parser.add_lightning_class_args(ExportCompressor, "export")
         parser.add_lightning_class_args(EvaluateExport, "evaluation")
         parser.add_lightning_class_args(CalibrationReport, "report")
+        parser.add_lightning_class_args(TrainingProgress, "progress")
         parser.set_defaults(
             {
                 "checkpoint.filename": "step-{step}",
@@ -132,6 +134,8 @@ class CalibrationCLI(LightningCLI):
         self.save_config_kwargs["given"] = config.clone()
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(root / "checkpoints")
+        if not sys.stdout.isatty():
+            config.trainer.enable_progress_bar = False  # there are lines instead
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False  # Lightning would write it all the same
         if config.trainer.logger is None:

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from acckv.data.records import Record
 from acckv.metrics.judging import Judge
+from acckv.progress import Progress
 from lightning_modules.evaluation_journal import Batch, CellAnswers, Journal
 from lightning_modules.evaluation_setup import Setup
 
 
 class EvaluationProgress:
-    """A progress bar, or a line every tenth where the output is no terminal, with running accuracies and bytes saved.
+    """A progress bar, or a line every minute where the output is no terminal, with running accuracies and bytes saved.
 
     Shown are the full cache and the last policy at its least ratio.
 
@@ -33,21 +33,16 @@ class EvaluationProgress:
         self._right = dict.fromkeys(self._shown, 0.0)
         self._asked = dict.fromkeys(self._shown, 0)
         self._bytes = dict.fromkeys(self._shown, 0)
-        self._done = self._total = 0
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("answers"), TimeElapsedColumn(), TimeRemainingColumn())
-        bar_shown = console is not None and console.is_terminal
-        texts = (TextColumn("{task.description}"), *columns, TextColumn("{task.fields[state]}"))
-        self._bar = Progress(*texts, console=console, disable=not bar_shown)
-        self._task = self._bar.add_task("answering", total=None, state="")
+        self._seen = Progress("answering", 0, "answers", self.state, console, shown=console is not None)
 
     def __enter__(self) -> EvaluationProgress:
-        self._bar.start()
+        self._seen.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self._seen.__exit__(kind, error, trace)
 
     def start(self, batches: Sequence[int], journal: Journal) -> None:
         """Set what is to come; what the journal holds of it counts as done.
@@ -58,8 +53,7 @@ class EvaluationProgress:
         if self.console is None:
             return
         clips = [self.setup.clips[clip] for number in batches for clip in self.setup.members(number)]
-        self._total = sum(map(len, clips)) * len(self.setup.cells)
-        self._bar.update(self._task, total=self._total)
+        self._seen.begin(0, sum(map(len, clips)) * len(self.setup.cells))
         finished = journal.finished()
         for batch in (finished[number] for number in batches if number in finished):
             for part in batch.parts:
@@ -67,6 +61,7 @@ class EvaluationProgress:
                 for cell, answers in enumerate(part.cells):
                     self.add(cell, records, answers)
             self.finish(batch)
+        self._seen.begin(self._seen.done)
 
     def add(self, cell: int, records: Sequence[Record], answers: CellAnswers) -> None:
         """Count the answers of a cell to the questions of a prefill."""
@@ -75,12 +70,12 @@ class EvaluationProgress:
             self._right[cell] += sum(one.score for one in judged)
             self._asked[cell] += len(judged)
             self._bytes[cell] += answers.kv_bytes
-        self._advance(len(records))
+        self._seen.advance(len(records))
 
     def finish(self, batch: Batch) -> None:
         """Count the questions about clips that could not be read: there will be no answers to them."""
         questions = sum(len(self.setup.clips[clip]) for clip, _ in batch.failed)
-        self._advance(questions * len(self.setup.cells))
+        self._seen.advance(questions * len(self.setup.cells))
 
     def state(self) -> str:
         """Running accuracies, and how many of the full cache's bytes are saved."""
@@ -89,12 +84,3 @@ class EvaluationProgress:
         if last and self._asked[last] == self._asked[0] and self._bytes[0]:
             parts.append(f"{1 - self._bytes[last] / self._bytes[0]:.0%} of KV bytes saved")
         return ", ".join(parts)
-
-    def _advance(self, count: int) -> None:
-        if self.console is None or not count:
-            return
-        before, self._done = self._done, self._done + count
-        self._bar.update(self._task, advance=count, state=self.state())
-        if not self.console.is_terminal and 10 * before // self._total < 10 * self._done // self._total:
-            line = f"answered {self._done} of {self._total}: {self.state()}"
-            self.console.print(line, highlight=False, soft_wrap=True)

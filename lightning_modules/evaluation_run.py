@@ -18,6 +18,7 @@ from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.metrics.answers import answer_vocabulary
 from acckv.metrics.judging import Judge
+from acckv.progress import Progress
 from acckv.report.card import write_card
 from acckv.report.results import Results
 from lightning_modules.evaluation import Asking, Cell, EvaluationModule
@@ -71,7 +72,8 @@ def run_evaluation(
     title, records = questions or (options.data.title, options.data.records())
     benchmark = None if questions else options.data.benchmark
     loaded: Any
-    loaded, processor = model or load_model(options.model, options.dtype, load_options=options.load_options)
+    with Progress("loading the model", console=console, shown=model is None and trainer.is_global_zero):
+        loaded, processor = model or load_model(options.model, options.dtype, load_options=options.load_options)
     asking = _asking(options, benchmark, records)
     setup = _setup(options, title, benchmark, records, cells, loaded, asking, trainer)
     journal = Journal(Path(options.output), setup, _writer(shard, trainer))

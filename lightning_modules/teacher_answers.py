@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.adapters import load_model
@@ -18,6 +17,7 @@ from acckv.data.encoding import encode, question_suffix
 from acckv.data.media import KINDS, Media, read_media
 from acckv.data.records import Record
 from acckv.errors import InputError
+from acckv.progress import Progress
 from acckv.ragged import left_padded
 from acckv.report.files import whole_file
 
@@ -137,8 +137,9 @@ def answer_clips(file: AnswerFile, videos: Sequence[Path], batch_size: int, devi
     )
     _warn_of_unknown_words(processor, settings.prompts)
     batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
-    with KVCompressor(CompressionConfig(policy="full"))(model) as session:
-        for batch in track(batches, description=f"answering about {len(waiting)} clips", transient=True):
+    seen = Progress("answering about clips", len(waiting), "clips")
+    with seen, KVCompressor(CompressionConfig(policy="full"))(model) as session:
+        for batch in batches:
             media = [read_media(video) for video in batch]
             for kind in KINDS:
                 chosen = [clip for clip in media if clip.kind == kind]
@@ -146,6 +147,7 @@ def answer_clips(file: AnswerFile, videos: Sequence[Path], batch_size: int, devi
                     for clip, answers in zip(chosen, _answers(session, processor, chosen, settings), strict=True):
                         file.add(clip.path, clip.audio is not None, answers)
             file.save()
+            seen.advance(len(batch))
 
 
 def _answers(session: Any, processor: Any, clips: list[Media], settings: AnswerSettings) -> list[list[str]]:

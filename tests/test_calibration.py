@@ -54,6 +54,7 @@ def fit(
     stop: int | None = None,
     resume: Path | None = None,
     also: Sequence[Callback] = (),
+    validate: int = 0,
     **options: Any,
 ) -> CalibrationModule:
     torch.manual_seed(0)
@@ -79,7 +80,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        limit_val_batches=0,
+        limit_val_batches=validate,
         gradient_clip_val=1.0,
         default_root_dir=folder,
     )

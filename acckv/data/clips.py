@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 
 from acckv.data.clip_events import DESCRIPTION_TYPES, SINGLE_TYPES, SPLITS, ClipScript, ask, draw_script
 from acckv.data.clip_render import render_audio, render_frames, write_mp4
 from acckv.errors import InputError
+from acckv.progress import Progress
 
 FORMAT = 1
 """Version of the generator: raised when equal settings no longer give equal files."""
@@ -151,7 +151,7 @@ def write_clips(
         n_clips: how many clips.
         seed: seed of events, renderings and questions.
         workers: processes.
-        progress: show a progress bar.
+        progress: show how far it is.
         settings: the other fields of `ClipSettings`.
 
     Returns:
@@ -224,15 +224,14 @@ def _write_videos(folder: Path, settings: ClipSettings, workers: int, progress: 
     jobs = [
         range(first, min(first + CLIPS_A_JOB, settings.n_clips)) for first in range(0, settings.n_clips, CLIPS_A_JOB)
     ]
-    with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task(f"writing {settings.split} clips", total=settings.n_clips)
+    with Progress(f"writing {settings.split} clips", settings.n_clips, "clips", shown=progress) as seen:
         if workers <= 1 or len(jobs) == 1:
             for job in jobs:
-                bar.advance(task, _write_some(folder, settings, job))
+                seen.advance(_write_some(folder, settings, job))
             return
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             for done in as_completed([pool.submit(_write_some, folder, settings, job) for job in jobs]):
-                bar.advance(task, done.result())
+                seen.advance(done.result())
 
 
 def _write_some(folder: Path, settings: ClipSettings, indices: Sequence[int]) -> int:

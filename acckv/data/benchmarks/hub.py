@@ -15,11 +15,10 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from rich.progress import track
-
 from acckv.data.clips import default_root
 from acckv.errors import InputError
 from acckv.hub import download, is_hub_id
+from acckv.progress import Progress
 from acckv.report.files import whole_folder
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -44,9 +43,10 @@ def local_folder(root: str | Path) -> Path:
         return snapshot
     unpacked = default_root().parent / UNPACKED / repository.replace("/", "--") / snapshot.name
     if not unpacked.is_dir():
-        with whole_folder(unpacked) as partial:
-            for file in track(files, description=f"unpacking {repository}"):
+        with whole_folder(unpacked) as partial, Progress(f"unpacking {repository}", len(files), "files") as seen:
+            for file in files:
                 _put(file, partial / file.relative_to(snapshot).parent)
+                seen.advance()
     return unpacked
 
 
