@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -46,13 +48,17 @@ def open_media(path: Path) -> av.container.InputContainer:
 
 
 def picture_stream(container: av.container.InputContainer, source: Path) -> av.VideoStream | None:
-    """The first stream of pictures; a cover of a sound file is none.
+    """The stream of pictures: the default one of several; a cover of a sound file is none.
 
     Raises:
         InputError: it cannot be decoded, or its pictures are too large.
     """
-    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-    stream = _decodable(streams, "pictures", source)
+    cover = av.stream.Disposition.attached_pic
+    streams = [s for s in container.streams.video if not s.disposition & cover]
+    if not streams and len(container.streams.video):
+        message = "its cover is left out, the clip is sound alone; give the cover as a picture of its own to show it"
+        warnings.warn(f"{source}: {message}", stacklevel=2)
+    stream = _chosen(streams, "video", source)
     if stream is not None and stream.codec_context.width * stream.codec_context.height > LARGEST_PICTURE:
         size = f"{stream.codec_context.width} x {stream.codec_context.height}"
         raise InputError(f"pictures of {size} pixels are larger than 8192 x 8192", source=source)
@@ -62,21 +68,34 @@ def picture_stream(container: av.container.InputContainer, source: Path) -> av.V
 
 
 def sound_stream(container: av.container.InputContainer, source: Path) -> av.AudioStream | None:
-    """The first sound track that can be decoded; None if there is no track.
+    """The sound track: the default one of several, or the first that can be decoded; None if there is no track.
 
     Raises:
         InputError: there are tracks, but none can be decoded.
     """
-    return _decodable(list(container.streams.audio), "sound", source)
+    return _chosen(list(container.streams.audio), "sound", source)
 
 
-def _decodable(streams: list, kind: str, source: Path) -> Any:
-    for stream in streams:
-        if stream.codec_context is not None:
-            return stream
-    if streams:
-        raise InputError(f"its {kind} are of a codec that cannot be decoded", source=source)
-    return None
+def _chosen(streams: list, kind: str, source: Path) -> Any:
+    """The default one of several streams that can be decoded, or the first; the others are named in a warning."""
+    usable = [stream for stream in streams if stream.codec_context is not None]
+    if streams and not usable:
+        raise InputError(f"its {kind} is of a codec that cannot be decoded", source=source)
+    default = [stream for stream in usable if stream.disposition & av.stream.Disposition.default]
+    chosen = next(iter([*default, *usable]), None)
+    if len(streams) > 1:
+        others = ", ".join(_named(stream) for stream in streams if stream is not chosen)
+        warnings.warn(
+            f"{source}: has {len(streams)} {kind} tracks; {_named(chosen)} is read, not {others}", stacklevel=2
+        )
+    return chosen
+
+
+def _named(stream: Any) -> str:
+    """A stream as a warning names it, such as `stream 2 (deu, Commentary, aac)`."""
+    codec = "unknown codec" if stream.codec_context is None else stream.codec_context.name
+    about = [stream.language, stream.metadata.get("title"), codec]
+    return f"stream {stream.index} ({', '.join(part for part in about if part and part != 'und')})"
 
 
 def first_time(stream: av.VideoStream | av.AudioStream) -> float:
@@ -96,35 +115,67 @@ def seek_to(container: av.container.InputContainer, stream: av.VideoStream | av.
 
 
 def decoded(
-    container: av.container.InputContainer, streams: list, wanted: Callable[[av.stream.Stream], bool]
+    container: av.container.InputContainer,
+    streams: list,
+    wanted: Callable[[av.stream.Stream], bool],
+    source: Path,
 ) -> Iterator[Frame]:
-    """Every frame that can be decoded: damaged packets are skipped, and a cut-off file ends the loop.
+    """Every frame that can be decoded: damaged packets are skipped, and a cut-off file ends the loop, with a warning.
 
     Args:
         container: the open file.
         streams: those to read.
         wanted: asked before a packet of a stream is decoded; the loop ends when no stream is wanted any more.
+        source: the file, for the warning.
     """
-    packets = container.demux(streams)
+    packets, skipped = container.demux(streams), Skipped()
     while any(wanted(stream) for stream in streams):
         try:
             packet = next(packets)
         except StopIteration:
+            skipped.warn(source)
             return
         except av.FFmpegError:
+            skipped.ended = True
             break
         if wanted(packet.stream):
-            yield from _frames(container, packet.decode)
+            yield from _frames(container, packet.decode, skipped)
     for stream in streams:
         if wanted(stream):
-            yield from _frames(container, stream.codec_context.decode)
+            yield from _frames(container, stream.codec_context.decode, skipped)
+    skipped.warn(source)
 
 
-def _frames(container: av.container.InputContainer, decode: Callable[[], list[Frame]]) -> list[Frame]:
+@dataclass
+class Skipped:
+    """What of a file could not be decoded.
+
+    Attributes:
+        packets: skipped after the first that could be; before it, decoders refuse what lies before a key frame.
+        ended: whether the file breaks off.
+    """
+
+    packets: int = 0
+    ended: bool = False
+    started: bool = False
+
+    def warn(self, source: Path) -> None:
+        """Say so, if it was anything."""
+        told = [f"{self.packets} packets cannot be decoded and are left out"] if self.packets else []
+        told += ["it breaks off"] if self.ended else []
+        if told:
+            warnings.warn(f"{source}: is damaged: {', and '.join(told)}", stacklevel=2)
+
+
+def _frames(container: av.container.InputContainer, decode: Callable[[], list[Frame]], skipped: Skipped) -> list[Frame]:
     try:
         frames = decode()
+    except av.EOFError:
+        return []  # of a decoder that was flushed before
     except (av.FFmpegError, ValueError):
+        skipped.packets += skipped.started
         return []
+    skipped.started = skipped.started or bool(frames)
     for frame in frames:
         if frame.pts is not None and frame.time_base:
             frame.pts -= _turn(container, frame.pts, frame.time_base)

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import av
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from acckv.data.decoding import decoded, first_time, open_media, picture_stream, seek_to, sound_stream
+from acckv.data.media_options import MAX_PIXELS, MAX_SECONDS, MediaOptions
 from acckv.data.records import Record
-from acckv.data.sampling import TEMPORAL_PATCH, FrameSampler, SoundTrack
+from acckv.data.sampling import LONGER, TEMPORAL_PATCH, FrameSampler, SoundTrack
+from acckv.data.tracks import Wanted, read_tracks, sparse_rate, stated_seconds
 from acckv.errors import InputError
+
+__all__ = [
+    "MAX_PIXELS",
+    "MAX_SECONDS",
+    "Kind",
+    "Media",
+    "MediaOptions",
+    "join_media",
+    "read_media",
+    "read_record_media",
+]
 
 Kind = Literal["audio-video", "video", "audio"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-MAX_PIXELS = 768 * 32 * 32
-"""Pixels of a frame: the most that a supported processor makes use of (768 tokens of 32 x 32 pixels)."""
-MAX_SECONDS = 600.0
-"""Seconds of one clip: 16 kHz sound of 38 MB, and at 2 frames a second at most 2.8 GB of frames."""
-SEEK_MARGIN = 0.5
-"""Seconds before the asked start at which decoding begins, so that the sound decoder has warmed up."""
 SHORTEST_SOUND = 0.1
 """Seconds to which shorter sound without pictures is padded: less makes no audio token."""
 
@@ -58,6 +64,11 @@ class Media:
             return "audio"
         return "video" if self.audio is None else "audio-video"
 
+    @property
+    def samples(self) -> int:
+        """Samples of sound that are as long as the pictures."""
+        return 0 if self.frames is None else round(len(self.frames) / self.fps * self.sampling_rate)
+
     def parts(self, seconds: float) -> Iterator[Media]:
         """The clip in pieces of about so many seconds, each of whole temporal patches, as a stream would bring it.
 
@@ -80,55 +91,81 @@ def read_media(
     audio: str | Path | None = None,
     start: float | None = None,
     end: float | None = None,
-    fps: float = 2.0,
     sampling_rate: int = 16_000,
-    max_pixels: int | None = MAX_PIXELS,
-    max_seconds: float = MAX_SECONDS,
+    **options: Any,
 ) -> Media:
-    """Read a video, a sound or a picture.
+    """Read a video, a sound or a picture. What becomes of each kind of file is told in docs/media.md.
 
     Frames are sampled at `fps` by presentation time (the picture that is on screen at k / fps), so variable frame
-    rates are fine. The clip is rounded to whole temporal patches (two frames); its last picture is repeated, and its
-    sound cut or padded with silence, to that length. A file that is cut off or damaged is read as far as it goes. No
-    length that a header states is believed without the media for it.
+    rates are fine; they are upright and have square pixels. The clip is rounded to whole temporal patches (two frames);
+    its last picture is shown to the end of its sound. A file that is cut off or damaged is read as far as it goes, with
+    a warning. No length that a header states is believed without the media for it.
 
-    A picture alone becomes one temporal patch. Sound alone keeps its length and has no frames.
+    A picture alone becomes one temporal patch, and so does the one picture of a video; its sound is kept whole. Sound
+    alone keeps its length and has no frames.
 
     Args:
         path: the file.
         audio: a file with the sound, in place of the sound of `path`; its first sample belongs to the first picture.
-            Beside a single picture it is read as a whole.
         start, end: seconds of the file; none is its beginning and its end. What lies before is skipped undecoded where
             the file allows it. An end after the end of the file is the end of the file.
-        fps: frames a second to sample.
         sampling_rate: samples a second of the sound.
-        max_pixels: scale larger pictures down to about this many pixels while reading (saves memory); None keeps them.
-        max_seconds: of the clip; a longer one is an error, so that memory is bounded.
+        options: of `MediaOptions`: fps, max_seconds, max_frames, max_pixels and cut_long.
 
     Raises:
         InputError: an option is out of range, no such file, not a media file, nothing in it that can be decoded,
             nothing after `start`, or more than `max_seconds`.
     """
     path = Path(path)
-    wanted = _Wanted(start, end, fps, sampling_rate, max_pixels, max_seconds)
-    sampler, track = _decode(path, wanted, pictures=True, sound=audio is None)
+    wanted = Wanted(start, end, sampling_rate, MediaOptions(**options))
+    if wanted.options.max_frames is None:
+        return _read(path, wanted, audio)
+    clip = _read(path, wanted.at(sparse_rate(wanted, stated_seconds(path, wanted))), audio)
+    exact = sparse_rate(wanted, clip.duration)  # the header may be wrong
+    if clip.frames is None or (len(clip.frames) <= wanted.options.max_frames and exact < 1.02 * clip.fps):
+        return clip
+    return _read(path, wanted.at(exact), audio)
+
+
+def _read(path: Path, wanted: Wanted, audio: str | Path | None) -> Media:
+    sampler, track = read_tracks(path, wanted, pictures=True, sound=audio is None)
     if sampler is None and audio is not None:
         raise InputError("no video stream (or the file is cut off), to which sound could be added", source=path)
     if sampler is None:
         return _sound_alone(path, wanted, track)
     if audio is not None:
-        _, track = _decode(Path(audio), wanted, pictures=False, sound=True)
-    frames, duration = sampler.finish(track.end if track is not None and audio is None else 0.0)
-    clip = Media(frames, None, duration, path, fps, sampling_rate)
-    if audio is not None and sampler.count == 1:
-        return join_media([clip, _sound_alone(Path(audio), wanted, track)])
-    if track is None:
-        return clip
-    return replace(clip, audio=track.finish(round(len(frames) / fps * sampling_rate)))
+        _, track = read_tracks(Path(audio), wanted, pictures=False, sound=True)
+    frames, duration = sampler.finish(_sound_end(sampler, track, separate=audio is not None))
+    clip = Media(frames, None, duration, path, wanted.options.fps, wanted.sampling_rate)
+    if track is None or track.first is None:
+        return clip if track is None else replace(clip, audio=track.finish(clip.samples))
+    if sampler.still:
+        return join_media([clip, _sound_alone(path if audio is None else Path(audio), wanted, track)])
+    if wanted.is_cut and sampler.done:
+        _warn_of_cut(path, wanted)
+    return replace(clip, audio=track.finish(clip.samples))
+
+
+def _sound_end(sampler: FrameSampler, track: SoundTrack | None, separate: bool) -> float:
+    """When the sound ends, by the clock of the pictures."""
+    if track is None or track.first is None or sampler.origin is None:
+        return -math.inf
+    if not separate:
+        return track.end
+    return sampler.origin + track.end - (track.origin or 0.0)
+
+
+def _warn_of_cut(path: Path, wanted: Wanted) -> None:
+    seconds = f"{wanted.options.max_seconds:g} s"
+    warnings.warn(
+        f"{path}: is longer than max_seconds; its first {seconds} are read, the rest is left out", stacklevel=2
+    )
 
 
 def read_record_media(record: Record, **options: Any) -> Media:
     """All that one question is about, as one clip: `video` with `audio`, from `start` to `end`, then `attachments`.
+
+    With `max_frames`, which holds for each file, all are read at the lowest rate that one of them needs.
 
     Args:
         record: the question.
@@ -137,8 +174,14 @@ def read_record_media(record: Record, **options: Any) -> Media:
     Raises:
         InputError: a file cannot be read; it names the file.
     """
-    clip = read_media(record.video, audio=record.audio, start=record.start, end=record.end, **options)
-    return join_media([clip, *(read_media(file, **options) for file in record.attachments)])
+
+    def read(**options: Any) -> list[Media]:
+        clip = read_media(record.video, audio=record.audio, start=record.start, end=record.end, **options)
+        return [clip, *(read_media(file, **options) for file in record.attachments)]
+
+    parts = read(**options)
+    rate = min(part.fps for part in parts)
+    return join_media(parts if rate == max(part.fps for part in parts) else read(**{**options, "fps": rate}))
 
 
 def join_media(parts: Sequence[Media]) -> Media:
@@ -184,88 +227,21 @@ def _fitted(frames: Tensor, height: int, width: int) -> Tensor:
     return pad(scaled, (left, width - size[1] - left, top, height - size[0] - top))
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """The options of `read_media`, checked."""
-
-    start: float | None
-    end: float | None
-    fps: float
-    sampling_rate: int
-    max_pixels: int | None
-    max_seconds: float
-
-    def __post_init__(self) -> None:
-        for name in ("fps", "sampling_rate", "max_pixels", "max_seconds"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{value} is not a number above 0", field=name)
-        if self.start is not None and not 0 <= self.start < math.inf:
-            raise InputError(f"{self.start} is not a number of seconds from 0 on", field="start")
-        if self.end is not None and not self.begin < self.end < math.inf:
-            raise InputError(f"{self.end} is not after start ({self.begin:g})", field="end")
-
-    @property
-    def begin(self) -> float:
-        """Seconds of the file at which the clip begins."""
-        return self.start or 0.0
-
-    @property
-    def length(self) -> float | None:
-        """Seconds of the clip at most; None to the end of the file."""
-        return None if self.end is None else self.end - self.begin
-
-
-def _decode(
-    path: Path, wanted: _Wanted, *, pictures: bool, sound: bool, seek: bool = True
-) -> tuple[FrameSampler | None, SoundTrack | None]:
-    """The pictures and the sound of a file, where it has them and they are asked for.
-
-    Raises:
-        InputError: see `read_media`.
-    """
-    with open_media(path) as container:
-        video = picture_stream(container, path) if pictures else None
-        audio = sound_stream(container, path) if sound else None
-        streams = [stream for stream in (video, audio) if stream is not None]
-        if not streams:
-            kind = "no sound track" if not pictures else "no video stream and no sound"
-            raise InputError(f"{kind} (or the file is cut off)", source=path)
-        first = first_time(streams[0])
-        seek = seek and wanted.begin > SEEK_MARGIN
-        if seek and not seek_to(container, streams[0], first + wanted.begin - SEEK_MARGIN):
-            return _decode(path, wanted, pictures=pictures, sound=sound, seek=False)
-        origin = None if wanted.start is None else first + wanted.begin
-        sampler = track = None
-        if video is not None:
-            step = float(1 / video.average_rate) if video.average_rate else None
-            limits = (wanted.fps, wanted.max_pixels, wanted.max_seconds)
-            sampler = FrameSampler(path, *limits, origin, wanted.length, step)
-        if audio is not None:
-            track = SoundTrack(wanted.sampling_rate, wanted.max_seconds, origin, wanted.length)
-        lead = sampler or track
-        for frame in decoded(container, streams, lambda stream: not (sampler if stream is video else track).done):
-            (sampler if isinstance(frame, av.VideoFrame) else track).add(frame)
-            if track is not None and track.origin is None:
-                track.origin = lead.first
-    if seek and (lead.first is None or lead.first > origin):
-        return _decode(path, wanted, pictures=pictures, sound=sound, seek=False)
-    return sampler, track
-
-
-def _sound_alone(path: Path, wanted: _Wanted, track: SoundTrack) -> Media:
+def _sound_alone(path: Path, wanted: Wanted, track: SoundTrack) -> Media:
     """Sound without pictures, as long as it is.
 
     Raises:
         InputError: none could be decoded, or too much.
     """
-    if track.done and (wanted.length is None or wanted.length > wanted.max_seconds):
-        message = f"sound goes on for more than max_seconds={wanted.max_seconds:g}; give start and end, or raise it"
-        raise InputError(message, source=path, field="max_seconds")
+    limit = wanted.options.max_seconds
+    if track.done and wanted.is_cut:
+        _warn_of_cut(path, wanted)
+    elif track.done and (wanted.length is None or wanted.length > limit):
+        raise InputError(f"is longer than max_seconds={limit:g}; {LONGER}", source=path, field="max_seconds")
     audio = track.finish()
     if not len(audio):
         where = "" if wanted.start is None else f" after start={wanted.start:g}"
         raise InputError(f"no sound could be decoded{where}", source=path)
     duration = len(audio) / wanted.sampling_rate
     missing = round(SHORTEST_SOUND * wanted.sampling_rate) - len(audio)
-    return Media(None, pad(audio, (0, max(missing, 0))), duration, path, wanted.fps, wanted.sampling_rate)
+    return Media(None, pad(audio, (0, max(missing, 0))), duration, path, wanted.options.fps, wanted.sampling_rate)

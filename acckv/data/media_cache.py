@@ -22,7 +22,7 @@ from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.report.files import whole_file
 
-FORMAT = 1
+FORMAT = 2
 """Of the cached files; to be raised when the reader gives something else for the same file."""
 _log = logging.getLogger(__name__)
 

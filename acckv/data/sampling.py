@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from acckv.data.decoding import RESTART, Clock
@@ -18,8 +20,12 @@ TEMPORAL_PATCH = 2
 """Pictures that the model joins into one temporal patch."""
 LONGEST_LAST_PICTURE = 10.0
 """Seconds for which the stated length of the last picture is believed without sound that goes on as long."""
+LATE_SOUND = 0.5
+"""Seconds that sound may go on after the pictures before the last picture is held: codecs pad it by less."""
 GAP = 0.1
 """Seconds between two blocks of sound from which on it counts as a gap (or an overlap)."""
+LONGER = "raise it, give start and end, or set cut_long to take the beginning"
+"""What to do about a clip that is too long."""
 LOUDEST = 8.0
 """Largest sample (full scale is 1). Damaged float sound may hold any number."""
 
@@ -30,8 +36,8 @@ class FrameSampler:
     Args:
         source: the file, for errors.
         fps: pictures a second.
-        max_pixels: larger pictures are scaled down to about so many.
         max_seconds: of pictures; more are an error.
+        convert: makes a tensor of a picture.
         origin: presentation time of the first sample; None takes that of the first picture.
         length: seconds after which nothing more is wanted.
         step: seconds for which a picture is shown where neither it nor its neighbours say so.
@@ -41,16 +47,16 @@ class FrameSampler:
         self,
         source: Path,
         fps: float,
-        max_pixels: int | None,
         max_seconds: float,
+        convert: Callable[[av.VideoFrame], Tensor],
         origin: float | None = None,
         length: float | None = None,
         step: float | None = None,
     ) -> None:
-        self.source, self.fps, self.max_pixels, self.max_seconds = source, fps, max_pixels, max_seconds
+        self.source, self.fps, self.max_seconds, self.convert = source, fps, max_seconds, convert
         self.origin, self.length = origin, length
         self.first: float | None = None
-        self.count = 0
+        self.still = True
         self.done = False
         self._clock = Clock()
         self._time = 0.0
@@ -58,7 +64,6 @@ class FrameSampler:
         self._shown: av.VideoFrame | None = None
         self._shown_pixels: Tensor | None = None
         self._picked: list[Tensor] = []
-        self._scaler = VideoReformatter()
 
     def add(self, frame: av.VideoFrame) -> None:
         time = self._clock(frame.time)
@@ -76,11 +81,14 @@ class FrameSampler:
         self._stated = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else self._usual
         self._time = time
         self._clock.next = time + min(self._stated, RESTART)
+        self.still = self.still and self._shown_pixels is None
         self._shown, self._shown_pixels = frame, None
-        self.count += 1
 
-    def finish(self, sound_end: float = 0.0) -> tuple[Tensor, float]:
+    def finish(self, sound_end: float = -math.inf) -> tuple[Tensor, float]:
         """Sampled frames uint8 [count, 3, height, width] and the seconds of video that they stand for.
+
+        The last picture is shown to the end of the sound, as a player shows it. A clip of one picture (`still`) beside
+        sound is one temporal patch, however long the sound is.
 
         Args:
             sound_end: presentation time at which the sound ends.
@@ -91,20 +99,33 @@ class FrameSampler:
         if self._shown is None or self.origin is None:
             where = "" if self.length is None else " between start and end"
             raise InputError(f"no picture could be decoded{where}", source=self.source)
-        last = self._stated
-        if last > LONGEST_LAST_PICTURE:
-            last = max(min(last, sound_end - self._time), self._usual)
-        duration = self._time + last - self.origin
+        duration = self._end(sound_end) - self.origin
         if duration <= 0:
             message = f"{-duration + 1e-3:.2f} s after the last picture; nothing is there"
             raise InputError(message, source=self.source, field="start")
         if self.done or (self.length is not None and duration > self.length):
             duration = self.length
         self._check_length(duration)
+        if self.still and sound_end > self.origin:
+            duration = TEMPORAL_PATCH / self.fps
         count = TEMPORAL_PATCH * max(1, round(duration * self.fps / TEMPORAL_PATCH))
         while len(self._picked) < count:
             self._pick()
         return torch.stack(self._picked[:count]), duration
+
+    def _end(self, sound_end: float) -> float:
+        """Presentation time at which the last picture leaves the screen."""
+        last = self._stated
+        if last > LONGEST_LAST_PICTURE:
+            last = max(min(last, sound_end - self._time), self._usual)
+        end = self._time + last
+        if sound_end <= end + LATE_SOUND:
+            return end
+        if not self.still and not self.done:
+            seconds = sound_end - end
+            message = f"the sound goes on for {seconds:.1f} s after the pictures; the last one is shown to its end"
+            warnings.warn(f"{self.source}: {message}", stacklevel=2)
+        return sound_end
 
     def _emit_until(self, time: float) -> None:
         tolerance = 1e-3
@@ -116,38 +137,20 @@ class FrameSampler:
 
     def _check_length(self, seconds: float) -> None:
         if seconds > self.max_seconds:
-            message = f"pictures go on for more than max_seconds={self.max_seconds:g}; give start and end, or raise it"
+            message = f"is longer than max_seconds={self.max_seconds:g}; {LONGER}"
             raise InputError(message, source=self.source, field="max_seconds")
 
     def _pick(self) -> None:
         if self._shown_pixels is None:
-            self._shown_pixels = self._pixels(self._shown)
+            self._shown_pixels = self.convert(self._shown)
         self._picked.append(self._shown_pixels)
-
-    def _pixels(self, frame: av.VideoFrame) -> Tensor:
-        width, height = frame.width, frame.height
-        if self.max_pixels is not None and width * height > self.max_pixels:
-            scale = (self.max_pixels / (width * height)) ** 0.5
-            width, height = max(2, round(width * scale)), max(2, round(height * scale))
-        pixels = self._scaled(frame, width, height)
-        turns = round(frame.rotation / 90) % 4
-        pixels = np.rot90(pixels, turns) if turns else pixels
-        if self._picked and pixels.shape[:2] != tuple(self._picked[0].shape[1:]):
-            height, width = self._picked[0].shape[1:]
-            pixels = self._scaled(frame, width, height)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-    def _scaled(self, frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
-        try:
-            return self._scaler.reformat(frame, width=width, height=height, format="rgb24").to_ndarray()
-        except (av.FFmpegError, ValueError) as error:
-            raise InputError(f"a picture cannot be converted ({error})", source=self.source) from error
 
 
 class SoundTrack:
     """Collects a sound track as mono float32 samples, each block at its presentation time.
 
     Args:
+        source: the file, for warnings.
         sampling_rate: samples a second.
         max_seconds: of sound that is held.
         origin: presentation time of the first sample wanted; may be set later, and until then the latest is held.
@@ -155,9 +158,14 @@ class SoundTrack:
     """
 
     def __init__(
-        self, sampling_rate: int, max_seconds: float, origin: float | None = None, length: float | None = None
+        self,
+        source: Path,
+        sampling_rate: int,
+        max_seconds: float,
+        origin: float | None = None,
+        length: float | None = None,
     ) -> None:
-        self.sampling_rate, self.origin = sampling_rate, origin
+        self.source, self.sampling_rate, self.origin = source, sampling_rate, origin
         self.wanted = max_seconds if length is None else min(length, max_seconds)
         self.first: float | None = None
         self.end = 0.0
@@ -217,8 +225,11 @@ class SoundTrack:
     def _resample(self, frame: av.AudioFrame | None) -> None:
         try:
             blocks = [block.to_ndarray().reshape(-1) for block in self._resampler.resample(frame)]
-        except (av.FFmpegError, ValueError):
+        except (av.FFmpegError, ValueError) as error:
             self._resampler = self._format = None
+            warnings.warn(
+                f"{self.source}: a block of sound cannot be converted ({error}) and is left out", stacklevel=2
+            )
             return
         for block in blocks:
             self._keep(block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -60,6 +61,60 @@ def write_video(
             for block in [*resampler.resample(frame), *resampler.resample(None)]:
                 container.mux(sound.encode(block))
             container.mux(sound.encode(None))
+    return path
+
+
+def write_tracks(
+    path: Path,
+    pictures: list[np.ndarray],
+    sounds: list[np.ndarray],
+    default: tuple[int, int] | None = None,
+    more_pictures: tuple[np.ndarray, ...] = (),
+    aspect: Fraction | None = None,
+) -> Path:
+    """Tracks side by side: pictures [height, width, 3], two a second, in one or two tracks, and sounds [samples].
+
+    Args:
+        default: the default ones of the video and of the sound tracks; None leaves it to the format.
+        aspect: width of a pixel by its height.
+    """
+    with av.open(str(path), "w") as container:
+        videos = []
+        for shown in filter(len, (pictures, list(more_pictures))):
+            video = container.add_stream("libx264", rate=2, options=OPTIONS["libx264"])
+            video.height, video.width = shown[0].shape[:2]
+            video.pix_fmt = "yuv420p"
+            if aspect is not None:
+                video.codec_context.sample_aspect_ratio = aspect
+            videos.append((video, shown))
+        tracks = [(container.add_stream("aac", rate=16_000, layout="mono"), sound) for sound in sounds]
+        for place, group in enumerate((videos, tracks)):
+            for number, (stream, _) in enumerate(group):
+                if default is not None:
+                    chosen = number == default[place]
+                    stream.disposition = av.stream.Disposition.default if chosen else av.stream.Disposition(0)
+        for video, shown in videos:
+            for picture in shown:
+                container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(video.encode(None))
+        for stream, sound in tracks:
+            for start in range(0, len(sound), 1024):
+                block = np.ascontiguousarray(sound[None, start : start + 1024], dtype=np.float32)
+                frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
+                frame.sample_rate, frame.pts, frame.time_base = 16_000, start, Fraction(1, 16_000)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    return path
+
+
+def turned(path: Path, matrix: tuple[int, int, int, int], width: int) -> Path:
+    """An mp4 of pictures alone whose display matrix sends (x, y) to (ax + cy, bx + dy), for a, b, c, d."""
+    a, b, c, d = (round(value * 0x10000) for value in matrix)
+    upright = struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+    content = path.read_bytes()
+    place = content.index(upright, content.index(b"tkhd"))
+    other = struct.pack(">9i", a, b, 0, c, d, 0, width << 16, 0, 0x40000000)
+    path.write_bytes(content[:place] + other + content[place + 36 :])
     return path
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from acckv.data.media import _decode, _Wanted, join_media, read_media, read_record_media
+from acckv.data.media import join_media, read_media, read_record_media
+from acckv.data.media_options import MediaOptions
 from acckv.data.records import Record
+from acckv.data.tracks import Wanted, read_tracks
 from acckv.errors import InputError
 from tests.data.media_files import GREYS, burst, write_picture, write_sound, write_video
 
@@ -72,8 +74,10 @@ def test_pictures_that_start_late(tmp_path: Path) -> None:
     times = [1.0 + k / 30 for k in range(90)]
     path = write_video(tmp_path / "a.mkv", times, [GREYS[k // 30] for k in range(90)], audio=burst(4, 2.5)[None])
     media = read_media(path)
-    assert greys_of(media.frames)[::2] == pytest.approx(GREYS[:3], abs=3)
-    assert onset(media.audio) == pytest.approx(1.5, abs=0.02), "time zero is the first picture"
+    assert greys_of(media.frames)[::2] == pytest.approx([GREYS[0], *GREYS[:3]], abs=3), "the first one until then"
+    assert onset(media.audio) == pytest.approx(2.5, abs=0.02), "time zero is the first sound"
+    part = read_media(path, start=1.5, end=3.5)
+    assert torch.equal(part.frames, media.frames[3:7]) and onset(part.audio) == pytest.approx(1.0, abs=0.02)
 
 
 @pytest.mark.parametrize("rate", [44_100, 48_000])
@@ -100,7 +104,7 @@ def test_silent_track_is_not_a_missing_one(tmp_path: Path, steady: tuple) -> Non
 
 def test_length_is_whole_temporal_patches(tmp_path: Path) -> None:
     times = [k / 10 for k in range(27)]
-    media = read_media(write_video(tmp_path / "a.mp4", times, [100] * 27, audio=burst(5, 0.5)[None]))
+    media = read_media(write_video(tmp_path / "a.mp4", times, [100] * 27, audio=burst(3, 0.5)[None]))
     assert len(media.frames) == 6 and media.audio.shape == (48_000,)
 
 
@@ -189,7 +193,7 @@ def test_from_start_to_end(tmp_path: Path) -> None:
     for name in ("a.mp4", "a.mkv", "a.ts"):
         path = write_video(tmp_path / name, times, greys, sound[None])
         whole, part = read_media(path), read_media(path, start=12.0, end=19.0)
-        sampler, _ = _decode(path, _Wanted(12.0, 19.0, 2.0, 16_000, None, 600.0), pictures=True, sound=True)
+        sampler, _ = read_tracks(path, Wanted(12.0, 19.0, 16_000, MediaOptions()), pictures=True, sound=True)
         assert 10.0 < sampler.first <= 12.0, name
         assert torch.equal(part.frames, whole.frames[24:38]), name
         assert part.audio.shape == (7 * 16_000,) and part.duration == pytest.approx(7.0, abs=0.01)
@@ -244,7 +248,8 @@ def test_a_separate_sound_file(tmp_path: Path, steady: tuple) -> None:
     path = write_video(tmp_path / "a.mp4", *steady, audio=burst(4, 0.5)[None])
     sound = write_sound(tmp_path / "a.wav", burst(9, 2.5, 44_100)[None], 44_100)
     media = read_media(path, audio=sound)
-    assert media.audio.shape == (64_000,) and onset(media.audio) == pytest.approx(2.5, abs=0.01)
+    assert media.audio.shape == (144_000,) and onset(media.audio) == pytest.approx(2.5, abs=0.01)
+    assert greys_of(media.frames) == pytest.approx([*np.repeat(GREYS, 2), *[GREYS[-1]] * 10], abs=3), "the last is held"
     part = read_media(path, audio=sound, start=1.0, end=3.0)
     assert part.audio.shape == (32_000,) and onset(part.audio) == pytest.approx(1.5, abs=0.01)
     assert torch.equal(part.frames, media.frames[2:6])
