@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 import torch
@@ -103,8 +103,11 @@ def _restore(implementation: str, entry: _Entry) -> None:
         ALL_ATTENTION_FUNCTIONS[implementation] = entry.before
 
 
-class Tap:
+class Tap(local):
     """What the session does at every attention call of the decoder.
+
+    Each thread has its own: backward of one thread may repeat attention (gradient checkpointing) while a request of
+    another is running.
 
     Attributes:
         cache: of the forward that is running, or None.

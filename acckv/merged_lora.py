@@ -6,7 +6,7 @@ import collections
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import psutil
 import torch
@@ -77,6 +77,7 @@ class MergedLora(SessionLora):
         self._factors = parts
         self._merged: dict[str, list[Any]] = {}
         self._off = 0
+        self._guard = attached.adapter.decoder.register_state_dict_pre_hook(_refuse_to_save)
         self._select(self.tight)
 
     def select(self, tight: bool) -> None:
@@ -112,8 +113,17 @@ class MergedLora(SessionLora):
             self._select(self.tight)
 
     def remove(self) -> None:
+        self._guard.remove()
         self._put(self._base)
         self._merged.clear()
+
+
+def _refuse_to_save(*_: Any) -> NoReturn:
+    raise InputError(
+        "holds weights with LoRA merged into them while its session is open; save it before or after, or open the "
+        "session with lora_mode='separate'",
+        field="model",
+    )
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from acckv.prompt import TOKEN_TYPES, ProbePrompt
 from acckv.ragged import DecoderInputs, next_position
 from acckv.routing import Router, Task
 from acckv.simulation import LengthCache, Simulation, without_checkpointing
-from acckv.turn import Turn, embedded_turn, read_turn
+from acckv.turn import Turn, embedded_turn, new_mask, read_turn
 from acckv.wiring import served
 
 __all__ = ["Prefill", "Session"]
@@ -217,7 +217,7 @@ class Session:
         """
         inputs = self.adapter.placed(chunk)
         seen = 0 if cache is None else cache.get_seq_length()
-        turn = self._read({**inputs, "attention_mask": self._new_mask(inputs, seen)}, seen)
+        turn = self._read({**inputs, "attention_mask": new_mask(inputs, seen)}, seen)
         real, labels = turn.labels.real, turn.labels.labels
         inputs.pop("modality_ids", None)
         if cache is None:
@@ -321,11 +321,6 @@ class Session:
     def _ratio(self, prefill: Prefill, ratio: float | None) -> float:
         return self.compressor.ratio_of(prefill.labels, len(prefill.observations), ratio)
 
-    def _new_mask(self, inputs: dict[str, Any], seen: int) -> Tensor | None:
-        """The 2-D mask of the new tokens alone."""
-        mask = inputs.get("attention_mask")
-        return mask if mask is None or seen == 0 else mask[:, -_length(inputs) :]
-
     def _decoder_arguments(self, embedded: DecoderInputs) -> dict[str, Any]:
         """What the decoder takes for tokens that were embedded before."""
         others = {name: tensor for name, tensor in embedded.others.items() if name != TOKEN_TYPES}
@@ -339,12 +334,6 @@ class Session:
     def _read(self, inputs: dict[str, Any], seen: int = 0) -> Turn:
         turn = read_turn(self.adapter, inputs, "prompt", inputs.get("modality_ids"), seen)
         return turn.compressed_whole()
-
-
-def _length(inputs: dict[str, Any]) -> int:
-    """Tokens that model inputs bring."""
-    tokens = inputs.get("input_ids")
-    return (inputs["inputs_embeds"] if tokens is None else tokens).shape[1]
 
 
 def _copies(options: dict[str, Any], default: Any) -> int:

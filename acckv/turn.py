@@ -140,3 +140,10 @@ def _given_labels(modality_ids: Tensor, mask: Tensor | None, batch: int, length:
     if bool((labels < 0).any() or (labels > max(Modality)).any()):
         raise InputError("holds other values than 0 text, 1 video, 2 audio, 3 padding", field="modality_ids")
     return ModalityMap(labels if mask is None else labels.masked_fill(mask[:, -length:] == 0, Modality.PADDING))
+
+
+def new_mask(inputs: dict[str, Any], seen: int) -> Tensor | None:
+    """The 2-D mask of the tokens that model inputs bring, without that of the `seen` ones before them."""
+    mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
+    length = (inputs["inputs_embeds"] if tokens is None else tokens).shape[1]
+    return mask if mask is None or seen == 0 else mask[:, -length:]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv import CompressionConfig, InputError, KVCompressor
+from acckv.simulation import disable_checkpointing, enable_checkpointing
 from tests import tiny_omni
 from tests.families import FAMILIES, Tokenizer
 from tests.test_compressor import calibrated, with_tight
@@ -112,6 +114,43 @@ def test_direct_forwards_of_several_caches_by_turns() -> None:
             assert torch.equal(found, expected[step])
 
 
+def test_backward_beside_a_request_of_another_thread() -> None:
+    """Gradient checkpointing repeats attention outside of any forward: it is neither observed nor cut to a cache."""
+    family = FAMILIES["videollama2"]
+    model = family.build()
+    decoder = model.get_decoder()
+    ids = torch.randint(10, 60, (1, 12), generator=torch.Generator().manual_seed(0))
+
+    def gradient(meanwhile: Callable[[Callable[[], Any]], Any] = lambda backward: backward()) -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        enable_checkpointing(decoder)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        meanwhile(loss.backward)
+        disable_checkpointing(decoder)
+        return model.lm_head.weight.grad.clone(), decoder.layers[0].self_attn.k_proj.weight.grad.clone()
+
+    with KEYDIFF(model) as session:
+        expected, alone = gradient(), session.compress(**family.context(model)).layers
+        found: list[Any] = []
+
+        def compress(backward: Callable[[], Any]) -> None:
+            waiting = [backward]
+
+            def in_between(*_: Any) -> None:
+                while waiting:
+                    together([waiting.pop()])
+
+            handle = decoder.layers[1].self_attn.q_proj.register_forward_hook(in_between)
+            found.append(session.compress(**family.context(model)).layers)
+            handle.remove()
+
+        gradients = gradient(compress)
+    for one, other in zip(gradients, expected, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(found[0], alone, strict=True):
+        assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+
+
 class Tokens(BaseStreamer):
     """Tokens as they come; the second one tells that generation runs, and is slow."""
 
@@ -175,6 +214,10 @@ def test_one_session_a_model() -> None:
         for other in (session, KVCompressor(CompressionConfig(policy="knorm"))(model)):
             with pytest.raises(InputError, match="model: is in an open session already"), other:
                 raise AssertionError
+        around = type(model)(model.config)
+        around.model = model.model  # another head on the same decoder
+        with pytest.raises(InputError, match="model: is in an open session already"), KEYDIFF(around):
+            raise AssertionError
         lora = calibrated(tiny_omni.build(), CompressionConfig.preset("context"), rank=2)
         with pytest.raises(InputError, match="model: is in an open session already"), lora(model, Tokenizer()):
             raise AssertionError
@@ -281,6 +324,20 @@ def test_a_model_in_a_session_is_not_copied() -> None:
             other.lm_head.weight.zero_()
         assert torch.equal(model.generate(**tiny_omni.prompt(), **GREEDY), plain)
         assert other.generate(**tiny_omni.prompt(), **GREEDY)[0, -1] == 0 and not torch.equal(inside, plain)
+
+
+def test_a_model_with_merged_lora_is_not_saved(tmp_path: Path) -> None:
+    """Its weights are not its own in the session; layers beside them are."""
+    model = tiny_omni.build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    compressor = calibrated(tiny_omni.build(), CompressionConfig.preset("context"), noise=1.0, rank=2)
+    with compressor(model, tiny_omni.Tokenizer(), lora_mode="merged"):
+        for save in (lambda: model.save_pretrained(tmp_path), lambda: torch.save(model.state_dict(), tmp_path / "w")):
+            with pytest.raises(InputError, match="LoRA merged into them while its session is open; save it before"):
+                save()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with KEYDIFF(model):
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_what_others_put_on_a_model_in_a_session_stays() -> None:
