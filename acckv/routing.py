@@ -15,6 +15,7 @@ from acckv.adapters.base import ModelAdapter
 from acckv.attention import SIMULATION, Tap
 from acckv.cache import CompressedCache, adopt, compressed_layers
 from acckv.compressor import KVCompressor
+from acckv.errors import InputError
 from acckv.eviction import Eviction
 from acckv.lora import SessionLora
 from acckv.modality import Modality, ModalityMap
@@ -58,7 +59,7 @@ class Router:
         self.compressor, self.adapter, self.probe = compressor, adapter, probe
         self.tap = Tap(adapter.attention_layers)
         self.look = SecondLook(compressor, adapter, self.tap, probe.processor)
-        self.wiring = Wiring(adapter, self._decode, compressor.config.when)
+        self.wiring = Wiring(adapter, self._decode, compressor.config.when, self._compresses)
         self.last_cache: CompressedCache | None = None
         self.lora: SessionLora | None = None
         self._task: Task | None = None
@@ -91,12 +92,14 @@ class Router:
             self._adapt(any(layer.tight for layer in compressed_layers(cache)))
         before, self.tap.cache = self.tap.cache, cache
         try:
+            if turn is None:
+                self._check_announced(arguments)
             if cache is None or turn is None:
                 return original(**arguments)
             turn, arguments = _together(turn, arguments)
             if self._task is not None:
                 return self._run_task(self._task, original, cache, turn, arguments)
-            if turn.has_media and (self.lora is not None or not self.compressor.keeps_all()):
+            if turn.has_media and self._compresses():
                 return self._compress_prompt(original, cache, turn, arguments)
             if self.adapter.has_windows and compressed_layers(cache) and not bool(turn.labels.real.all()):
                 run = PromptRun(self.adapter, self.tap, original, cache, turn.uncompressed(), arguments)
@@ -104,6 +107,22 @@ class Router:
             return original(**arguments)
         finally:
             self.tap.cache = before
+
+    def _compresses(self) -> bool:
+        """Whether media under the user's own call are compressed, or read with an adapter."""
+        return self.lora is not None or not self.compressor.keeps_all()
+
+    def _check_announced(self, arguments: dict[str, Any]) -> None:
+        """Refuse a prompt that the user gives to the decoder past its model: what of it is media, nobody knows."""
+        tokens = next(
+            (arguments[name] for name in ("inputs_embeds", "input_ids") if arguments.get(name) is not None), None
+        )
+        own = self.wiring.announced or self.tap.listener is not None
+        if not own and tokens is not None and tokens.shape[1] > 1 and self._compresses():
+            raise InputError(
+                "had its decoder called past it, which says nothing of media; call the model, or session.compress",
+                field="model",
+            )
 
     def _run_task(self, task: Task, original: Decoder, cache: Cache, turn: Turn, arguments: dict[str, Any]) -> Any:
         arguments = {**arguments, "output_hidden_states": False, "output_attentions": False}  # nobody gets them
@@ -117,6 +136,8 @@ class Router:
 
     def _compress_prompt(self, original: Decoder, cache: Cache, turn: Turn, arguments: dict[str, Any]) -> Any:
         """A prompt under the user's own call."""
+        if getattr(self.adapter.decoder, "gradient_checkpointing", False) and self.adapter.decoder.training:
+            raise InputError("checkpoints activations, which takes its cache away; call model.eval()", field="model")
         adopt(cache, self.adapter)
         run = PromptRun(self.adapter, self.tap, original, cache, turn, arguments)
         listener, probe = self._eviction(run, cache, turn, None)

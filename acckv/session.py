@@ -57,6 +57,7 @@ class Session:
         lora_mode: LoraMode = "auto",
     ) -> None:
         self.compressor = compressor
+        model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; prompts run uncompiled in a session
         self.adapter = find_adapter(model)
         self.model = self.adapter.model
         self.lora_mode = lora_mode

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from acckv.adapters.base import ModelAdapter
 from acckv.cache import compressed_layers
@@ -27,17 +28,23 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 class Wiring:
     """Open, it reads the turn of every call of the model and sends the decoder's forward through `decode`.
 
-    ``model.generate`` and ``model(...)`` take `modality_ids`, the labels of tokens that no placeholder marks.
+    ``model.generate`` and ``model(...)`` take `modality_ids`, the labels of tokens that no placeholder marks. A prompt
+    with media that comes without a cache gets one; where it cannot have one, it is refused.
+
+    Args:
+        compresses: whether media are to be compressed, or read with an adapter, at all.
 
     Attributes:
         lock: held for each request from its start to its end, so that those of several threads are served one after
             another: what a forward is for, the model's own record of positions and LoRA are one for the whole model.
+        announced: whether the model's own forward runs, so that what its decoder gets is known.
+        reached: whether any forward of the decoder came through here since it was last set to False.
     """
 
-    def __init__(self, adapter: ModelAdapter, decode: Decode, when: When) -> None:
-        self.adapter, self.decode, self.when = adapter, decode, when
+    def __init__(self, adapter: ModelAdapter, decode: Decode, when: When, compresses: Callable[[], bool]) -> None:
+        self.adapter, self.decode, self.when, self.compresses = adapter, decode, when, compresses
         self.lock = RLock()
-        self.is_open = False
+        self.is_open = self.announced = self.reached = False
         self._turn: Turn | None = None
         self._expected = False
         self._given: Tensor | None = None
@@ -82,12 +89,19 @@ class Wiring:
                     "was taken from a session that is closed by now; join its threads first", field="generate"
                 )
             before = self._given, self._prompt_length
-            self._given = modality_ids
+            self._given, self.reached = modality_ids, False
             self._prompt_length = whole.shape[1] if isinstance(whole, Tensor) else None
             try:
-                return original(*args, **kwargs)
+                output = original(*args, **kwargs)
             finally:
                 self._given, self._prompt_length = before
+            if not self.reached and self.compresses():
+                raise InputError(
+                    "generated without its decoder's own forward, so that nothing was compressed; replace no part of "
+                    "it while a session is open",
+                    field="model",
+                )
+            return output
 
     def _serving(self) -> AbstractContextManager[Any]:
         """The lock; a graph cannot take one, so compiled forwards of several threads are not kept apart."""
@@ -98,10 +112,11 @@ class Wiring:
             if not self.is_open:
                 return original(*args, **kwargs)
             args, kwargs = self._before_model(args, kwargs)
+            self.announced = True
             try:
                 return original(*args, **kwargs)
             finally:
-                self._turn = None  # an error on the way to the decoder leaves it
+                self._turn, self.announced = None, False  # an error on the way to the decoder leaves its turn
 
     def _before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Read the turn while its token ids are still known."""
@@ -112,8 +127,12 @@ class Wiring:
         self._turn = None
         inputs = {**kwargs, "input_ids": kwargs.get("input_ids", args[0] if args else None)}
         tokens = inputs["input_ids"] if isinstance(inputs["input_ids"], Tensor) else inputs.get("inputs_embeds")
+        if not isinstance(tokens, Tensor):
+            return args, kwargs
+        if kwargs.get("cache") is None:
+            kwargs |= self._missing_cache(inputs, self._given if modality_ids is None else modality_ids)
         cache = kwargs.get("cache")
-        if not isinstance(tokens, Tensor) or cache is None:
+        if cache is None:
             return args, kwargs
         seen, length = cache.get_seq_length(), tokens.shape[1]
         candidates = 0
@@ -124,21 +143,52 @@ class Wiring:
         if modality_ids is not None and candidates:
             raise InputError("cannot be given for assisted decoding; use plain generation", field="modality_ids")
         if length > 1 or modality_ids is not None:
-            self._turn = read_turn(self.adapter, inputs, self.when, modality_ids, seen, candidates)
+            self._turn = _read_eagerly(self.adapter, inputs, self.when, modality_ids, seen, candidates)
         mask = kwargs.get("attention_mask")
         if self.adapter.has_windows and compressed_layers(cache) and isinstance(mask, Tensor) and mask.ndim == 2:
             # Sliding windows count columns: gaps inside rows were closed when they came.
             kwargs["attention_mask"] = torch.cat([packed(mask[:, :seen] > 0), mask[:, seen:] > 0], dim=1).to(mask.dtype)
         return args, kwargs
 
+    def _missing_cache(self, inputs: dict[str, Any], modality_ids: Tensor | None) -> dict[str, Any]:
+        """The cache that media need, as arguments of the model; none for text, or where nothing is compressed.
+
+        Raises:
+            InputError: the caller wants none.
+        """
+        if not self.compresses() or not _read_eagerly(self.adapter, inputs, self.when, modality_ids).has_media:
+            return {}
+        use_cache = inputs.get("use_cache")
+        if not (getattr(self.adapter.decoder.config, "use_cache", True) if use_cache is None else use_cache):
+            raise InputError(
+                "is off, and without a cache there is nothing to compress; leave it on, or close the session first",
+                field="use_cache",
+            )
+        return {"cache": DynamicCache(config=self.adapter.decoder.config), "use_cache": True}
+
     def _decoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._serving():
+            self.reached = True  # a number would change, and be compiled anew, at each step
             turn, self._turn = self._turn, None
             if args and turn is not None and turn.has_media:
                 raise InputError("call the decoder with keyword arguments and a cache", field="model")
             if args or not self.is_open:
                 return original(*args, **kwargs)
-            return self.decode(original, turn, renamed(kwargs))
+            if turn is None:
+                return self.decode(original, None, renamed(kwargs))
+            return _run_eagerly(self.decode, original, turn, renamed(kwargs))
+
+
+@torch.compiler.disable
+def _read_eagerly(*args: Any) -> Turn:
+    return read_turn(*args)
+
+
+@torch.compiler.disable
+def _run_eagerly(call: Callable[..., Any], *args: Any) -> Any:
+    """Call it with nothing compiled, whatever part of the model is: how a prompt runs depends on its contents."""
+    with torch.compiler.set_stance("force_eager"):
+        return call(*args)
 
 
 def renamed(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""Inside a session media are compressed, or the call is refused: there is no third way for a prompt to go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from acckv import CompressionConfig, KVCompressor
+from acckv.cache import compressed_layers
+from acckv.errors import InputError
+from tests.families import FAMILIES, Family
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+SLOW_PARTS = ["wrapper", "forward", "module"]
+NAMES = ["qwen2_5_omni", "gemma4", "videollama2"]
+
+
+@pytest.fixture(params=NAMES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+def compressor(**options: Any) -> KVCompressor:
+    return KVCompressor(CompressionConfig(**{"policy": "keydiff", "ratio": 0.3, **options}))
+
+
+def plain(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name != "modality_ids"}
+
+
+@pytest.mark.parametrize("when", ["context", "prompt"])
+def test_a_call_without_a_cache_gets_one(family: Family, when: Any) -> None:
+    model = family.build()
+    inputs = family.clip(model)
+    with torch.no_grad(), compressor(when=when)(model) as session:
+        expected = model(**inputs, cache=DynamicCache(config=model.config.get_text_config()), use_cache=True)
+        held = [layer.physical for layer in compressed_layers(session.last_cache)]
+        for options in ({}, {"use_cache": True}):
+            found = model(**inputs, **options)
+            assert torch.equal(found.logits, expected.logits)
+            assert [layer.physical for layer in compressed_layers(found.cache)] == held
+            assert max(held) < inputs["attention_mask"].shape[1]
+
+
+def test_without_a_cache_media_are_refused_and_text_is_not(family: Family) -> None:
+    model = family.build()
+    inputs, text = family.clip(model), family.text(model, (2, 10, 11, 12))
+    expected = model.generate(**plain(text), **GREEDY, use_cache=False)
+    with compressor()(model) as session:
+        with pytest.raises(InputError, match="use_cache: is off"):
+            model(**inputs, use_cache=False)
+        if "input_ids" in inputs:  # with embeddings generate does not heed it
+            with pytest.raises(InputError, match="use_cache: is off"):
+                model.generate(**inputs, **GREEDY, use_cache=False)
+        assert torch.equal(model.generate(**text, **GREEDY, use_cache=False), expected)
+        assert session.last_cache is None
+    with compressor(ratio=1.0)(model):  # where nothing would be evicted, nothing is missed
+        assert torch.equal(model.generate(**inputs, **GREEDY, use_cache=False), model.generate(**inputs, **GREEDY))
+
+
+def test_a_decoder_called_past_its_model_is_refused(family: Family) -> None:
+    model = family.build()
+    decoder, embeds = model.get_decoder(), model.get_input_embeddings()(torch.arange(10, 16)[None])
+    with torch.no_grad(), compressor()(model):
+        with pytest.raises(InputError, match="decoder called past it"):
+            decoder(inputs_embeds=embeds)
+        model.generate(**family.clip(model), **GREEDY)
+        decoder(inputs_embeds=embeds[:, :1])
+    decoder(inputs_embeds=embeds)
+
+
+def test_a_decoder_that_was_replaced_inside_is_noticed() -> None:
+    family = FAMILIES["videollama2"]
+    model = family.build()
+    own = type(model.model).forward
+    with compressor()(model):
+        model.model.forward = lambda **arguments: own(model.model, **arguments)
+        with pytest.raises(InputError, match="nothing was compressed"):
+            model.generate(**family.clip(model), **GREEDY)
+
+
+@pytest.mark.parametrize("part", [*(pytest.param(part, marks=pytest.mark.slow) for part in SLOW_PARTS), "layers"])
+@pytest.mark.parametrize("used", [pytest.param(False, marks=pytest.mark.slow), True], ids=["new", "used"])
+def test_a_model_that_was_compiled_before(part: str, used: bool) -> None:
+    """Prompts run uncompiled; graphs of before know nothing of the session, and are not taken in it or after it."""
+    family, options = FAMILIES["videollama2"], {"dynamic": True, "backend": "eager"}
+    model = family.build()
+    batch = family.collate([family.clip(model), family.clip(model, (25,), seed=2, frames=3, intro=(2, 10, 11, 12))])
+    with compressor()(model):
+        expected = logits(model, batch)
+    full = logits(model, plain(batch))
+    torch._dynamo.reset()
+    call: Any = model
+    if part == "wrapper":
+        call = torch.compile(model, **options)  # type: ignore[call-overload]
+    elif part == "forward":
+        model.forward = torch.compile(model.forward, **options)
+    elif part == "module":
+        model.compile(**options)
+    else:
+        for layer in model.model.layers:
+            layer.compile(**options)
+    if used:
+        assert_close(logits(call, plain(batch)), full)
+    with compressor()(call) as session:
+        assert_close(logits(call, batch), expected)
+        session.router.last_cache = None
+        call.generate(**batch, **GREEDY)
+        assert session.last_cache is not None
+    assert_close(logits(call, plain(batch)), full)
+
+
+def logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Of the last token of a prompt and of two greedy steps after it: ``[3, rows, vocabulary]``."""
+    found, mask = [], inputs["attention_mask"]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for _ in range(3):
+            found.append(model(**inputs, cache=cache, use_cache=True).logits[:, -1])
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            positions = mask.cumsum(-1)[:, -1:] - 1
+            inputs = {
+                "input_ids": found[-1].argmax(-1, keepdim=True),
+                "attention_mask": mask,
+                "position_ids": positions,
+            }
+    return torch.stack(found)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
