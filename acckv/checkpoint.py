@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from acckv.calibration_record import FIELD, CalibrationRecord
 from acckv.compressor import KVCompressor
 from acckv.config import CompressionConfig, LoraScope
 from acckv.errors import InputError
@@ -27,11 +28,8 @@ _REQUIRED = ("format", "compression", "base", "lora_scope", "has_weights", "has_
 _BASE = ("name", "layers", "query_heads", "kv_heads", "head_size")
 
 
-def save(compressor: KVCompressor, folder: Path, results: list[dict[str, Any]] | None = None) -> None:
+def save(compressor: KVCompressor, folder: Path) -> None:
     """Write `compressor` to `folder`: into a folder beside it first, then moved, so that a stop leaves no half export.
-
-    Args:
-        results: rows of a results.json for the card's table.
 
     Raises:
         InputError: `folder` holds something that is no export.
@@ -39,10 +37,10 @@ def save(compressor: KVCompressor, folder: Path, results: list[dict[str, Any]] |
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())):
         raise InputError("exists and is no export; choose another folder", source=folder)
     with whole_folder(folder) as staging:
-        _write(compressor, staging, results)
+        _write(compressor, staging)
 
 
-def _write(compressor: KVCompressor, folder: Path, results: list[dict[str, Any]] | None) -> None:
+def _write(compressor: KVCompressor, folder: Path) -> None:
     from acckv.report.card import render_card
 
     config = {
@@ -53,13 +51,14 @@ def _write(compressor: KVCompressor, folder: Path, results: list[dict[str, Any]]
         "has_weights": compressor.weights is not None,
         "has_lora": compressor.lora is not None,
         "tight_below": compressor.tight_below,
+        FIELD: None if compressor.calibration is None else compressor.calibration.to_dict(),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     _write_learned(compressor, folder)
     if compressor.tight is not None:
         (folder / TIGHT).mkdir()
         _write_learned(compressor.tight, folder / TIGHT)
-    (folder / CARD).write_text(render_card(config, results))
+    (folder / CARD).write_text(render_card(config))
 
 
 def _write_learned(compressor: KVCompressor, folder: Path) -> None:
@@ -89,9 +88,11 @@ def load(name: str | Path, options: dict[str, Any] | None = None) -> KVCompresso
     base, below = config["base"], config.get("tight_below", 0.0)  # earlier exports have nothing of the kind
     if config["has_weights"] and (not isinstance(base, dict) or not all(key in base for key in _BASE)):
         raise InputError(f"must hold {', '.join(_BASE)}", source=source, field="base")
+    calibration = CalibrationRecord.from_dict(config.get(FIELD), source)
     tight = KVCompressor(compression, *_load_learned(config, compression, folder / TIGHT)) if below else None
     weights, lora = _load_learned(config, compression, folder)
-    compressor = KVCompressor(compression, weights, lora, config["lora_scope"], base, str(name), tight, below)
+    scope = config["lora_scope"]
+    compressor = KVCompressor(compression, weights, lora, scope, base, str(name), tight, below, calibration)
     return compressor.requires_grad_(False).eval()
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from acckv.calibration_record import CalibrationRecord
 from acckv.config import CompressionConfig, LoraScope
 from acckv.errors import InputError
 from acckv.focusing import allocate, share_out, split_layer, total_budget
@@ -38,6 +39,7 @@ class KVCompressor(nn.Module):
         base: where the weights belong: ``{"name", "layers", "query_heads", "kv_heads", "head_size"}``.
         source: the export it was loaded from, for messages.
         tight: what compresses at ratios below `tight_below`, with weights and an adapter of its own, or None.
+        calibration: what the weights were calibrated on, for the export; None where that is not known.
 
     Raises:
         InputError: there is a `tight`, and the adapters act on the prompt, which is run before its ratio is known.
@@ -53,6 +55,7 @@ class KVCompressor(nn.Module):
         source: str | None = None,
         tight: KVCompressor | None = None,
         tight_below: float = 0.0,
+        calibration: CalibrationRecord | None = None,
     ) -> None:
         super().__init__()
         self.config = config or CompressionConfig()
@@ -64,6 +67,7 @@ class KVCompressor(nn.Module):
         if tight is not None and lora_scope == "all":
             raise InputError("is 'all', and the tightest ratios have an adapter of their own", field="lora_scope")
         self.tight, self.tight_below = tight, tight_below
+        self.calibration = calibration
         self.policy = build_policy(self.config, weights)
 
     def __call__(self, model: Any, processor: Any = None, **options: Any) -> Session:  # type: ignore[override]
@@ -85,7 +89,7 @@ class KVCompressor(nn.Module):
         """The same weights at another ratio."""
         config = dataclasses.replace(self.config, ratio=ratio, budget=None)
         parts = self.weights, self.lora, self.lora_scope, self.base, self.source, self.tight, self.tight_below
-        return KVCompressor(config, *parts)
+        return KVCompressor(config, *parts, self.calibration)
 
     def is_tight(self, ratio: float) -> bool:
         """Whether a ratio has weights and an adapter of its own."""
@@ -260,11 +264,11 @@ class KVCompressor(nn.Module):
         # Cosines span 2, standardised scores about 6: a third of the temperature is as soft for them.
         return AlignmentRule(learned, weights.alignment_weight, drop, softness=temperature / 3)
 
-    def save_pretrained(self, folder: str | Path, results: list[dict[str, Any]] | None = None) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors, adapter/ and the model card; see :mod:`acckv.checkpoint`."""
         from acckv.checkpoint import save
 
-        save(self, Path(folder), results)
+        save(self, Path(folder))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> KVCompressor:

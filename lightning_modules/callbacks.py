@@ -84,6 +84,9 @@ class ExportCompressor(Callback):
         if not is_sharded(module):
             module.to(trainer.strategy.root_device)  # a Trainer leaves it on the CPU
         exported = module.exported()
+        ratios = module.options.ratio_min, module.options.ratio_max
+        data: AVDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        exported.calibration = data.calibration_record(ratios, self.step)
         if trainer.is_global_zero:
             exported.save_pretrained(folder)
         if is_sharded(module):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from acckv.adapters import load_processor
+from acckv.calibration_record import CalibrationRecord
 from acckv.config import When
 from acckv.data.clips import video_folder, write_clips
 from acckv.data.encoded import load_encoded
@@ -23,6 +24,14 @@ from lightning_modules.clip_dataset import CalibrationBatch, ClipDataset, Keep
 from lightning_modules.step_sampler import NumberedLoader, StepSampler
 from lightning_modules.teacher_answers import FILE as ANSWERS_FILE
 from lightning_modules.teacher_answers import PROMPTS, AnswerFile, AnswerSettings, answer_clips
+
+TRAINING_DATA = {
+    "clips": "generated clips of seed",
+    "music_avqa": "questions of",
+    "folder": "the model's own answers about the videos of",
+    "encoded": "encoded clips of",
+}
+"""Source -> training data in words, up to the name of its file or folder."""
 
 
 class AVDataModule(LightningDataModule):
@@ -182,6 +191,23 @@ class AVDataModule(LightningDataModule):
         if options.source == "music_avqa":
             return Path(options.validation_questions).name
         return f"generated-clips/validation ({options.validation_clips} clips, seed {options.clips_seed})"
+
+    def calibration_record(self, ratios: tuple[float, float], steps: int) -> CalibrationRecord:
+        """What a training on this data is, for its export.
+
+        Args:
+            ratios: least and largest kept share trained; steps: optimiser steps.
+        """
+        options = self.options
+        place = {
+            "folder": options.folder,
+            "encoded": options.encoded,
+            "music_avqa": options.train_questions,
+        }.get(options.source)
+        data = f"{TRAINING_DATA[options.source]} {options.clips_seed if place is None else Path(place).name}"
+        # Prompts are all that tells the questions of a folder apart.
+        kind = (lambda record: record.question) if options.source == "folder" else None
+        return CalibrationRecord.of(data, self.records("train"), ratios, steps, kind)
 
     def videos(self, split: str) -> list[Path]:
         """The videos of "train" or "validation" (source 'folder')."""

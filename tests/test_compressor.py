@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.adapters import find_adapter
 from acckv.cache import compressed_layers
+from acckv.calibration_record import CalibrationRecord
 from acckv.lora import AttachedLora, LoraWeights, lora_config
 from acckv.weights import CalibratedWeights
 from tests import tiny_omni
@@ -166,6 +167,7 @@ def answers(compressor: KVCompressor, model: Any) -> list[int]:
 
 def test_save_and_load(model: Any, tmp_path: Path) -> None:
     compressor = calibrated(model, CompressionConfig.preset("context", ratio=0.3), noise=1.0, rank=4)
+    compressor.calibration = CalibrationRecord("generated clips of seed 0", 2, 6, {"Visual/Colour": 6}, 0.02, 0.5, 9)
     folder = tmp_path / "export"
     compressor.save_pretrained(folder)
     compressor.save_pretrained(folder)  # over itself
@@ -181,6 +183,8 @@ def test_save_and_load(model: Any, tmp_path: Path) -> None:
     loaded = KVCompressor.from_pretrained(folder)
     assert answers(loaded, model) == answers(compressor, model)
     assert loaded.config == compressor.config
+    assert loaded.calibration == loaded.with_ratio(0.5).calibration == compressor.calibration
+    assert "generated clips of seed 0" in (folder / "README.md").read_text()
     assert KVCompressor.from_pretrained(folder, ratio=0.7).config.ratio == 0.7
 
 
@@ -242,6 +246,7 @@ def wrong_shape(file: Path) -> None:
         (lambda e: edit(e / "config.json", lora_scope="never"), r"lora_scope: 'never' is not"),
         (lambda e: edit(e / "config.json", tight_below="low"), r"config\.json: tight_below: 'low' is not 0 to 1"),
         (lambda e: edit(e / "config.json", tight_below=0.1), r"tight/model\.safetensors: is missing"),
+        (lambda e: edit(e / "config.json", calibration=[1]), r"config\.json: calibration: a value is missing"),
         (lambda e: edit(e / "config.json", base=None), r"config\.json: base: is missing"),
         (lambda e: edit(e / "config.json", compression={"ratio": 1.5}), r"config\.json: ratio: 1\.5 is not a number"),
         (lambda e: edit(e / "config.json", compression={"rate": 1}), r"config\.json: rate: is no option"),

@@ -93,6 +93,10 @@ def test_calibrated_and_evaluated(name: str, question_file: Path, tmp_path: Path
     trainer.fit(module, datamodule=AVDataModule(**{**config["data"], **train, **shared}))
     compressor = KVCompressor.from_pretrained(tmp_path / "export")
     assert compressor.base["name"] == str(base) and compressor.lora is not None
+    place = "clips" if name in TURNS else question_file.name
+    record = compressor.calibration
+    assert record is not None and record.data.endswith(f" of {place}") and record.steps == 2
+    assert sum(record.kinds.values()) == record.questions >= record.clips >= 1
     trained = [bool(value.any()) for key, value in compressor.lora.tensors.items() if "lora_B" in key]
     assert any(trained) and float(trainer.callback_metrics["val/kl"]) > 0
 

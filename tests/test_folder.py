@@ -149,6 +149,12 @@ def test_a_folder_is_calibrated_on_from_end_to_end(
     whole = run("whole")
     weights = KVCompressor.from_pretrained(whole / "export").weights
     assert weights is not None and weights.saliency.abs().max() > 0
+    config, card = ((whole / "export" / name).read_text() for name in ("config.json", "README.md"))
+    record = json.loads(config)["calibration"]
+    assert record.pop("data") == f"the model's own answers about the videos of {clips.name}"
+    trained = {"kinds": {"Describe the clip.": 3}, "ratio_min": 0.02, "ratio_max": 0.5, "steps": 4}
+    assert record == {"clips": 3, "questions": 3, **trained}
+    assert "| kinds of questions | Describe the clip. (3) |" in card and "| acckv-calibrated | 0.1 |" in card
     answers = json.loads((whole / "answers.json").read_text())
     assert len(answers["clips"]) == 4 and all(entry["answers"] for entry in answers["clips"].values())
     results = json.loads((whole / "eval" / "results.json").read_text())

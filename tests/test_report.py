@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
+import acckv
+from acckv.calibration_record import CalibrationRecord
 from acckv.errors import InputError
 from acckv.report.calibration import KeptShares, RunFacts, render_report
 from acckv.report.card import render_card, write_card
@@ -255,12 +258,35 @@ def test_card_holds_the_measured_rows_and_their_command(tmp_path: Path, results:
     assert len(table) == len(results.rows)
 
 
-def test_card_takes_rows_as_they_stand_in_results_json(results: Results) -> None:
-    rows = [json.loads(json.dumps(dataclasses.asdict(row))) for row in results.rows]
-    assert render_card(CONFIG, rows) == render_card(CONFIG, results.rows)
-    rows[2].pop("relative")
-    with pytest.raises(InputError, match=r"rows\[2\].relative: missing"):
-        render_card(CONFIG, rows)
+def test_card_and_readme_say_what_an_export_keeps() -> None:
+    text = (Path(acckv.__file__).parent / "report/templates/transfer.md.jinja").read_text()
+    rows = [line.split("|")[2:-1] for line in text.splitlines() if re.match(r"\| .*\d", line)]
+    columns, *shares = [[cell.strip(" *") for cell in row] for row in rows]
+    assert (columns[1], shares[2][1], shares[3][1]) == ("0.5", "62.0", "75.5")
+    assert (columns[4], shares[0][4], shares[1][4]) == ("0.05", "99.5", "85.5")
+    readme = (Path(acckv.__file__).parent.parent / "README.md").read_text()
+    assert readme.index(text) < readme.index("\n## ")
+    assert readme.index("\n|") > readme.index("**An export keeps")  # the first table
+    assert text in render_card(CONFIG)
+
+
+def test_card_names_the_questions_of_its_calibration() -> None:
+    kinds = {"Audio/Pitch": 1200, "What is |heard| ?": 300}
+    record = CalibrationRecord("questions of train.json", 400, 1500, kinds, 0.02, 0.5, 2400)
+    card = render_card({**CONFIG, "has_weights": True, "calibration": record.to_dict()})
+    section = card[card.index("## What it was calibrated on") : card.index("**An export keeps")].splitlines()
+    assert [line for line in section if line.startswith("| ")] == [
+        "| | |",
+        "| data | questions of train.json |",
+        "| training clips, questions | 400, 1,500 |",
+        "| kinds of questions | Audio/Pitch (1,200), What is \\|heard\\| ? (300) |",
+        "| compressed | after the media, before any question is seen (`when: context`) |",
+        "| kept shares, steps | 0.02 to 0.5, 2,400 |",
+    ]
+    assert "does not say what it was calibrated on" in render_card({**CONFIG, "has_weights": True})
+    assert "is training-free" in render_card(CONFIG)
+    with pytest.raises(InputError, match="calibration: a value is missing or ill-formed"):
+        render_card({**CONFIG, "calibration": {**record.to_dict(), "kinds": ["Audio"]}})
 
 
 def test_card_warns_where_the_control_is_near(results: Results) -> None:

@@ -8,17 +8,23 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from acckv.calibration_record import FIELD, CalibrationRecord
 from acckv.errors import InputError
 from acckv.report.files import whole_file
-from acckv.report.results import Results, Row, parse_row
+from acckv.report.results import Results, Row
 from acckv.report.table import control_warning
 
 CARD_FILE = "README.md"
+COMPRESSED = {
+    "context": "after the media, before any question is seen",
+    "prompt": "after the whole prompt, question included",
+}
+"""Option `when` -> what is compressed, in words."""
 
 
 def render_card(
     config: Mapping[str, Any],
-    rows: Sequence[Row | Mapping[str, Any]] | None = None,
+    rows: Sequence[Row] = (),
     *,
     setting: str | None = None,
     command: str | None = None,
@@ -26,14 +32,14 @@ def render_card(
     """The card as Markdown with YAML front matter.
 
     Args:
-        config: the export's `config.json`, parsed; read are `base` (its `name`), `compression`, `lora_scope` and
-            `tight_below`.
-        rows: of a `results.json`, for the table; None says that nothing has been measured yet.
+        config: the export's `config.json`, parsed; read are `base` (its `name`), `compression`, `calibration`,
+            `has_weights`, `lora_scope` and `tight_below`.
+        rows: of an evaluation, for the table; none where nothing has been measured yet.
         setting: what was measured, in one sentence, above the table.
         command: the command that the table came from.
 
     Raises:
-        InputError: a row is not one of a `results.json`.
+        InputError: `calibration` is ill-formed.
     """
     environment = Environment(
         loader=PackageLoader("acckv.report"),
@@ -43,18 +49,20 @@ def render_card(
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, not HTML
     )
-    measured = [row if isinstance(row, Row) else parse_row(row, "rows", i) for i, row in enumerate(rows or [])]
     base = config.get("base") or {}
     compression = config.get("compression") or {}
     when = compression.get("when", "context")
-    warning = control_warning(Results(str(base.get("name")), "", when, 0, measured)) if measured else None
+    warning = control_warning(Results(str(base.get("name")), "", when, 0, list(rows))) if rows else None
     return environment.get_template("card.md.jinja").render(
         base_model=base.get("name") or "unknown",
         lora_scope=config.get("lora_scope") if config.get("has_lora") else None,
         tight_below=config.get("tight_below"),
         options=compression,
+        has_weights=config.get("has_weights", False),
+        calibration=CalibrationRecord.from_dict(config.get(FIELD)),
         when=when,
-        rows=[_cells(row) for row in measured],
+        compressed=COMPRESSED[when],
+        rows=[_cells(row) for row in rows],
         setting=setting,
         command=command,
         warning=warning,
@@ -78,7 +86,7 @@ def write_card(
             f"Benchmark `{results.benchmark}` on `{results.model}`, `when: {results.when}`, "
             f"{results.rows[0].n} questions, seed {results.seed}."
         )
-    text = render_card(config, results.rows if results else None, setting=setting, command=command)
+    text = render_card(config, results.rows if results else (), setting=setting, command=command)
     with whole_file(folder / CARD_FILE) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return folder / CARD_FILE

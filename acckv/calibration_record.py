@@ -1,0 +1,84 @@
+"""What an export was calibrated on, as its config.json and its card say it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from acckv.data.records import Record
+from acckv.errors import InputError
+
+FIELD = "calibration"
+"""Of config.json."""
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """The data and the ratios of one calibration.
+
+    Attributes:
+        data: where the clips and questions came from, in words.
+        clips: number of training clips.
+        questions: number of training questions.
+        kinds: kind of question -> number of training questions.
+        ratio_min, ratio_max: kept shares that were trained.
+        steps: optimiser steps until the export.
+    """
+
+    data: str
+    clips: int
+    questions: int
+    kinds: dict[str, int]
+    ratio_min: float
+    ratio_max: float
+    steps: int
+
+    @classmethod
+    def of(
+        cls,
+        data: str,
+        records: Sequence[Record],
+        ratios: tuple[float, float],
+        steps: int,
+        kind: Callable[[Record], str] | None = None,
+    ) -> CalibrationRecord:
+        """The record of a calibration.
+
+        Args:
+            data: where `records` came from, in words.
+            records: the training questions.
+            ratios: least and largest kept share trained.
+            steps: optimiser steps until the export.
+            kind: of a question; None is its finest group, or how it is scored where it has none.
+        """
+        kinds = Counter((kind or _finest_group)(record) for record in records)
+        clips = len({record.clip for record in records})
+        return cls(data, clips, len(records), dict(sorted(kinds.items())), *ratios, steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any, source: str | Path | None = None) -> CalibrationRecord | None:
+        """The record in a config.json; None where it has none.
+
+        Raises:
+            InputError: a field is missing or ill-valued.
+        """
+        if values is None:
+            return None
+        try:
+            kinds = {str(name): int(number) for name, number in values["kinds"].items()}
+            shares = float(values["ratio_min"]), float(values["ratio_max"])
+            counts = int(values["clips"]), int(values["questions"])
+            return cls(str(values["data"]), *counts, kinds, *shares, int(values["steps"]))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"a value is missing or ill-formed ({error})", source=source, field=FIELD) from error
+
+
+def _finest_group(record: Record) -> str:
+    return record.groups[-1] if record.groups else record.protocol
