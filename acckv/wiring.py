@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from threading import RLock
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class Wiring:
             stack.enter_context(patch_method(self.adapter.decoder, "forward", self._decoder_forward))
             stack.enter_context(patch_method(self.adapter.model, "forward", self._model_forward))
             stack.enter_context(patch_method(self.adapter.model, "generate", self._generate))
+            stack.enter_context(patch_method(self.adapter.model, "init_continuous_batching", _refuse_batching))
             self._stack = stack.pop_all()
         self.is_open = True
         return self
@@ -88,6 +89,7 @@ class Wiring:
                 raise InputError(
                     "was taken from a session that is closed by now; join its threads first", field="generate"
                 )
+            self._check_whole({**kwargs, "modality_ids": modality_ids})
             before = self._given, self._prompt_length
             self._given, self.reached = modality_ids, False
             self._prompt_length = whole.shape[1] if isinstance(whole, Tensor) else None
@@ -102,6 +104,17 @@ class Wiring:
                     field="model",
                 )
             return output
+
+    def _check_whole(self, options: dict[str, Any]) -> None:
+        """Refuse media in a prompt that generate would cut up: each part would be compressed for itself."""
+        config = options.get("generation_config") or self.adapter.model.generation_config
+        size = options.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
+        media = any(options.get(name) is not None for name in (*self.adapter.feature_inputs, "modality_ids"))
+        if size and media and self.compresses():
+            raise InputError(
+                "cuts a prompt up, which is compressed as a whole; leave it off, or feed a long clip to session.extend",
+                field="prefill_chunk_size",
+            )
 
     def _serving(self) -> AbstractContextManager[Any]:
         """The lock; a graph cannot take one, so compiled forwards of several threads are not kept apart."""
@@ -189,6 +202,13 @@ def _run_eagerly(call: Callable[..., Any], *args: Any) -> Any:
     """Call it with nothing compiled, whatever part of the model is: how a prompt runs depends on its contents."""
     with torch.compiler.set_stance("force_eager"):
         return call(*args)
+
+
+def _refuse_batching(*_: Any, **__: Any) -> NoReturn:
+    raise InputError(
+        "batches requests into a cache of pages, which cannot be compressed; call generate with a batch of them",
+        field="generate_batch",
+    )
 
 
 def renamed(arguments: dict[str, Any]) -> dict[str, Any]:

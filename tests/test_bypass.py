@@ -62,6 +62,49 @@ def test_without_a_cache_media_are_refused_and_text_is_not(family: Family) -> No
         assert torch.equal(model.generate(**inputs, **GREEDY, use_cache=False), model.generate(**inputs, **GREEDY))
 
 
+@pytest.mark.parametrize("by", ["argument", "config"])
+def test_a_prompt_in_parts_is_refused_and_text_is_not(by: str) -> None:
+    family = FAMILIES["gemma4"]
+    model = family.build()
+    inputs, text = family.clip(model), family.text(model, tuple(range(10, 22)))
+    expected = model.generate(**text, **GREEDY)
+    options = dict(GREEDY)
+    if by == "argument":
+        options["prefill_chunk_size"] = 4
+    else:
+        model.generation_config.prefill_chunk_size = 4
+    video = {name: value for name, value in inputs.items() if not name.startswith("input_features")}
+    with compressor()(model):
+        with pytest.raises(InputError, match="prefill_chunk_size: cuts a prompt up"):
+            model.generate(**video, **options)
+        assert torch.equal(model.generate(**text, **options), expected)
+
+
+def test_continuous_batching_is_refused() -> None:
+    model = FAMILIES["videollama2"].build()
+    with compressor()(model), pytest.raises(InputError, match="generate_batch: batches requests"):
+        model.generate_batch([[2, 10, 11, 12]])
+
+
+@pytest.mark.parametrize("name", ["gemma4", "videollama2"])
+def test_guidance_reads_its_own_prompt_in_full(name: str) -> None:
+    """The prompt without media goes by uncompressed, beside the one with media: scores are made of both."""
+    family = FAMILIES[name]
+    model = family.build()
+    negative, weight = torch.tensor([[2, 10, 11]]), 1.5
+    asked = {**GREEDY, "output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    with compressor()(model):
+        guided = {"guidance_scale": weight, "negative_prompt_ids": negative}
+        found = model.generate(**family.clip(model), **asked, **guided)
+        alone = model.generate(**family.clip(model), **asked)
+    assert torch.equal(found.logits[0], alone.logits[0])
+    for step, (scores, logits) in enumerate(zip(found.scores, found.logits, strict=True)):
+        ids = torch.cat([negative, found.sequences[:, -4:][:, :step]], dim=1)
+        with torch.no_grad():
+            away = model(input_ids=ids).logits[:, -1].log_softmax(-1)
+        assert_close(scores, away + weight * (logits.log_softmax(-1) - away))
+
+
 def test_a_decoder_called_past_its_model_is_refused(family: Family) -> None:
     model = family.build()
     decoder, embeds = model.get_decoder(), model.get_input_embeddings()(torch.arange(10, 16)[None])
