@@ -64,7 +64,7 @@ class Eviction:
         self.competing = self.config.budget is not None and ratio is None
         self.ratio = self.config.ratio if ratio is None else ratio
         self._check(compressor)
-        self.rotation = look.rotation(embedded.position_ids)
+        self.rotations = look.rotations(embedded.position_ids)
         self.labels = [watch.held_labels(layer, layer.physical) for layer in self.layers]
         self.new = watch.labels.counts()
         self.planning = [self._planning_labels(labels) for labels in self.labels]
@@ -121,7 +121,7 @@ class Eviction:
             real = self.labels[layer.slot][:, 0] != Modality.PADDING
             look = self.watch.observe_probe if self.by_probe else self.watch.observe
             seen = look(real, query, key, value, scaling)
-            rotation = behind(self.rotation, self.before[layer.slot])
+            rotation = behind(self.rotations[layer.slot], self.before[layer.slot])
             seen = replace(seen, rotation=rotation and rotation.to(key.device))
             if self.compressor.policy.cross_layer:
                 self.waiting.append(self._new_alone(layer.slot, seen))
@@ -173,14 +173,14 @@ class Eviction:
 
     def _new_alone(self, slot: int, seen: Observation) -> Observation:
         """An observation of the new entries only, so that all layers have equally many."""
-        first = self.before[slot]
+        first, rotation = self.before[slot], self.rotations[slot]
         return replace(
             seen,
             keys=seen.keys[:, :, first:],
             values=seen.values[:, :, first:],
             row_positions=seen.row_positions - first,
             real=seen.real[:, first:],
-            rotation=self.rotation and self.rotation.to(seen.keys.device),
+            rotation=rotation and rotation.to(seen.keys.device),
         )
 
     def _behind(self, slot: int, plan: LayerPlan) -> LayerPlan:

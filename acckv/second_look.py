@@ -17,7 +17,8 @@ from acckv.modality import ModalityMap
 from acckv.prompt import TOKEN_TYPES, ProbePrompt
 from acckv.ragged import DecoderInputs, next_position, rope_positions
 from acckv.repetition import REPEAT_PROMPT, Record, watch_repetition
-from acckv.rotary import Rotation
+from acckv.rotary import RotaryLayout, Rotation
+from acckv.rotary_probe import find_layouts, spread
 from acckv.scoring import Observation
 
 
@@ -32,20 +33,41 @@ class SecondLook:
         self.policy, self.config = compressor.policy, compressor.config
         self.adapter, self.tap = adapter, tap
         self.prompt = ProbePrompt(processor, REPEAT_PROMPT)
+        self.layouts: list[RotaryLayout] = []
 
-    def rotation(self, position_ids: Tensor) -> Rotation | None:
-        """The rotary embedding of a prompt and of what comes after it, where the policy takes it off.
+    def prepare(self) -> None:
+        """Find how each layer turns its queries, where the policy takes that off; the session is open.
+
+        Raises:
+            InputError: it cannot be taken off.
+        """
+        if self.policy.rotated:
+            self.layouts = find_layouts(self.adapter, self.tap)
+
+    def rotations(self, position_ids: Tensor) -> list[Rotation | None]:
+        """By compressed layer, the rotary embedding of a prompt and of what comes after it, where the policy takes it
+        off.
 
         Args:
             position_ids: of the prompt, as the decoder got them.
         """
+        layers = [layer for layer in self.adapter.attention_layers if layer.owner and layer.slot is not None]
         if not self.policy.rotated:
-            return None
+            return [None] * len(layers)
         start = next_position(position_ids)
-        ahead = torch.arange(self.config.horizon, device=start.device)
-        later = self.adapter.rotation(self.adapter.text_positions(start + ahead))
-        here = self.adapter.rotation(rope_positions(position_ids))
-        return Rotation(*here, *(part.mean(dim=1) for part in later))
+        later = self.adapter.text_positions(start + torch.arange(self.config.horizon, device=start.device))
+        found: dict[Any, Rotation] = {}
+        kinds = [(layout, self.adapter.rotary_kind(layer)) for layer, layout in zip(layers, self.layouts, strict=True)]
+        for layer, (layout, kind) in zip(layers, kinds, strict=True):
+            if (layout, kind) not in found:  # most models have one for all layers
+                cos, sin = self._spread(layout, layer, rope_positions(position_ids))
+                ahead_cos, ahead_sin = self._spread(layout, layer, later)
+                found[layout, kind] = Rotation(cos, sin, ahead_cos.mean(dim=1), ahead_sin.mean(dim=1), layout)
+        return [found[kind] for kind in kinds]
+
+    def _spread(self, layout: RotaryLayout, layer: AttentionLayer, positions: Tensor) -> tuple[Tensor, Tensor]:
+        like = torch.zeros(*positions.shape[-2:], layout.head_size, device=positions.device)
+        return spread(layout, self.adapter.rotation(positions, layer), like)
 
     @torch.no_grad()
     def repetition(self, layers: list[Any], embedded: DecoderInputs) -> list[Tensor]:
@@ -99,8 +121,11 @@ class SecondLook:
             if not repetition:
                 repetition += self.repetition(layers, embedded)
             return [replace(seen, repetition=peak) for seen, peak in zip(observations, repetition, strict=True)]
-        rotation = self.rotation(embedded.position_ids)
-        return [replace(seen, rotation=rotation and rotation.to(seen.keys.device)) for seen in observations]
+        rotations = self.rotations(embedded.position_ids)
+        return [
+            replace(seen, rotation=rotation and rotation.to(seen.keys.device))
+            for seen, rotation in zip(observations, rotations, strict=True)
+        ]
 
 
 def behind(rotation: Rotation | None, entries: int) -> Rotation | None:

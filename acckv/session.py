@@ -89,6 +89,7 @@ class Session:
             modules = [layer.module for layer in adapter.attention_layers]
             stack.enter_context(shadow_attention(modules, adapter.attention_implementation, self.router.tap.attend))
             stack.enter_context(self.router.wiring)
+            self.router.look.prepare()
             self._stack = stack.pop_all()
         return self
 

@@ -22,7 +22,7 @@ from acckv.policies.expected_attention import SINKS
 from acckv.policies.look_m import pivotal_merging
 from acckv.ragged import DecoderInputs
 from acckv.repetition import LEAD_IN, chunks, moved_positions, watch_repetition
-from acckv.rotary import Rotation, rotate, unrotate
+from acckv.rotary import RotaryLayout, Rotation, rotate, unrotate
 from acckv.scoring import Observation
 from lightning_modules.evaluation_run import EvaluationOptions
 from tests import tiny_omni
@@ -60,6 +60,7 @@ def layers_of(seed: int, padded: bool = True) -> tuple[list[Observation], Modali
         angles.sin().float(),
         ahead_angles.cos().mean(1).float(),
         ahead_angles.sin().mean(1).float(),
+        RotaryLayout(SIZE, size=SIZE),
     )
     observations = []
     for _ in range(LAYERS):
@@ -82,6 +83,7 @@ def alone(seen: Observation) -> Observation:
         seen.rotation.sin[1:, PADDING:],
         seen.rotation.ahead_cos[1:],
         seen.rotation.ahead_sin[1:],
+        seen.rotation.layout,
     )
     width = ENTRIES - PADDING
     return Observation(
@@ -360,13 +362,14 @@ def test_rotation_taken_off_is_what_the_projection_gave(model: Any) -> None:
         prefill = session.prefill(**tiny_omni.context())
         seen = session.router.look.complete(prefill.observations, [], prefill.embedded, [])[1]
         steps = prefill.next_position + torch.arange(3)
-        ahead = session.adapter.rotation(session.adapter.text_positions(steps))
+        layer = session.adapter.attention_layers[1]
+        ahead = session.adapter.rotation(session.adapter.text_positions(steps), layer)
     handle.remove()
     rotation = seen.rotation
     assert rotation is not None
     plain = projected["q"].unflatten(-1, (4, 16)).transpose(1, 2)
-    assert torch.allclose(unrotate(seen.queries, rotation.cos, rotation.sin), plain, atol=1e-5)
-    assert torch.allclose(rotate(plain, rotation.cos, rotation.sin), seen.queries, atol=1e-5)
+    assert torch.allclose(unrotate(seen.queries, rotation.cos, rotation.sin, rotation.layout), plain, atol=1e-5)
+    assert torch.allclose(rotate(plain, rotation.cos, rotation.sin, rotation.layout), seen.queries, atol=1e-5)
     assert torch.allclose(rotation.ahead_cos, ahead[0].mean(1))
     assert not torch.allclose(rotation.ahead_sin, rotation.sin[:, -1])
 

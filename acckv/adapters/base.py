@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -207,13 +208,25 @@ class ModelAdapter:
         """
         return self.text_positions(start + (real.long().cumsum(-1) - 1).clamp_min(0))
 
-    def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, float32 ``[batch, tokens, head size]``, that compressed layers rotate by at positions.
+    def rotation(self, position_ids: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines, float32 ``[batch, tokens, width]``, that a layer reads at positions, by the model's own
+        function; None where the model has no rotary embedding.
 
         Args:
             position_ids: as the decoder takes them.
         """
-        return self.decoder.rotary_emb(torch.zeros((), device=position_ids.device), position_ids)
+        rotary, kind = self.rotary_kind(layer)
+        if rotary is None:
+            return None
+        options = {} if kind is None else {"layer_type": kind}
+        return rotary(torch.zeros((), device=position_ids.device), position_ids, **options)
+
+    def rotary_kind(self, layer: AttentionLayer) -> tuple[nn.Module | None, str | None]:
+        """The model's rotary embedding that a layer reads, and the layer type that it asks for, if it does."""
+        rotary = getattr(self.decoder, "rotary_emb", None) or getattr(layer.module, "rotary_emb", None)
+        if rotary is None or "layer_type" not in inspect.signature(rotary.forward).parameters:
+            return rotary, None
+        return rotary, self.decoder.config.layer_types[layer.cache_index]
 
     # ------------------------------------------------- the decoder's arguments
 

@@ -44,9 +44,6 @@ class Gemma4Adapter(ModelAdapter):
         inputs = arguments.get("per_layer_inputs")
         return {} if inputs is None else {"per_layer_inputs": inputs}
 
-    def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return self.decoder.rotary_emb(torch.zeros((), device=position_ids.device), position_ids, "full_attention")
-
     def mask(self, real: Tensor, arguments: dict[str, Any], cache: Cache, token_types: Tensor | None) -> Any:
         config = self.decoder.config
         if config.use_bidirectional_attention != "vision" or token_types is None:

@@ -50,16 +50,17 @@ def _future_queries(observation: Observation, place: Tensor) -> tuple[Tensor, Te
     if observation.rotation is None:
         raise InputError("needs the rotary embedding of its rows", field="observation")
     rotation: Rotation = observation.rotation
+    layout = rotation.layout
     batch, _, rows, size = observation.queries.shape
     kv_heads = observation.keys.shape[1]
     at = observation.row_positions[..., None].expand(-1, -1, size)
     cos, sin = (part.gather(1, at)[:, None] for part in (rotation.cos, rotation.sin))
-    queries = unrotate(observation.queries.float(), cos, sin).view(batch, kv_heads, -1, rows, size)
+    queries = unrotate(observation.queries.float(), cos, sin, layout).view(batch, kv_heads, -1, rows, size)
     counted = observation.row_valid & (place.gather(1, observation.row_positions) > SINKS)
     weight = (counted / counted.sum(-1, keepdim=True).clamp_min(1))[:, None, None, :, None]
     mean = (queries * weight).sum(dim=3)
     centred = (queries - mean[:, :, :, None]) * weight.sqrt()
     covariance = centred.transpose(-1, -2) @ centred
-    ahead = [part[:, None, None] for part in (rotation.ahead_cos, rotation.ahead_sin)]
-    turned = rotate(covariance, ahead[0][..., None, :], ahead[1][..., None, :]).transpose(-1, -2)
-    return rotate(mean, *ahead), rotate(turned, ahead[0][..., None, :], ahead[1][..., None, :])
+    cos, sin = (part[:, None, None] for part in (rotation.ahead_cos, rotation.ahead_sin))
+    turned = rotate(covariance, cos[..., None, :], sin[..., None, :], layout).transpose(-1, -2)
+    return rotate(mean, cos, sin, layout), rotate(turned, cos[..., None, :], sin[..., None, :], layout)
