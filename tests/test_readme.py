@@ -1,4 +1,4 @@
-"""Every Python example of the README runs, in order, as a reader would run it."""
+"""Every Python example of the README and of the page on sessions runs, in order, as a reader would run it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from acckv.weights import CalibratedWeights
 from tests.data.media_files import write_video
 from tests.families import FAMILIES
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def test_python_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,11 +47,12 @@ def test_python_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "video_features": torch.randn(1, 30, 64),
         "audio_features": torch.randn(1, 10, 64),
     }
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 6
+    blocks = [block for page in (README, ROOT / "docs" / "sessions.md") for block in python_blocks(page)]
+    assert len(blocks) == 7
     for number, block in enumerate(blocks):
         exec(compile(block, f"README block {number}", "exec"), names)
         if "budget=64" in block:
             assert [layer.physical for layer in names["cache"].layers] == [64] * sizes["layers"]
     assert names["output"].shape == (1, 64)
     assert len(capsys.readouterr().out.splitlines()) == 2  # the two answers of the second example
+    assert isinstance(names["text"], str) and not names["thread"].is_alive()
