@@ -28,12 +28,12 @@ from lightning_modules.calibration_checks import check_options
 from lightning_modules.calibration_state import CalibrationState
 from lightning_modules.clip_dataset import CalibrationBatch
 from lightning_modules.interrupted import StopBetweenSteps
-from lightning_modules.losses import Divergence, Match, divergence, mismatch, outputs_of
+from lightning_modules.losses import Divergence, Match, mismatch, outputs_of
 from lightning_modules.optimizer import restart_rates, scheduled_adam
 from lightning_modules.sharding import shard_frozen
 from lightning_modules.stages import TIGHT_REACH, Stages
 from lightning_modules.step_mean import StepMean
-from lightning_modules.taught import Taught
+from lightning_modules.teacher_targets import TeacherTargets, outputs_at
 from lightning_modules.trainer_checks import check_trainer
 
 #: Linear layers that LoRA adapts; a mixture of experts has only the first four by name.
@@ -285,7 +285,7 @@ class CalibrationModule(CalibrationState):
         session, turns, options = self.live, batch.turns, self.options
         scope_all = options.lora_scope == "all" and session.attached is not None
         training = torch.is_grad_enabled()
-        prefill, taught = self._teach(batch)
+        prefill, targets = self.teacher_targets(batch)
         matched = self._matched() if training and ratio >= options.match_from else []
         if scope_all:
             prefill = session.prefill(prefill.embedded, self.compressor.policy.rows, gradients=training)
@@ -294,20 +294,20 @@ class CalibrationModule(CalibrationState):
         with session.adapted(ratio), outputs_of(matched) as found:
             student = self._logits(prefill, plans, turns)
         weight = turns.weight.flatten()[turns.counted]
-        said = Taught.at(turns.counted, student, found)
-        kl = divergence(taught.logits, said.logits, weight)
+        kl = targets.divergence(student, weight, "forward")
         loss = kl
         if options.divergence == "reverse":
-            loss = divergence(taught.logits, said.logits, weight, "reverse")
+            loss = targets.divergence(student, weight, "reverse")
         if matched:
-            loss = loss + options.match_weight * mismatch(taught.outputs, said.outputs, weight.sum())
+            outputs = outputs_at(turns.counted, found, student)
+            loss = loss + options.match_weight * mismatch(targets.outputs, outputs, weight.sum())
         return Distillation(kl, loss, plans)
 
-    def _teach(self, batch: CalibrationBatch) -> tuple[Prefill, Taught]:
+    def teacher_targets(self, batch: CalibrationBatch) -> tuple[Prefill, TeacherTargets]:
         """The base model with its full cache: its prefill, and what it says at the tokens of the turns that count."""
-        if batch.prefill is not None and batch.taught is not None:
-            return batch.prefill, batch.taught
-        session, turns = self.live, batch.turns if batch.lesson is None else batch.lesson.turns
+        if batch.prefill is not None and batch.targets is not None:
+            return batch.prefill, batch.targets
+        session, turns = self.live, batch.turns if batch.pending is None else batch.pending.turns
         with session.base_projections():
             prefill = batch.prefill
             if prefill is None:
@@ -316,8 +316,8 @@ class CalibrationModule(CalibrationState):
                 batch.keep(prefill)
             with torch.no_grad(), outputs_of(self._matched()) as outputs:
                 logits = self._logits(prefill, None, turns)
-        taught = Taught.at(turns.counted, logits, outputs)
-        return prefill, taught if batch.lesson is None else batch.lesson.heard(taught)
+        targets = TeacherTargets.at(turns.counted, logits, outputs)
+        return prefill, targets if batch.pending is None else batch.pending.take(targets)
 
     def _matched(self) -> list[torch.nn.Module]:
         """Modules whose outputs are matched."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -21,7 +22,8 @@ from acckv.policies.base import Rows
 from acckv.prefill import Prefill
 from acckv.ragged import DecoderInputs
 from acckv.session import Session
-from lightning_modules.taught import Lesson, Taught
+from lightning_modules.teacher_cache import TeacherCache
+from lightning_modules.teacher_targets import PendingTargets, TeacherTargets
 
 HOST = torch.device("cpu")
 Keep = Literal["nothing", "embeddings", "prefill"]
@@ -34,10 +36,10 @@ class CalibrationBatch:
     Attributes:
         inputs: for the model, up to where the cache is compressed; empty where `embedded` is given.
         embedded: the same as it enters the decoder, from an earlier visit of the clips.
-        prefill: the full-cache prefill of the base model, from an earlier visit, and `taught`: what it then says.
+        prefill: the full-cache prefill of the base model, from an earlier visit, and `targets`: what it then says.
         keep: takes that prefill for later visits; None where nothing is kept.
         turns: what is answered afterwards.
-        lesson: every question about the clips, where what the base model says is kept for later visits too.
+        pending: every question about the clips, where what the base model says is kept for later visits too.
         number: of the optimiser step in the whole training; every random draw of a step comes from it, so that
             batches that are accumulated share them.
     """
@@ -47,9 +49,9 @@ class CalibrationBatch:
     number: int
     embedded: DecoderInputs | None = None
     prefill: Prefill | None = None
-    taught: Taught | None = None
+    targets: TeacherTargets | None = None
     keep: Callable[[Prefill], None] | None = None
-    lesson: Lesson | None = None
+    pending: PendingTargets | None = None
 
     def prefilled(self, session: Session, rows: Rows) -> Prefill:
         """A prefill of the contexts in a session: the one of an earlier visit, where it is the session's own."""
@@ -81,19 +83,30 @@ class ClipDataset(Dataset[CalibrationItem]):
     Args:
         records: questions; those about the same clip make one item.
         turns: questions drawn for each visit of a clip (one with `when: prompt`); 0 takes all.
-        keep: what is held in memory of a clip after its first visit; nothing with `when: prompt`.
+        keep: what is held of a clip after its first visit; nothing with `when: prompt`.
+        cache: holds it, as the split's; top_p: share of the teacher's distributions whose likeliest tokens are held.
     """
 
-    def __init__(self, records: list[Record], processor: Any, when: When, turns: int, seed: int, keep: Keep) -> None:
+    def __init__(
+        self,
+        records: list[Record],
+        processor: Any,
+        when: When,
+        turns: int,
+        seed: int,
+        keep: Keep,
+        cache: TeacherCache | None = None,
+        top_p: float = 1.0,
+        split: str = "train",
+    ) -> None:
         by_clip: dict[ClipKey, list[Record]] = {}
         for record in records:
             by_clip.setdefault(record.clip, []).append(record)
         self.clips = list(by_clip.values())
         self.processor, self.when, self.turns, self.seed = processor, when, turns, seed
         self.keep: Keep = keep if when == "context" else "nothing"
-        self.embedded: dict[ClipKey, DecoderInputs] = {}
-        self.prefills: dict[ClipKey, Prefill] = {}
-        self.taught: dict[ClipKey, list[Taught]] = {}
+        self.cache, self.top_p, self.split = cache or TeacherCache(), top_p, split
+        self._told = False
         self.every_turn: dict[int, list[Turn]] = {}  # in tokens, made on the first visit
 
     def __len__(self) -> int:
@@ -123,31 +136,62 @@ class ClipDataset(Dataset[CalibrationItem]):
     def collate(self, items: list[CalibrationItem]) -> CalibrationBatch:
         turns, number = pack_turns([[item.turns[place] for place in item.drawn] for item in items]), items[0].number
         clips = [item.record.clip for item in items]
-        if all(clip in self.prefills for clip in clips):
-            prefill = Prefill.stack([self.prefills[clip] for clip in clips])
-            if not all(clip in self.taught for clip in clips):
-                return CalibrationBatch({}, turns, number, prefill=prefill, lesson=self._lesson(items))
-            taught = Taught.join([self.taught[item.record.clip][place] for item in items for place in item.drawn])
-            return CalibrationBatch({}, turns, number, prefill=prefill, taught=taught)
-        if all(clip in self.embedded for clip in clips):
-            embedded = DecoderInputs.stack([self.embedded[clip] for clip in clips])
+        if self._has("prefills", clips):
+            prefill = Prefill.stack(self._kept("prefills", clips))
+            if not self._has("targets", clips):
+                return CalibrationBatch({}, turns, number, prefill=prefill, pending=self._pending(items))
+            return CalibrationBatch({}, turns, number, prefill=prefill, targets=self._targets(items))
+        if self._has("embeddings", clips):
+            embedded = DecoderInputs.stack(self._kept("embeddings", clips))
             return CalibrationBatch({}, turns, number, embedded)
         questions = [item.record.question for item in items if item.asked]
         inputs = encode(self.processor, [read_clip(item.record) for item in items], questions or None)
         keep = None if self.keep == "nothing" else partial(self._keep, clips)
-        lesson = self._lesson(items) if self.keep == "prefill" else None
-        return CalibrationBatch(inputs, turns, number, keep=keep, lesson=lesson)
+        pending = self._pending(items) if self.keep == "prefill" else None
+        return CalibrationBatch(inputs, turns, number, keep=keep, pending=pending)
 
-    def _lesson(self, items: list[CalibrationItem]) -> Lesson:
+    def _pending(self, items: list[CalibrationItem]) -> PendingTargets:
         clips = [item.record.clip for item in items]
         every = pack_turns([item.turns for item in items])
-        return Lesson(every, [item.drawn for item in items], partial(self._keep_taught, clips))
+        return PendingTargets(every, [item.drawn for item in items], self.top_p, partial(self._keep_targets, clips))
+
+    def _targets(self, items: list[CalibrationItem]) -> TeacherTargets:
+        """What was kept about the questions that were drawn."""
+        clips, parts = [item.record.clip for item in items], []
+        for item, words, outputs in zip(
+            items, *(self._kept(kind, clips) for kind in ("targets", "outputs")), strict=True
+        ):
+            parts += [TeacherTargets(words[place], outputs[place]) for place in item.drawn]
+        return TeacherTargets.join(parts)
+
+    def forget_targets(self) -> None:
+        """What the teacher said; what it read stays."""
+        self.cache.clear(*(f"{self.split} {kind}" for kind in ("targets", "outputs")))
+
+    def _has(self, kind: str, clips: list[ClipKey]) -> bool:
+        return all(self.cache.has(f"{self.split} {kind}", clip) for clip in clips)
+
+    def _kept(self, kind: str, clips: list[ClipKey]) -> list[Any]:
+        return [self.cache.get(f"{self.split} {kind}", clip) for clip in clips]
 
     def _keep(self, clips: list[ClipKey], prefill: Prefill) -> None:
         if self.keep == "prefill":
-            self.prefills.update(zip(clips, [row.to(HOST) for row in prefill.rows()], strict=True))
+            self._put("prefills", clips, [row.to(HOST) for row in prefill.rows()])
         else:
-            self.embedded.update(zip(clips, [row.to(HOST) for row in prefill.embedded.rows()], strict=True))
+            self._put("embeddings", clips, [row.to(HOST) for row in prefill.embedded.rows()])
+            self._tell_when_all("embeddings")
 
-    def _keep_taught(self, clips: list[ClipKey], rows: list[list[Taught]]) -> None:
-        self.taught.update(zip(clips, [[turn.to(HOST) for turn in row] for row in rows], strict=True))
+    def _keep_targets(self, clips: list[ClipKey], rows: list[list[TeacherTargets]]) -> None:
+        held = [[turn.to(HOST) for turn in row] for row in rows]
+        self._put("targets", clips, [[turn.words for turn in row] for row in held])
+        self._put("outputs", clips, [[turn.outputs for turn in row] for row in held])
+        self._tell_when_all("targets")
+
+    def _put(self, kind: str, clips: list[ClipKey], values: list[Any]) -> None:
+        for clip, value in zip(clips, values, strict=True):
+            self.cache.put(f"{self.split} {kind}", clip, value)
+
+    def _tell_when_all(self, kind: str) -> None:
+        if not self._told and self._has(kind, [questions[0].clip for questions in self.clips]):
+            self._told = True
+            rank_zero_only(print)(f"Kept of clips: {self.cache.describe()}.")

@@ -24,6 +24,7 @@ from lightning_modules.clip_dataset import CalibrationBatch, ClipDataset, Keep
 from lightning_modules.step_sampler import NumberedLoader, StepSampler
 from lightning_modules.teacher_answers import FILE as ANSWERS_FILE
 from lightning_modules.teacher_answers import PROMPTS, AnswerFile, AnswerSettings, answer_clips
+from lightning_modules.teacher_cache import TeacherCache
 
 TRAINING_DATA = {
     "clips": "generated clips of seed",
@@ -59,10 +60,15 @@ class AVDataModule(LightningDataModule):
         load_options: of the model and its processor; linked to the model's.
         batch_size: clips a step and process.
         turns: questions about each clip in a step; 0 takes all.
-        keep: what is held in memory of a clip after its first visit. 'embeddings': it is not decoded and encoded again
+        keep: what is held of a clip after its first visit. 'embeddings': it is not decoded and encoded again
             (hidden size x tokens numbers a clip). 'prefill': the base model's prefill is not run again either (its
             keys and values too), nor what it says about the clip's questions, all of which it is asked on the first
-            visit (logits and matched outputs of the answers' tokens), so that a step costs the student alone.
+            visit (likeliest words and matched outputs of the answers' tokens), so that a step costs the student alone.
+        cache_memory_gb: memory of each process for what is kept, in GB; the rest is in files of the run's folder, which
+            the system frees when the process ends.
+        teacher_top_p: of the teacher's distributions that are kept, the likeliest words that cover this share, all
+            others as one: the KL is that of these words and the rest, a lower bound. 1 keeps all words, as do
+            vocabularies of up to 1024.
         seed: of the order, and of the questions drawn.
         clips_seed: of the generated clips.
     """
@@ -89,6 +95,8 @@ class AVDataModule(LightningDataModule):
         batch_size: int = 8,
         turns: int = 0,
         keep: Keep = "embeddings",
+        cache_memory_gb: float = 8.0,
+        teacher_top_p: float = 0.999,
         seed: int = 0,
         clips_seed: int = 0,
     ) -> None:
@@ -102,6 +110,10 @@ class AVDataModule(LightningDataModule):
         ):
             if value < least:
                 raise InputError(f"{value} is less than {least}", field=f"data.{name}")
+        if cache_memory_gb < 0:
+            raise InputError(f"{cache_memory_gb} is less than 0", field="data.cache_memory_gb")
+        if not 0 < teacher_top_p <= 1:
+            raise InputError(f"{teacher_top_p} is not above 0 and at most 1", field="data.teacher_top_p")
         if not 0 < validation_share < 1:
             raise InputError(f"{validation_share} is not above 0 and below 1", field="data.validation_share")
         if prompts is not None and not all(prompt.strip() for prompt in prompts or [""]):
@@ -139,9 +151,19 @@ class AVDataModule(LightningDataModule):
             return
         options = self.options
         processor = load_processor(options.base_model, options.dtype, options.load_options)
+        folder = None if self.trainer is None else self.trainer.default_root_dir
+        cache = TeacherCache(options.cache_memory_gb, folder)
         for split in ("train", "validation"):
             self.datasets[split] = ClipDataset(
-                self.records(split), processor, options.when, options.turns, options.seed, options.keep
+                self.records(split),
+                processor,
+                options.when,
+                options.turns,
+                options.seed,
+                options.keep,
+                cache,
+                options.teacher_top_p,
+                split,
             )
 
     def records(self, split: str) -> list[Record]:
@@ -178,7 +200,7 @@ class AVDataModule(LightningDataModule):
         self.hparams["seed"] = seed
         for dataset in self.datasets.values():
             dataset.seed = seed
-            dataset.taught.clear()
+            dataset.forget_targets()
 
     @property
     def benchmark(self) -> str:
@@ -265,9 +287,9 @@ class AVDataModule(LightningDataModule):
         }
         embedded = None if batch.embedded is None else batch.embedded.to(device)
         prefill = None if batch.prefill is None else batch.prefill.to(device)
-        taught = None if batch.taught is None else batch.taught.to(device)
-        lesson = None if batch.lesson is None else replace(batch.lesson, turns=batch.lesson.turns.to(device))
+        targets = None if batch.targets is None else batch.targets.to(device)
+        pending = None if batch.pending is None else replace(batch.pending, turns=batch.pending.turns.to(device))
         turns = batch.turns.to(device)
         return replace(
-            batch, inputs=inputs, turns=turns, embedded=embedded, prefill=prefill, taught=taught, lesson=lesson
+            batch, inputs=inputs, turns=turns, embedded=embedded, prefill=prefill, targets=targets, pending=pending
         )

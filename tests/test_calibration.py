@@ -339,12 +339,14 @@ def test_a_second_visit_starts_from_what_was_kept(cache: Path, keep: Any) -> Non
         before = module.distill(first, 0.1, 0.1)
         second = dataset.collate([dataset[(index, 4)] for index in (1, 0)])
         assert first.turns.ids.tolist() != second.turns.ids.flip(0).tolist(), "other questions are drawn"
-        assert (second.prefill is not None) == (second.taught is not None) == (kept == "prefill")
+        assert (second.prefill is not None) == (second.targets is not None) == (kept == "prefill")
         assert (second.embedded is not None) == (kept == "embeddings") and bool(second.inputs) == (kept == "nothing")
         after = module.distill(second, 0.1, 0.1)
         data.reorder(1)
         third = dataset.collate([dataset[(index, 4)] for index in (1, 0)])
-        assert third.taught is None and (third.prefill is not None) == (third.lesson is not None) == (kept == "prefill")
+        assert third.targets is None and (third.prefill is not None) == (third.pending is not None) == (
+            kept == "prefill"
+        )
         again = module.distill(third, 0.1, 0.1)
         losses.append([value.item() for done in (before, after, again) for value in (done.kl, done.loss)])
     module.teardown("fit")
@@ -388,9 +390,9 @@ def test_packed_turns_equal_single_turns(cache: Path) -> None:
         for number, turn in enumerate(turns):
             alone = module._logits(prefill, None, pack_turns([[turn]]))
             assert torch.allclose(together[turn_of == number], alone, atol=1e-4)
+        module.teardown("fit")
         ids = torch.cat([context["input_ids"], turns[0].ids[None]], dim=1)
         plain = module.model(**{**context, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0]
-    module.teardown("fit")
     counted = packed.counted[turn_of == 0]
     assert torch.allclose(plain[context["input_ids"].shape[1] :][counted], together[turn_of == 0], atol=1e-4)
 
@@ -426,7 +428,7 @@ def test_options_are_checked() -> None:
         CalibrationModule(match_from=-1)
     with pytest.raises(InputError, match=r"data\.train_questions: is needed"):
         AVDataModule(source="music_avqa")
-    with pytest.raises(InputError, match=r"lora_targets: 'qkv' is not one of q_proj, .*, down_proj"):
+    with pytest.raises(InputError, match=r"lora_targets: 'qkv' names no linear layer of the decoder"):
         CalibrationModule(lora_targets=("qkv",)).configure_model()
 
 
