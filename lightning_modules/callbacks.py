@@ -225,7 +225,7 @@ class EvaluateExport(Callback):
             overwrite=True,
             description_tokens=max(data.options.max_new_tokens if data.options.source == "folder" else 0, 40),
             dtype=module.options.dtype,
-            accelerator="gpu" if trainer.strategy.root_device.type == "cuda" else "cpu",
+            accelerator=type(trainer.accelerator).name(),  # type: ignore[attr-defined]
         )
         # An answer without words cannot be scored word by word.
         records = [record for record in data.records("validation") if record.answer.strip()]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lightning.pytorch.accelerators import AcceleratorRegistry
+
 from acckv import CompressionConfig, KVCompressor
 from acckv.config import PolicyName, When
 from acckv.controls import EvictedModality
@@ -52,7 +54,7 @@ class EvaluationOptions:
         dtype: of the model: float32, bfloat16, float16, or auto (what the checkpoint is stored in).
         load_options: of transformers' from_pretrained, such as {revision: main} or
             {quantization_config: {load_in_4bit: true}}.
-        accelerator: of the Trainer: auto, cpu or gpu.
+        accelerator: of the Trainer: auto, cpu, gpu, or another that Lightning knows by name (cuda, mps).
         devices: processes on this machine, each with a share of the batches.
         shard: this machine's part of the batches, such as 2/4; give each part a folder, and join them with
             `evaluate.py merge`.
@@ -77,7 +79,7 @@ class EvaluationOptions:
     update_card: bool = True
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     load_options: dict[str, Any] | None = None
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    accelerator: str = "auto"
     devices: int = 1
     shard: str | None = None
 
@@ -89,6 +91,9 @@ class EvaluationOptions:
         for name in ("seed", "strips"):
             if getattr(self, name) < 0:
                 raise InputError(f"{getattr(self, name)} is less than 0", field=name)
+        known = ("auto", "gpu", *sorted(AcceleratorRegistry.available_accelerators()))
+        if self.accelerator not in known:
+            raise InputError(f"{self.accelerator!r} is not one of {', '.join(known)}", field="accelerator")
         self.policy_list()
         self.ratio_list()
         Shard.parse(self.shard)

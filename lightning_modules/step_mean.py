@@ -45,7 +45,7 @@ class StepMean:
         self._sums = {}
         sums = dict(zip(names, totals, strict=True))
         weight = sums.pop("weight")
-        scale = float(trainer.accumulate_grad_batches * trainer.world_size / weight)
+        scale = trainer.accumulate_grad_batches * trainer.world_size / weight  # a number would wait for the device
         shards = is_sharded(module)
         for parameter in module.parameters():
             if parameter.grad is not None:

@@ -54,8 +54,10 @@ def held(cache: CompressedCache) -> list[Tensor]:
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(found) == len(expected)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    """Tokens, labels and counts are equal, keys, values and logits up to the rounding of a few sums."""
+    assert [part.shape for part in found] == [part.shape for part in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-5 if other.is_floating_point() else 0)
 
 
 def generated(model: Any, inputs: dict[str, Any], compressor: KVCompressor) -> list[Tensor]:
@@ -83,7 +85,7 @@ def spread(model: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("policy", "when"),
-    [*((policy, "context") for policy in get_args(PolicyName)), ("snapkv", "prompt"), ("acckv", "prompt")],
+    [*((policy, "context") for policy in get_args(PolicyName)), ("acckv", "prompt")],
 )
 def test_every_policy(family: Family, model: Any, policy: PolicyName, when: When) -> None:
     """Layers on two devices, and clips of different length in one batch, whose padding is on a device too."""

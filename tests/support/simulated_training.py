@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
-from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
 from tests.support.simulated_accelerator import DEVICE, SimulatedAccelerator
 
@@ -42,27 +43,23 @@ class SimulatedDevice(Accelerator):
         return "sim"
 
 
-class SimulatedStrategy(SingleDeviceStrategy):
-    """One process on the first pretend device."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{**options, "device": DEVICE})
-
-
 AcceleratorRegistry.register("sim", SimulatedDevice)
-StrategyRegistry.register("sim", SimulatedStrategy)
-#: Options of `train.py` and of a Trainer.
-TRAINER = {"accelerator": "sim", "devices": 1, "strategy": "sim"}
 
 
 @contextmanager
 def simulated_training(monkeypatch: pytest.MonkeyPatch, watch: str = "/") -> Iterator[SimulatedAccelerator]:
-    """A pretend accelerator on which Lightning trains and transformers loads.
+    """A pretend accelerator on which Lightning trains, where it is told ``accelerator='sim'``, and transformers loads.
 
     Args:
         watch: as for :class:`SimulatedAccelerator`.
     """
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a dispatch mode does not reach other threads
+    choose = _AcceleratorConnector._choose_strategy
+
+    def chosen(connector: Any) -> Any:  # of accelerators that it does not know itself Lightning takes the CPU
+        return SingleDeviceStrategy(DEVICE) if connector._accelerator_flag == "sim" else choose(connector)
+
+    monkeypatch.setattr(_AcceleratorConnector, "_choose_strategy", chosen)
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)  # `.data` of a tensor subclass cannot be set
     try:
