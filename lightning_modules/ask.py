@@ -17,7 +17,7 @@ from acckv import CompressionConfig, KVCompressor
 from acckv.adapters import load_model
 from acckv.cache import CompressedCache
 from acckv.data.encoding import encode_context, question_suffix
-from acckv.data.media import read_media
+from acckv.data.media import MediaOptions, read_media
 from acckv.errors import InputError
 from lightning_modules.evaluation_options import CALIBRATED, POLICIES
 
@@ -25,7 +25,7 @@ _Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
-class AskOptions:
+class AskOptions(MediaOptions):
     """Answer one question about one clip, from the full cache and from a compressed one.
 
     The clip is compressed before the question is seen.
@@ -45,6 +45,12 @@ class AskOptions:
         dtype: of the model: float32, bfloat16, float16, or auto (what the checkpoint is stored in).
         load_options: of transformers' from_pretrained, such as {revision: main}.
         accelerator: auto, cpu or gpu.
+        system_prompt: what the model is told before the clip; none leaves that to its chat template.
+        fps: pictures a second that are sampled.
+        max_seconds: longest clip; a longer one is refused, or cut where cut_long is set.
+        max_frames: most pictures of a file; a longer clip is sampled evenly, at fewer a second. None is any number.
+        max_pixels: of a picture; larger ones are scaled down to about so many. None keeps them.
+        cut_long: take the first max_seconds of a longer clip, with a warning, instead of refusing it.
     """
 
     video: str
@@ -61,8 +67,12 @@ class AskOptions:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     load_options: dict[str, Any] | None = None
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    system_prompt: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.system_prompt is not None and not self.system_prompt.strip():
+            raise InputError("is blank; leave it out", field="system_prompt")
         if not self.question.strip():
             raise InputError("is empty", field="question")
         if not 0 <= self.ratio <= 1:
@@ -107,14 +117,14 @@ def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked,
         InputError: the clip, the model or the compressor is not usable.
     """
     console = console or Console()
-    media = read_media(options.video, audio=options.audio, start=options.start, end=options.end)
+    media = read_media(options.video, audio=options.audio, start=options.start, end=options.end, **options.limits())
     compressor = _compressor(options)
     placed = options.accelerator == "auto" and "device_map" in (options.load_options or {})
     device = None if placed else _device(options.accelerator)
     model, processor = load_model(options.model, options.dtype, device, load_options=options.load_options)
     inputs: dict[str, Any] = {
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value
-        for name, value in encode_context(processor, media).items()
+        for name, value in encode_context(processor, media, options.system_prompt).items()
     }
     ids = question_suffix(processor, options.question)[None].to(model.device)
     limit = {"max_new_tokens": options.max_new_tokens, "do_sample": False, "num_beams": 1}

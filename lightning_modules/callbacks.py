@@ -19,6 +19,7 @@ from acckv.simulation import disable_checkpointing
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.clip_dataset import CalibrationBatch
 from lightning_modules.datamodule import AVDataModule
+from lightning_modules.evaluation_data import EvaluationData
 from lightning_modules.evaluation_run import CALIBRATED, EvaluationOptions, run_evaluation
 from lightning_modules.resume import TRAINING, read_checkpoint
 from lightning_modules.sharding import is_sharded
@@ -226,6 +227,7 @@ class EvaluateExport(Callback):
             description_tokens=max(data.options.max_new_tokens if data.options.source == "folder" else 0, 40),
             dtype=module.options.dtype,
             accelerator=type(trainer.accelerator).name(),  # type: ignore[attr-defined]
+            data=EvaluationData(**data.media.limits()),
         )
         # An answer without words cannot be scored word by word.
         records = [record for record in data.records("validation") if record.answer.strip()]

@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 
 from acckv.config import When
 from acckv.data.batching import PackedTurns, Turn, pack_turns
-from acckv.data.encoded import read_clip
+from acckv.data.encoded import EncodedClip, read_clip
 from acckv.data.encoding import encode, question_suffix
+from acckv.data.media import Media
 from acckv.data.records import ClipKey, Record
 from acckv.policies.base import Rows
 from acckv.prefill import Prefill
@@ -85,6 +86,7 @@ class ClipDataset(Dataset[CalibrationItem]):
         turns: questions drawn for each visit of a clip (one with `when: prompt`); 0 takes all.
         keep: what is held of a clip after its first visit; nothing with `when: prompt`.
         cache: holds it, as the split's; top_p: share of the teacher's distributions whose likeliest tokens are held.
+        read: reads a clip.
     """
 
     def __init__(
@@ -98,12 +100,13 @@ class ClipDataset(Dataset[CalibrationItem]):
         cache: TeacherCache | None = None,
         top_p: float = 1.0,
         split: str = "train",
+        read: Callable[[Record], Media | EncodedClip] = read_clip,
     ) -> None:
         by_clip: dict[ClipKey, list[Record]] = {}
         for record in records:
             by_clip.setdefault(record.clip, []).append(record)
         self.clips = list(by_clip.values())
-        self.processor, self.when, self.turns, self.seed = processor, when, turns, seed
+        self.processor, self.when, self.turns, self.seed, self.read = processor, when, turns, seed, read
         self.keep: Keep = keep if when == "context" else "nothing"
         self.cache, self.top_p, self.split = cache or TeacherCache(), top_p, split
         self._told = False
@@ -145,7 +148,8 @@ class ClipDataset(Dataset[CalibrationItem]):
             embedded = DecoderInputs.stack(self._kept("embeddings", clips))
             return CalibrationBatch({}, turns, number, embedded)
         questions = [item.record.question for item in items if item.asked]
-        inputs = encode(self.processor, [read_clip(item.record) for item in items], questions or None)
+        media, systems = [self.read(item.record) for item in items], [item.record.system_prompt for item in items]
+        inputs = encode(self.processor, media, questions or None, systems)
         keep = None if self.keep == "nothing" else partial(self._keep, clips)
         pending = self._pending(items) if self.keep == "prefill" else None
         return CalibrationBatch(inputs, turns, number, keep=keep, pending=pending)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ from acckv.adapters import load_processor
 from acckv.calibration_record import CalibrationRecord
 from acckv.config import When
 from acckv.data.clips import video_folder, write_clips
-from acckv.data.encoded import load_encoded
+from acckv.data.encoded import load_encoded, read_clip
+from acckv.data.media import MediaOptions, read_record_media
 from acckv.data.music_avqa import load_music_avqa
-from acckv.data.records import Record
+from acckv.data.records import Record, with_system_prompt
 from acckv.data.video_folder import hold_out, list_videos
 from acckv.errors import InputError
 from lightning_modules.clip_dataset import CalibrationBatch, ClipDataset, Keep
@@ -53,7 +55,8 @@ class AVDataModule(LightningDataModule):
         folder: videos, also in subfolders (source 'folder').
         validation_folder: other videos to validate on; None holds out a share of the folder.
         encoded: folder of clips as embeddings, with questions.jsonl (source 'encoded'); see acckv.data.encoded.
-        validation_share: of the videos (or encoded clips) that are held out, above 0 and below 1.
+        validation_share: of the videos (or encoded clips) that are held out, above 0 and below 1. Each is by its name
+            alone, so that none changes sides as others come; a small folder may hold out more or fewer.
         prompts: asked of every clip (source 'folder'); None takes a few generic ones.
         max_new_tokens: longest answer to them.
         dtype: of the model that answers them; linked to the model's.
@@ -71,6 +74,12 @@ class AVDataModule(LightningDataModule):
             vocabularies of up to 1024.
         seed: of the order, and of the questions drawn.
         clips_seed: of the generated clips.
+        system_prompt: what the model is told before the media; None leaves that to its chat template.
+        fps: pictures a second that are sampled.
+        max_seconds: longest clip; a longer one is refused, or cut where `cut_long` is set.
+        max_frames: most pictures of a file; a longer clip is sampled evenly, at fewer a second. None is any number.
+        max_pixels: of a picture; larger ones are scaled down to about so many. None keeps them.
+        cut_long: take the first `max_seconds` of a longer clip, with a warning, instead of refusing it.
     """
 
     def __init__(
@@ -99,8 +108,22 @@ class AVDataModule(LightningDataModule):
         teacher_top_p: float = 0.999,
         seed: int = 0,
         clips_seed: int = 0,
+        system_prompt: str | None = None,
+        fps: float = MediaOptions.fps,
+        max_seconds: float = MediaOptions.max_seconds,
+        max_frames: int | None = MediaOptions.max_frames,
+        max_pixels: int | None = MediaOptions.max_pixels,
+        cut_long: bool = MediaOptions.cut_long,
     ) -> None:
         super().__init__()
+        self.media = MediaOptions(
+            fps=fps, max_seconds=max_seconds, max_frames=max_frames, max_pixels=max_pixels, cut_long=cut_long
+        )
+        if source == "encoded" and self.media != MediaOptions():
+            changed = next(
+                name for name, value in MediaOptions().limits().items() if self.media.limits()[name] != value
+            )
+            raise InputError("is of no use with source 'encoded'", field=f"data.{changed}")
         for name, value, least in (
             ("train_clips", train_clips, 1),
             ("validation_clips", validation_clips, 1),
@@ -150,6 +173,7 @@ class AVDataModule(LightningDataModule):
         if self.datasets:  # what was kept of the clips stays
             return
         options = self.options
+        read = partial(read_clip, read_media=partial(read_record_media, **self.media.limits()))
         processor = load_processor(options.base_model, options.dtype, options.load_options)
         folder = None if self.trainer is None else self.trainer.default_root_dir
         cache = TeacherCache(options.cache_memory_gb, folder)
@@ -164,6 +188,7 @@ class AVDataModule(LightningDataModule):
                 cache,
                 options.teacher_top_p,
                 split,
+                read,
             )
 
     def records(self, split: str) -> list[Record]:
@@ -172,6 +197,9 @@ class AVDataModule(LightningDataModule):
         Raises:
             InputError: a file is missing or malformed.
         """
+        return with_system_prompt(self._records(split), self.options.system_prompt)
+
+    def _records(self, split: str) -> list[Record]:
         options = self.options
         if options.source == "folder":
             videos, answers = self.videos(split), self._answers()
@@ -243,7 +271,13 @@ class AVDataModule(LightningDataModule):
         options = self.options
         prompts = tuple(PROMPTS if options.prompts is None else options.prompts)
         settings = AnswerSettings(
-            str(options.base_model), options.dtype, prompts, options.max_new_tokens, options.load_options
+            str(options.base_model),
+            options.dtype,
+            prompts,
+            options.max_new_tokens,
+            options.load_options,
+            options.system_prompt,
+            self.media.limits(),
         )
         return AnswerFile(Path(self._trainer.default_root_dir) / ANSWERS_FILE, settings)
 

@@ -55,6 +55,10 @@ class _Clip:
     media: Media | EncodedClip
     records: Sequence[Record]
 
+    @property
+    def system_prompt(self) -> str | None:
+        return self.records[0].system_prompt
+
 
 @dataclass(frozen=True)
 class _Asked:
@@ -154,7 +158,13 @@ class EvaluationModule(LightningModule):
         refused: dict[int, InputError] = {}
         while clips:
             try:
-                return clips, encode(self.processor, [clip.media for clip in clips]), refused
+                return (
+                    clips,
+                    encode(
+                        self.processor, [clip.media for clip in clips], None, [clip.system_prompt for clip in clips]
+                    ),
+                    refused,
+                )
             except InputError as error:
                 culprits = [clip for clip in clips if str(clip.media.path) == error.source]
                 if not culprits:
@@ -209,7 +219,14 @@ class EvaluationModule(LightningModule):
                 chunk = pairs[start : start + len(clips)]
                 records = [record for _, _, record in chunk]
                 questions = [self.asking.prompt(record) for record in records]
-                inputs = self._moved(encode(self.processor, [clip.media for clip, _, _ in chunk], questions))
+                inputs = self._moved(
+                    encode(
+                        self.processor,
+                        [clip.media for clip, _, _ in chunk],
+                        questions,
+                        [clip.system_prompt for clip, _, _ in chunk],
+                    )
+                )
                 prefill = self._prefill(inputs)
                 cells = []
                 for number, session in self._open_cells():

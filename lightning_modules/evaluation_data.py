@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from acckv.data.benchmarks import find_benchmark, load_benchmark
 from acckv.data.clips import VARIANTS, default_root, video_folder, write_clips
 from acckv.data.encoded import EncodedClip, load_encoded, read_clip
-from acckv.data.media import Media
+from acckv.data.media import Media, MediaOptions, read_record_media
 from acckv.data.media_cache import MediaCache
 from acckv.data.music_avqa import load_music_avqa
-from acckv.data.records import Record
+from acckv.data.records import Record, with_system_prompt
 from acckv.errors import InputError
 from lightning_modules.evaluation_journal import Journal
 from lightning_modules.evaluation_setup import Setup
@@ -28,7 +28,7 @@ GeneratedSplit = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
-class EvaluationData:
+class EvaluationData(MediaOptions):
     """What is asked about: generated clips, a benchmark, your own in the MUSIC-AVQA format, or clips encoded ahead.
 
     Args:
@@ -47,6 +47,14 @@ class EvaluationData:
         cache_dir: where generated clips are kept; none is the user's cache folder.
         seed: of the generated clips.
         media_cache: folder that decoded clips are kept in between evaluations; none decodes them anew each time.
+        system_prompt: what the model is told before the media, where a question has none of its own; none leaves that
+            to its chat template.
+        num_workers: processes that read clips ahead, for each process that answers; 0 reads them when they are due.
+        fps: pictures a second that are sampled.
+        max_seconds: longest clip; a longer one is refused, or cut where cut_long is set.
+        max_frames: most pictures of a file; a longer clip is sampled evenly, at fewer a second. None is any number.
+        max_pixels: of a picture; larger ones are scaled down to about so many. None keeps them.
+        cut_long: take the first max_seconds of a longer clip, with a warning, instead of refusing it.
     """
 
     benchmark: str | None = None
@@ -61,6 +69,8 @@ class EvaluationData:
     cache_dir: str | None = None
     seed: int = 0
     media_cache: str | None = None
+    system_prompt: str | None = None
+    num_workers: int = 0
 
     @property
     def title(self) -> str:
@@ -83,6 +93,9 @@ class EvaluationData:
             InputError: an option, the question file or a video is not usable.
         """
         self._check()
+        return with_system_prompt(self._records(), self.system_prompt)
+
+    def _records(self) -> list[Record]:
         if self.benchmark is not None:
             return load_benchmark(self.benchmark, str(self.root), self.split, self.subset)
         if self.encoded is not None:
@@ -98,9 +111,8 @@ class EvaluationData:
 
     def reader(self) -> ClipReader:
         """Reads what a question is about."""
-        if self.media_cache is None:
-            return read_clip
-        return partial(read_clip, read_media=MediaCache(self.media_cache).read_record_media)
+        read = read_record_media if self.media_cache is None else MediaCache(self.media_cache).read_record_media
+        return partial(read_clip, read_media=partial(read, **self.limits()))
 
     def _check(self) -> None:
         """Every option is of use, and at most one source is given."""
@@ -120,6 +132,11 @@ class EvaluationData:
             raise InputError(f"{self.split!r} is not one of {known}", field="data.split")
         if self.clips < 1:
             raise InputError(f"{self.clips} is less than 1", field="data.clips")
+        if self.num_workers < 0:
+            raise InputError(f"{self.num_workers} is less than 0", field="data.num_workers")
+        if self.encoded is not None and self.limits() != MediaOptions().limits():
+            changed = next(name for name, value in MediaOptions().limits().items() if self.limits()[name] != value)
+            raise InputError("is of no use with clips that were encoded ahead", field=f"data.{changed}")
 
 
 def group_by_clip(records: Sequence[Record], limit: int | None = None) -> list[list[Record]]:
@@ -185,11 +202,12 @@ class EvaluationClips(LightningDataModule):
     Args:
         journal: of the evaluation; shard: this machine's.
         read: reads a clip.
+        num_workers: processes that read ahead; 0 reads each batch when it is due.
     """
 
-    def __init__(self, journal: Journal, shard: Shard, read: ClipReader = read_clip) -> None:
+    def __init__(self, journal: Journal, shard: Shard, read: ClipReader = read_clip, num_workers: int = 0) -> None:
         super().__init__()
-        self.journal, self.shard, self.read = journal, shard, read
+        self.journal, self.shard, self.read, self.num_workers = journal, shard, read, num_workers
 
     def test_dataloader(self) -> DataLoader[ClipBatch]:
         """Batches, each read when it is due."""
@@ -200,7 +218,7 @@ class EvaluationClips(LightningDataModule):
         setup, finished = self.journal.setup, self.journal.finished()
         mine = self.shard.share(setup.batches, trainer.global_rank, trainer.world_size)
         left = [number for number in mine if number not in finished]
-        return DataLoader(_Batches(setup, self.read), batch_size=None, sampler=left)
+        return DataLoader(_Batches(setup, self.read), batch_size=None, sampler=left, num_workers=self.num_workers)
 
     def transfer_batch_to_device(self, batch: ClipBatch, device: torch.device, dataloader_idx: int) -> ClipBatch:
         """Clips stay where they are; what the processor makes of them is moved."""

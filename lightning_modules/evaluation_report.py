@@ -16,6 +16,7 @@ from acckv.report.results import PREDICTIONS_FILE, Results
 from acckv.report.run_record import RUN_FILE, Budget, RunRecord, versions, write_run
 from acckv.report.strip import STRIPS_FILE, KeptEntries, Strip, envelope, save_strips, thumbnails, watch_clip
 from lightning_modules.evaluation import Cell, EvaluationModule
+from lightning_modules.evaluation_data import ClipReader
 from lightning_modules.evaluation_tables import Outcome
 
 
@@ -26,6 +27,7 @@ def write_report(
     module: EvaluationModule | None = None,
     clips: Sequence[Sequence[Record]] = (),
     strips: int = 0,
+    read: ClipReader = read_clip,
 ) -> None:
     """Write `report.json`, `strips.safetensors` and `report.html`; the results and predictions are written already.
 
@@ -36,6 +38,7 @@ def write_report(
         module: that answered; None where it did so elsewhere, and then there are no strips.
         clips: the questions about each clip.
         strips: clips to show the kept entries of; a clip without pictures has no strip.
+        read: reads a clip, as it was read for the answers.
     """
     budgets = [
         Budget(policy, ratio, scores.kept_entries().tolist())
@@ -51,7 +54,7 @@ def write_report(
         drawn = []
         for asked in choose_questions(answers, cells, strips):
             record = next(record for record in clips[asked.clip] if record.id == asked.id)
-            clip = read_clip(record)
+            clip = read(record)
             if isinstance(clip, Media) and clip.frames is not None:
                 drawn.append(_strip(module, answers, cells, clip, clip.frames, record, asked))
         if drawn:
@@ -102,7 +105,7 @@ def _strip(
 ) -> Strip:
     question = module.asking.prompt(record) if module.when == "prompt" else None
     pairs = [(cell.compressor, cell.ratio) for cell in cells]
-    kept, grid = watch_clip(module.model, module.processor, clip, question, pairs, module.when)  # type: ignore[arg-type]
+    kept, grid = watch_clip(module.model, module.processor, clip, question, pairs, module.when, record.system_prompt)  # type: ignore[arg-type]
     entries = []
     for cell, held in zip(cells, kept, strict=True):
         given = answers.cells[cell.policy, cell.ratio][asked.id]

@@ -100,7 +100,7 @@ def run_evaluation(
             on_batch=finish,
         )
         try:
-            _answer(trainer, module, EvaluationClips(journal, shard, options.data.reader()))
+            _answer(trainer, module, EvaluationClips(journal, shard, options.data.reader(), options.data.num_workers))
         except InputError:
             journal.remove_if_empty()
             raise
@@ -120,7 +120,7 @@ def run_evaluation(
         return outcome.results
     print_tables(console, outcome)
     write_files(Path(options.output), outcome)
-    write_report(Path(options.output), outcome, command, module, setup.clips, options.strips)
+    write_report(Path(options.output), outcome, command, module, setup.clips, options.strips, options.data.reader())
     if options.update_card and any(cell.policy == CALIBRATED for cell in cells) and Path(options.compressor).is_dir():
         config = json.loads((Path(options.compressor) / "config.json").read_text(encoding="utf-8"))
         write_card(options.compressor, config, outcome.results, command=command)
@@ -222,6 +222,7 @@ def _setup(
         max_new_tokens=asking.max_new_tokens,
         dtype=options.dtype,
         load_options=options.load_options,
+        media=options.data.limits(),
         device=trainer.strategy.root_device.type,
     )
     vocabulary = sorted(answer_vocabulary(records)) if benchmark is None else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from acckv import CompressionConfig, KVCompressor
 from acckv.adapters import load_model
 from acckv.data.encoding import encode, question_suffix
-from acckv.data.media import KINDS, Media, read_media
+from acckv.data.media import KINDS, Media, MediaOptions, read_media
 from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.progress import Progress
@@ -43,6 +43,8 @@ class AnswerSettings:
         model: 'tiny', a folder or a hub id; dtype: that it runs in; load_options: of from_pretrained.
         prompts: asked of every clip, each in a conversation of its own.
         max_new_tokens: longest answer.
+        system_prompt: what the model is told before the media.
+        media: options of `read_media`.
     """
 
     model: str
@@ -50,6 +52,8 @@ class AnswerSettings:
     prompts: tuple[str, ...]
     max_new_tokens: int
     load_options: dict[str, Any] | None = None
+    system_prompt: str | None = None
+    media: dict[str, Any] = field(default_factory=MediaOptions().limits)
 
 
 class AnswerFile:
@@ -140,7 +144,7 @@ def answer_clips(file: AnswerFile, videos: Sequence[Path], batch_size: int, devi
     seen = Progress("answering about clips", len(waiting), "clips")
     with seen, KVCompressor(CompressionConfig(policy="full"))(model) as session:
         for batch in batches:
-            media = [read_media(video) for video in batch]
+            media = [read_media(video, **settings.media) for video in batch]
             for kind in KINDS:
                 chosen = [clip for clip in media if clip.kind == kind]
                 if chosen:
@@ -155,7 +159,7 @@ def _answers(session: Any, processor: Any, clips: list[Media], settings: AnswerS
     device = session.model.device
     inputs = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in encode(processor, clips).items()
+        for name, value in encode(processor, clips, None, settings.system_prompt).items()
     }
     tokenizer = processor.tokenizer
     ids, mask = left_padded([question_suffix(processor, prompt) for prompt in settings.prompts], tokenizer.pad_token_id)

@@ -322,7 +322,7 @@ def test_a_clip_that_the_processor_refuses_is_listed_too(tmp_path: Path) -> None
     for when in ("context", "prompt"):
         results, text = run(options(tmp_path, tmp_path / when, policies="full", data=data, when=when, word_tokens=2))
         assert results.failed_clips == 1 and {line["video"] for line in lines(tmp_path / when)} == {second.name}
-        assert "cut the clip" in text
+        assert "with cut_long to take the beginning" in text
 
 
 def test_no_readable_clip_is_an_error(benchmark: Path, tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from acckv import InputError, KVCompressor
 from acckv.adapters import load_model
@@ -45,10 +48,36 @@ def test_videos_and_their_split(clips: Path, tmp_path: Path) -> None:
     videos = list_videos(clips)
     assert [path.name for path in videos] == ["clip 0.MP4", "clip 1.MP4", "clip 2.MP4", "clip 3.MP4"]
     train, held = hold_out(clips, videos, 0.5)
-    assert sorted([*train, *held]) == videos and len(held) == 2
+    assert sorted([*train, *held]) == videos and len(held) == 3
     moved = shutil.copytree(clips, tmp_path / "elsewhere")
     assert [path.name for path in hold_out(moved, list_videos(moved), 0.5)[1]] == [path.name for path in held]
-    assert len(hold_out(clips, videos, 0.01)[1]) == 1 and len(hold_out(clips, videos, 0.99)[0]) == 1
+    assert [path.name for path in hold_out(moved, list_videos(moved)[1:], 0.5)[1]] == [path.name for path in held[1:]]
+
+
+@given(st.sets(st.integers(0, 200), min_size=2, max_size=60), st.sets(st.integers(201, 400), max_size=60), st.data())
+def test_no_video_changes_sides_as_others_come_and_go(names: set[int], more: set[int], data: st.DataObject) -> None:
+    folder, share = Path("videos"), data.draw(st.floats(0.05, 0.95))
+
+    def sides(numbers: set[int]) -> dict[Path, bool]:
+        videos = sorted(folder / f"clip {number}.mp4" for number in numbers)
+        try:
+            train, held = hold_out(folder, videos, share)
+        except InputError as error:  # one side would be empty; never without a word
+            fitting = re.search(r"; ([0-9.]+) holds out (\d+),", str(error))
+            assert fitting and len(hold_out(folder, videos, float(fitting[1]))[1]) == int(fitting[2])
+            return {}
+        assert sorted([*train, *held]) == videos and train and held
+        return {path: path in held for path in videos}
+
+    before, after, fewer = sides(names), sides(names | more), sides(set(sorted(names)[::2]) | more | {500, 501})
+    for one, other in ((before, after), (before, fewer), (after, fewer)):
+        assert all(one[path] == other[path] for path in one.keys() & other.keys())
+
+
+def test_about_the_share_that_is_asked_for_is_held_out() -> None:
+    videos = [Path(f"v/{number}.mp4") for number in range(4000)]
+    for share in (0.1, 0.5):
+        assert len(hold_out("v", videos, share)[1]) == pytest.approx(4000 * share, abs=4 * (4000 * share) ** 0.5)
 
 
 def test_answers_are_those_of_plain_generate(clips: Path, tmp_path: Path) -> None:
@@ -112,7 +141,7 @@ def test_bad_folders(clips: Path, tmp_path: Path) -> None:
 def test_sound_and_silence_need_batches_of_one(clips: Path, tmp_path: Path) -> None:
     videos = list_videos(clips)
     for batch_size in (1, 2):
-        data = AVDataModule(source="folder", folder=str(clips), validation_share=0.25, batch_size=batch_size)
+        data = AVDataModule(source="folder", folder=str(clips), validation_share=0.1, batch_size=batch_size)
         data.trainer = type("Root", (), {"default_root_dir": str(tmp_path)})()  # type: ignore[assignment]
         answers = AnswerFile(tmp_path / "answers.json", AnswerSettings("tiny", "float32", PROMPTS, 64))
         for place, video in enumerate(videos):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-ClipKey = tuple[Path, Path | None, float | None, float | None, tuple[Path, ...]]
-"""Video, sound, start, end and attachments: what tells clips apart."""
+from acckv.errors import InputError
+
+ClipKey = tuple[Path, Path | None, float | None, float | None, tuple[Path, ...], str | None]
+"""Video, sound, start, end, attachments and system prompt: what tells clips apart."""
 Protocol = Literal["word", "description", "choice", "yes_no", "text"]
 
 
@@ -28,6 +31,7 @@ class Record:
         references: every right text, for "text"; the first is `answer`.
         start, end: seconds of `video` that the question is about; None for the whole.
         attachments: further pictures and sounds, in the order in which the question names them.
+        system_prompt: what the model is told before the media; None leaves that to its chat template.
     """
 
     id: str
@@ -42,8 +46,25 @@ class Record:
     start: float | None = None
     end: float | None = None
     attachments: tuple[Path, ...] = ()
+    system_prompt: str | None = None
 
     @property
     def clip(self) -> ClipKey:
         """What tells clips apart: questions with the same value are asked of one prefill."""
-        return self.video, self.audio, self.start, self.end, self.attachments
+        return self.video, self.audio, self.start, self.end, self.attachments, self.system_prompt
+
+
+def with_system_prompt(records: Iterable[Record], system_prompt: str | None) -> list[Record]:
+    """Records with a system prompt, those that have one of their own as they are.
+
+    Raises:
+        InputError: it is blank.
+    """
+    if system_prompt is None:
+        return list(records)
+    if not system_prompt.strip():
+        raise InputError("is blank; leave it out", field="system_prompt")
+    return [
+        record if record.system_prompt is not None else replace(record, system_prompt=system_prompt)
+        for record in records
+    ]

@@ -28,22 +28,43 @@ def list_videos(folder: str | Path, field: str = "data.folder") -> list[Path]:
 
 
 def hold_out(folder: str | Path, videos: list[Path], share: float) -> tuple[list[Path], list[Path]]:
-    """Split videos into (training, validation), by a hash of their names: a video stays where it is as others come.
+    """Split videos into (training, validation), each by a hash of its own name: no other video has an influence on it.
+
+    So a video stays where it is whatever is added or removed; the share that is held out is about the one asked for.
 
     Args:
         folder: that the videos are in; where it lies has no influence.
-        share: of the videos that are held out, above 0 and below 1; at least one, and never all.
+        share: chance of a video to be held out, above 0 and below 1.
 
     Raises:
-        InputError: one video only.
+        InputError: one of both is empty, as may be in a small folder; the message has a share that fills both.
     """
-    if len(videos) < 2:
+    places = sorted(_place(path.relative_to(folder)) for path in videos)
+    held = [path for path in videos if _place(path.relative_to(folder)) < share]
+    rest = [path for path in videos if _place(path.relative_to(folder)) >= share]
+    if len(places) < 2:
         message = "holds one video, of which none can be held out; add more, or set data.validation_folder"
         raise InputError(message, source=folder, field="data.folder")
-    count = min(max(1, math.floor(share * len(videos))), len(videos) - 1)
+    if not held or not rest:
+        what = "none is" if not held else "all are"
+        fitting = _short_between(places[0], places[1]) if not held else _short_between(places[-2], places[-1])
+        message = (
+            f"of {len(videos)} videos {what} held out at {share:g} (each by its name alone, so that none moves as "
+            f"others come); {fitting} holds out {1 if not held else len(videos) - 1}, or set data.validation_folder"
+        )
+        raise InputError(message, source=folder, field="data.validation_share")
+    return rest, held
 
-    def rank(path: Path) -> str:
-        return hashlib.sha256(path.relative_to(folder).as_posix().encode()).hexdigest()
 
-    held = set(sorted(videos, key=rank)[:count])
-    return [path for path in videos if path not in held], [path for path in videos if path in held]
+def _place(name: Path) -> float:
+    """A number of 0..1 that a name alone decides on."""
+    return int(hashlib.sha256(name.as_posix().encode()).hexdigest()[:13], 16) / 16**13
+
+
+def _short_between(low: float, high: float) -> float:
+    """A number above `low` and at most `high` with as few digits as can be."""
+    for digits in range(1, 16):
+        number = math.ceil(low * 10**digits) / 10**digits
+        if low < number <= high and number < 1:
+            return number
+    return high

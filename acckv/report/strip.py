@@ -107,17 +107,19 @@ def watch_clip(
     question: str | None,
     cells: Sequence[tuple[KVCompressor, float]],
     when: When,
+    system_prompt: str | None = None,
 ) -> tuple[list[Kept], tuple[int, int] | None]:
     """What compressors keep of one clip, one prefill for all of them.
 
     Args:
         question: part of the prompt where `when` is "prompt", else None.
         cells: compressor and ratio.
+        system_prompt: what the model is told before the media.
 
     Returns:
         what each kept, and the rows and columns of video entries in a picture (None where that is not known).
     """
-    inputs = encode(processor, [media], None if question is None else [question])
+    inputs = encode(processor, [media], None if question is None else [question], system_prompt)
     inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     with KVCompressor(CompressionConfig(policy="full", when=when))(model, processor) as observing:
         shared = observing.prefill(**inputs)

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2_5OmniProcessor, Qwen2VLVideoProcessor, WhisperFeatureExtractor
+from transformers import (
+    Qwen2_5OmniProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3OmniMoeProcessor,
+    WhisperFeatureExtractor,
+)
 
 from acckv.data.encoding import encode, encode_context, encode_media, question_suffix, timing
 from acckv.data.media import Media
@@ -163,8 +168,98 @@ def test_errors(processor: Qwen2_5OmniProcessor) -> None:
     with pytest.raises(ValueError, match="at least one clip"):
         encode(processor, [], [])
     long = Media(torch.zeros(2, 3, 84, 84, dtype=torch.uint8), torch.zeros(16_000 * 65), 65.0, Path("long.mp4"))
-    with pytest.raises(InputError, match=r"long\.mp4: 65 s of sound, the processor takes 64 s"):
+    with pytest.raises(InputError, match=r"long\.mp4: max_seconds: 65 s of sound, .* takes 64 s; .*cut_long"):
         encode(processor, [long], QUESTIONS[:1])
     slow = Media(torch.zeros(2, 3, 84, 84, dtype=torch.uint8), torch.zeros(8_000), 1.0, Path("slow.mp4"), 2.0, 8_000)
     with pytest.raises(InputError, match="8000 Hz"):
         encode(processor, [slow], QUESTIONS[:1])
+
+
+def test_sound_that_the_processor_takes_whole_is_taken(processor: Qwen2_5OmniProcessor) -> None:
+    """Qwen3-Omni's extractor has Whisper's window of 30 s, beyond which its processor does not cut."""
+    own = Qwen3OmniMoeProcessor(
+        processor.image_processor,
+        processor.video_processor,
+        WhisperFeatureExtractor(feature_size=64, chunk_length=1),
+        processor.tokenizer,
+        processor.chat_template,
+    )
+    sound = torch.randn(16_000 * 3, generator=torch.Generator().manual_seed(0)) * 0.1
+    inputs = encode(own, [Media(None, sound, 3.0, Path("a.wav"))], QUESTIONS[:1])
+    text = f"{own.audio_bos_token}{own.audio_token}{own.audio_eos_token}"
+    expected = own(text=[text], audio=[sound.numpy()], return_tensors="pt")
+    count = int((expected["input_ids"] == own.audio_token_id).sum())
+    assert int((inputs["input_ids"] == own.audio_token_id).sum()) == count == 39
+    torch.testing.assert_close(inputs["input_features"], expected["input_features"], atol=1e-5, rtol=0)
+
+
+def test_a_batch_of_clips_at_several_rates_equals_its_rows(processor: Qwen2_5OmniProcessor) -> None:
+    """Long clips are sampled at fewer pictures a second; the processor itself takes one rate a batch."""
+    model = build_model().eval()
+    for sound in (True, False):
+        clips = [clip(2, 1, sound), replace(clip(4, 2, sound), fps=1.0), replace(clip(3, 3, sound), fps=0.5)]
+        clips = [c if c.audio is None else replace(c, audio=c.audio.repeat(round(2 / c.fps))) for c in clips]
+        batch = encode(processor, clips, QUESTIONS)
+        rows = [encode(processor, [c], [q]) for c, q in zip(clips, QUESTIONS, strict=True)]
+        assert batch.keys() == rows[0].keys()
+        assert batch["video_second_per_grid"].tolist() == [1.0, 2.0, 4.0]
+        with torch.no_grad():
+            together = model(**batch).logits[:, -1]
+            alone = torch.stack([model(**row).logits[0, -1] for row in rows])
+        torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
+
+
+SYSTEM = "What colour was the circle?"
+"""Words of the small vocabulary; here they are a system prompt."""
+
+
+@pytest.mark.parametrize("default", ["", "Describe the clip."])
+def test_a_system_prompt_is_the_template_s_own_first_message(processor: Qwen2_5OmniProcessor, default: str) -> None:
+    """In place of the default message that a template writes by itself (Qwen2.5-Omni's does), before the media."""
+    own = "{% if messages[0]['role'] != 'system' %}<|im_start|> system " + default + " <|im_end|> {% endif %}"
+    template = (own if default else "") + processor.chat_template
+    other = Qwen2_5OmniProcessor(
+        processor.image_processor,
+        processor.video_processor,
+        processor.feature_extractor,
+        processor.tokenizer,
+        template,
+    )
+    two = [clip(2), clip(2, 1)]
+    plain, told = encode(other, two[:1], QUESTIONS[:1]), encode(other, two[:1], QUESTIONS[:1], SYSTEM)
+    before = processor.tokenizer(f"<|im_start|> system {SYSTEM} <|im_end|>")["input_ids"]
+    unsaid = processor.tokenizer(f"<|im_start|> system {default} <|im_end|>")["input_ids"] if default else []
+    ids = told["input_ids"][0].tolist()
+    assert ids[: len(before)] == before and ids[len(before) :] == plain["input_ids"][0].tolist()[len(unsaid) :]
+    context, suffix = encode_context(other, two[0], SYSTEM), question_suffix(other, QUESTIONS[0])
+    assert torch.equal(torch.cat([context["input_ids"][0], suffix]), told["input_ids"][0])
+    mixed = encode(other, two, QUESTIONS[:2], [None, SYSTEM])
+    for row, (one, question, system) in enumerate(zip(two, QUESTIONS, (None, SYSTEM), strict=False)):
+        alone = encode(other, [one], [question], system)["input_ids"][0]
+        assert torch.equal(mixed["input_ids"][row][-len(alone) :], alone)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}TEMPLATE",
+        "{% set messages = messages[-1:] %}TEMPLATE",
+        "{% set rest = messages[-1:] %}REST{% if messages[1:] %}{{ messages[0]['content'][0]['text'] }}{% endif %}",
+    ],
+)
+def test_a_template_without_a_place_for_it_refuses_a_system_prompt(
+    processor: Qwen2_5OmniProcessor, template: str
+) -> None:
+    text = template.replace("TEMPLATE", processor.chat_template)
+    text = text.replace("REST", processor.chat_template.replace("in messages", "in rest"))
+    parts = (processor.image_processor, processor.video_processor, processor.feature_extractor, processor.tokenizer)
+    other = Qwen2_5OmniProcessor(*parts, text)
+    assert torch.equal(
+        encode(other, [clip(2)], QUESTIONS[:1])["input_ids"], encode(processor, [clip(2)], QUESTIONS[:1])["input_ids"]
+    )
+    with pytest.raises(InputError, match=r"^system_prompt: .*leave it out"):
+        encode(other, [clip(2)], QUESTIONS[:1], SYSTEM)
+    with pytest.raises(InputError, match=r"^system_prompt: holds <\|vision_bos\|>"):
+        encode(processor, [clip(2)], QUESTIONS[:1], "<|vision_bos|>")
+    with pytest.raises(ValueError, match="2 clips need 2 system prompts"):
+        encode(processor, [clip(2)] * 2, QUESTIONS[:2], [SYSTEM])

@@ -12,6 +12,7 @@
 | `groups` | list of names to report on |
 | `start`, `end` | seconds of the video that the question is about |
 | `attachments` | list of further media files |
+| `system_prompt` | what the model is told before the media |
 | `id` | text, unique; without it the number of the record |
 
 The first three are needed. Without a protocol it is `choice` where there are options, `yes_no` where the answer is yes
@@ -33,7 +34,7 @@ from acckv.data.records import Protocol, Record
 
 FIELDS = (
     *("video", "question", "answer", "audio", "options", "protocol", "references", "groups", "start", "end"),
-    *("attachments", "id"),
+    *("attachments", "system_prompt", "id"),
 )
 
 
@@ -86,6 +87,7 @@ def _record(row: Row, place: int, root: Path) -> Record:
         start=start,
         end=end,
         attachments=tuple(root / name for name in row.strings("attachments")) if "attachments" in row.values else (),
+        system_prompt=row.string("system_prompt") if "system_prompt" in row.values else None,
     )
 
 

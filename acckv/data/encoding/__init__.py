@@ -35,7 +35,12 @@ ENCODERS: dict[type, type[Encoder]] = {
 __all__ = ["ENCODERS", "encode", "encode_context", "encode_media", "question_suffix", "timing"]
 
 
-def encode(processor: Any, clips: Sequence[Any], questions: Sequence[str] | None = None) -> dict[str, Any]:
+def encode(
+    processor: Any,
+    clips: Sequence[Any],
+    questions: Sequence[str] | None = None,
+    system_prompt: str | Sequence[str | None] | None = None,
+) -> dict[str, Any]:
     """Model inputs of a batch of clips, each with its question.
 
     Args:
@@ -43,42 +48,51 @@ def encode(processor: Any, clips: Sequence[Any], questions: Sequence[str] | None
         clips: :class:`acckv.data.media.Media`, all of one `kind`; for a plain decoder
             :class:`acckv.data.encoded.EncodedClip`.
         questions: one question a clip. None: each prompt ends with the end-of-media tokens (see `encode_context`).
+        system_prompt: what the model is told before the media: one text for all clips, or one a clip. None is what the
+            chat template says by itself.
 
     Returns:
         what `model(**inputs)` and `model.generate(**inputs)` take, rows padded on the left; `modality_ids` of a plain
         decoder are read by a session.
 
     Raises:
-        InputError: a batch of clips of several kinds, a clip that the processor cannot take, or a processor
-            without an encoder.
-        ValueError: no clip, or not one question a clip.
+        InputError: a batch of clips of several kinds, a clip that the processor cannot take, a processor without an
+            encoder, or a system prompt for a chat template that has no place for it before the media.
+        ValueError: no clip, or not one question or system prompt a clip.
     """
     if not clips:
         raise ValueError("encode needs at least one clip")
     if questions is not None and len(questions) != len(clips):
         raise ValueError(f"{len(clips)} clips need {len(clips)} questions, got {len(questions)}")
-    return _encoder(processor, clips).encode(clips, questions)
+    given = [system_prompt] * len(clips) if system_prompt is None or isinstance(system_prompt, str) else system_prompt
+    if len(given) != len(clips):
+        raise ValueError(f"{len(clips)} clips need {len(clips)} system prompts, got {len(given)}")
+    return _encoder(processor, clips).encode(clips, questions, given)
 
 
-def encode_context(processor: Any, clip: Any) -> dict[str, Any]:
+def encode_context(processor: Any, clip: Any, system_prompt: str | None = None) -> dict[str, Any]:
     """Model inputs of one clip up to and including its end-of-media tokens: no question, batch of one.
 
-    Its tokens are exactly the first tokens of `encode(processor, [clip], [question])` for every question; the rest
-    are `question_suffix(processor, question)`.
+    Its tokens are exactly the first tokens of `encode(processor, [clip], [question], system_prompt)` for every
+    question; the rest are `question_suffix(processor, question)`.
     """
-    return encode(processor, [clip], None)
+    return encode(processor, [clip], None, system_prompt)
 
 
 def encode_media(processor: Any, clip: Any) -> dict[str, Any]:
     """Model inputs of the media of one clip and of their begin and end tokens alone, batch of one.
 
-    They go on after a conversation or after the clip before: :meth:`acckv.session.Session.extend`.
+    There is no system prompt among them. They go on after a conversation or after the clip before:
+    :meth:`acckv.session.Session.extend`.
     """
     return _encoder(processor, [clip]).encode_media(clip)
 
 
 def question_suffix(processor: Any, question: str) -> Tensor:
-    """Token ids after the media (of any kind), from the question to the start of the answer: int64 [tokens]."""
+    """Token ids after the media (of any kind), from the question to the start of the answer: int64 [tokens].
+
+    They are the same for every system prompt, which stands before the media.
+    """
     return _encoder(processor).question_suffix(question)
 
 

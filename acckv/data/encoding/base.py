@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from acckv.data.media import Media
@@ -26,8 +27,10 @@ class Encoder(ABC):
         self.processor = processor
 
     @abstractmethod
-    def encode(self, clips: Sequence[Any], questions: Sequence[str] | None) -> dict[str, Any]:
-        """Clips with their questions, or up to the end of their media where there are none."""
+    def encode(
+        self, clips: Sequence[Any], questions: Sequence[str] | None, system_prompts: Sequence[str | None]
+    ) -> dict[str, Any]:
+        """Clips with their questions, or up to the end of their media where there are none, after system prompts."""
 
     @abstractmethod
     def encode_media(self, clip: Any) -> dict[str, Any]:
@@ -39,7 +42,10 @@ class Encoder(ABC):
 
 
 class ChatEncoder(Encoder):
-    """The prompt is the processor's own chat template: one user message with the media, then the question."""
+    """The prompt is the processor's own chat template: one user message with the media, then the question.
+
+    A system prompt is a message before it.
+    """
 
     @abstractmethod
     def content(self, clip: Media | None) -> list[dict[str, str]]:
@@ -64,16 +70,19 @@ class ChatEncoder(Encoder):
             message = f"sound was read at {clip.sampling_rate} Hz, the processor needs {wanted}"
             raise InputError(message, source=clip.path)
 
-    def encode(self, clips: Sequence[Media], questions: Sequence[str] | None) -> dict[str, Any]:
+    def encode(
+        self, clips: Sequence[Media], questions: Sequence[str] | None, system_prompts: Sequence[str | None]
+    ) -> dict[str, Any]:
         for clip in clips:
             if clip.kind != clips[0].kind:
                 missing = "pictures" if "audio" in (clip.kind, clips[0].kind) else "a sound track"
                 raise InputError(f"clips with and without {missing} cannot share a batch", source=clip.path)
             self.check(clip)
-        if questions is None:
-            texts = [text[:stop] for text, _, stop in (self._prompt("", clip) for clip in clips)]
-        else:
-            texts = [self._prompt(question, clip)[0] for question, clip in zip(questions, clips, strict=True)]
+        texts = []
+        asked = [""] * len(clips) if questions is None else questions
+        for question, clip, system in zip(asked, clips, system_prompts, strict=True):
+            text, _, stop = self._prompt(question, clip, system)
+            texts.append(text[:stop] if questions is None else text)
         return self.process(clips, texts)
 
     def encode_media(self, clip: Media) -> dict[str, Any]:
@@ -86,14 +95,38 @@ class ChatEncoder(Encoder):
         ids = self.processor.tokenizer(text[stop:], add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.long)
 
-    def _prompt(self, question: str, clip: Media | None) -> tuple[str, int, int]:
-        """A prompt, and the places in it where its media start and stop."""
-        message = {"role": "user", "content": [*self.content(clip), {"type": "text", "text": question}]}
-        text = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    def _prompt(self, question: str, clip: Media | None, system: str | None = None) -> tuple[str, int, int]:
+        """A prompt, and the places in it where its media start and stop.
+
+        Raises:
+            InputError: the template has no place for the media, or none before them for the system prompt.
+        """
+        messages = [{"role": "user", "content": [*self.content(clip), {"type": "text", "text": question}]}]
+        if system is None:
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return text, *self._media_span(text, clip)
+        marker = next((marker for marker in self.markers(clip) if marker in system), None)
+        if marker is not None:
+            raise InputError(f"holds {marker}, which stands for media", field="system_prompt")
+        plain, _, plain_stop = self._prompt(question, clip)
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+        try:
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except (TemplateError, ValueError, TypeError) as error:
+            message = f"the model's chat template takes none ({error}); leave it out"
+            raise InputError(message, field="system_prompt") from error
+        start, stop = self._media_span(text, clip)
+        if system.strip() not in text[:start] or text[stop:] != plain[plain_stop:]:
+            message = "the model's chat template does not write it before the media; leave it out"
+            raise InputError(message, field="system_prompt")
+        return text, start, stop
+
+    def _media_span(self, text: str, clip: Media | None) -> tuple[int, int]:
+        """Where the media of a prompt start and stop."""
         starts, stop = [], 0
         for marker in self.markers(clip):
             starts.append(text.find(marker, stop))
             if starts[-1] < 0:
                 raise InputError(f"the chat template has no {marker} for a clip", field="chat_template")
             stop = starts[-1] + len(marker)
-        return text, starts[0], stop
+        return starts[0], stop

@@ -21,7 +21,12 @@ class EmbeddingsEncoder(Encoder):
 
     clip_type = EncodedClip
 
-    def encode(self, clips: Sequence[EncodedClip], questions: Sequence[str] | None) -> dict[str, Any]:
+    def encode(
+        self, clips: Sequence[EncodedClip], questions: Sequence[str] | None, system_prompts: Sequence[str | None]
+    ) -> dict[str, Any]:
+        if any(system is not None for system in system_prompts):
+            message = "clips that were encoded ahead hold their own; encode them with it, and leave it out here"
+            raise InputError(message, field="system_prompt")
         for clip in clips:
             if clip.embeds.shape[1] != self.processor.width:
                 message = f"has a width of {clip.embeds.shape[1]}, the decoder's is {self.processor.width}"
@@ -44,7 +49,9 @@ class EmbeddingsEncoder(Encoder):
     def encode_media(self, clip: EncodedClip) -> dict[str, Any]:
         media = (clip.modality_ids != Modality.TEXT).nonzero()[:, 0]
         span = slice(int(media[0]), int(media[-1]) + 1)
-        return self.encode([replace(clip, embeds=clip.embeds[span], modality_ids=clip.modality_ids[span])], None)
+        return self.encode(
+            [replace(clip, embeds=clip.embeds[span], modality_ids=clip.modality_ids[span])], None, [None]
+        )
 
     def question_suffix(self, question: str) -> Tensor:
         ids = self.processor.tokenizer(question, add_special_tokens=False)["input_ids"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,13 @@ class Gemma4Encoder(ChatEncoder):
         """Which of the clip's pictures are shown, and when they are."""
         metadata = VideoMetadata(total_num_frames=len(clip.frames), fps=clip.fps)
         metadata.frames_indices = list(range(len(clip.frames)))
-        if len(clip.frames) > self.processor.video_processor.num_frames:
+        shown = self.processor.video_processor.num_frames
+        if len(clip.frames) > shown:
+            warnings.warn(
+                f"the model's processor shows {shown} pictures of a clip; of more an even choice is taken "
+                f"(max_frames={shown} reads no more)",
+                stacklevel=2,
+            )
             metadata.frames_indices = self.processor.video_processor.sample_frames(metadata).tolist()
         return metadata
 
