@@ -15,6 +15,7 @@ from threading import Lock, local
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -119,6 +120,11 @@ class Tap(local):
         self.cache: Cache | None = None
         self.listener: Listener | None = None
         self._regions: dict[int, tuple[int, Tensor | None]] = {}
+        self._additive: tuple[Tensor, Tensor] | None = None
+
+    def forget(self) -> None:
+        """Let go of what served the layers of one forward."""
+        self._additive = None
 
     def attend(
         self,
@@ -140,12 +146,20 @@ class Tap(local):
         wider = attention_mask is not None and attention_mask.shape[-1] > key.shape[2]
         mask = attention_mask
         if layer.slot is not None and (region or wider):
-            mask = region_mask(attention_mask, query, key.shape[2], region, bias)
+            mask = region_mask(self._shared(attention_mask, query.dtype), query, key.shape[2], region, bias)
         output = original(module, query, key, value, mask, **kwargs)
         if self.listener is not None:
             scaling = kwargs.get("scaling")
             self.listener(layer, query, key, value, module.scaling if scaling is None else scaling)  # type: ignore[arg-type]
         return output
+
+    def _shared(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The mask that all layers of a forward get, made additive once."""
+        if mask is None:
+            return None
+        if self._additive is None or self._additive[0] is not mask:
+            self._additive = mask, additive(mask, dtype)
+        return self._additive[1]
 
     def _region(self, layer: AttentionLayer) -> tuple[int, Tensor | None]:
         """Width and bias of the compressed region that this layer's keys begin with.
@@ -185,17 +199,19 @@ def region_mask(
         causal = torch.ones(length, tail, dtype=torch.bool, device=query.device).tril(tail - length)
         attention_mask = causal[None, None].expand(batch, 1, -1, -1)
     attention_mask = attention_mask[..., attention_mask.shape[-1] - tail :]
-    if attention_mask.dtype == torch.bool:
-        additive = torch.zeros_like(attention_mask, dtype=query.dtype)
-        tail_mask = additive.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
-    else:
-        tail_mask = attention_mask.to(query.dtype)
+    tail_mask = additive(attention_mask, query.dtype)
     if bias is None:
-        front = tail_mask.new_zeros(*tail_mask.shape[:3], region)
-    else:
-        front = bias.to(query).clamp_min(torch.finfo(query.dtype).min)[:, :, None]
-        if front.shape[1] > 1:
-            front = front.repeat_interleave(heads // front.shape[1], dim=1)
-        front = front.expand(-1, -1, length, -1)
-        tail_mask = tail_mask.expand(batch, front.shape[1], -1, -1)
+        return F.pad(tail_mask, (region, 0))
+    front = bias.to(query).clamp_min(torch.finfo(query.dtype).min)[:, :, None]
+    if front.shape[1] > 1:
+        front = front.repeat_interleave(heads // front.shape[1], dim=1)
+    front = front.expand(-1, -1, length, -1)
+    tail_mask = tail_mask.expand(batch, front.shape[1], -1, -1)
     return torch.cat([front, tail_mask], dim=-1)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to attention logits."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

@@ -21,7 +21,7 @@ class CompressedLayer(DynamicLayer):
         region: entries at the front that were compressed; 0 before compression.
         bias: added to the attention logits of the region, ``[B, K, region]``: -inf marks the empty places of a row
             that kept fewer entries than the longest, other values are the log mass of merged entries. None is zero.
-        labels: int8 ``[B, 1 or K, region]`` modality of each entry of the region; heads may keep different ones.
+        labels: int8 ``[B, 1 or K, region]`` modality of each entry of the region, by head where heads chose apart.
         offered: int64 ``[B, 2]`` video and audio entries that were there to choose from, evicted ones included.
         tight: whether it was compressed, and is to be read, with what the tightest ratios have of their own.
         lengths: entries held by every compressed layer of the cache, one list for all; slot: this layer's place.
@@ -121,14 +121,14 @@ class CompressedLayer(DynamicLayer):
             tight: whether the plan is one of the tightest ratios.
         """
         self.tight = tight
-        batch, kv_heads, _, _ = self.keys.shape
-        labels = labels.to(self.keys.device)
-        length = labels.shape[-1]
-        keep = torch.isfinite(plan.log_gates).expand(-1, kv_heads, -1)
-        merged = torch.tensor(COMPRESSED, device=labels.device, dtype=labels.dtype).expand(batch, labels.shape[1], -1)
-        labels = torch.cat([labels, merged[..., : plan.bias.shape[-1]]], dim=-1)
-        old = self._region_bias(plan.bias.dtype)
-        bias = torch.cat([old, old.new_zeros(batch, kv_heads, length - self.region), plan.bias], dim=-1)
+        length, merged = labels.shape[-1], plan.bias.shape[-1]
+        labels = labels.to(self.keys.device, torch.int8)
+        if merged:
+            new = torch.tensor(COMPRESSED[:merged], device=labels.device, dtype=labels.dtype)
+            labels = torch.cat([labels, new.expand(*labels.shape[:2], -1)], dim=-1)
+        bias = None
+        if self.bias is not None or (merged and bool((plan.bias != 0).any())):
+            bias = torch.cat([self._region_bias(length).to(plan.bias.dtype), plan.bias], dim=-1)
         self.seen -= self.physical - length
         keys, values = self.keys[:, :, :length], self.values[:, :, :length]
         if plan.pivots is not None:
@@ -136,7 +136,7 @@ class CompressedLayer(DynamicLayer):
         if offered is not None:
             offered = offered.to(self.keys.device)
             self.offered = offered if self.offered is None else self.offered + offered
-        self._hold((keys, plan.keys), (values, plan.values), bias, labels, keep)
+        self._hold((keys, plan.keys), (values, plan.values), bias, labels, plan.log_gates, plan.kept)
 
     def compact(self, valid: Tensor) -> None:
         """Drop the entries that are no token of their row; what stays becomes the compressed region.
@@ -144,45 +144,51 @@ class CompressedLayer(DynamicLayer):
         Args:
             valid: bool ``[B, tail]`` of the entries after the region.
         """
-        batch, kv_heads, _, _ = self.keys.shape
         valid = valid.to(self.keys.device)
-        old = self._region_bias(torch.float32)
-        bias = torch.cat([old, old.new_zeros(batch, kv_heads, valid.shape[1])], dim=-1)
-        keep = torch.cat([torch.isfinite(old), valid[:, None].expand(-1, kv_heads, -1)], dim=-1)
-        tail = torch.zeros_like(valid, dtype=torch.int8).masked_fill(~valid, Modality.PADDING)[:, None]
-        labels = (
-            tail if self.labels is None else torch.cat([self.labels, tail.expand(-1, self.labels.shape[1], -1)], -1)
-        )
-        self._hold((self.keys,), (self.values,), bias, labels, keep)
+        held = self._region_bias(self.region)
+        tail = torch.where(valid, 0.0, -torch.inf)[:, None].expand(-1, held.shape[1], -1)
+        gates = torch.cat([torch.where(torch.isfinite(held), 0.0, -torch.inf), tail], dim=-1)
+        bias = None if self.bias is None else self._region_bias(self.region + valid.shape[1])
+        new = torch.zeros_like(valid, dtype=torch.int8).masked_fill(~valid, Modality.PADDING)[:, None]
+        labels = new if self.labels is None else torch.cat([self.labels, new.expand(-1, self.labels.shape[1], -1)], -1)
+        self._hold((self.keys,), (self.values,), bias, labels, gates, None)
 
-    def _region_bias(self, dtype: torch.dtype) -> Tensor:
-        """``[B, K, region]``"""
+    def _region_bias(self, length: int) -> Tensor:
+        """``[B, K, length]``, at least the region long."""
+        bias = self.keys.new_zeros(*self.keys.shape[:2], length, dtype=torch.float32)
         if self.bias is not None:
-            return self.bias.to(dtype)
-        return self.keys.new_zeros(*self.keys.shape[:2], self.region, dtype=dtype)
+            bias[..., : self.region] = self.bias
+        return bias
 
     def _hold(
-        self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], bias: Tensor, labels: Tensor, keep: Tensor
+        self,
+        keys: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
+        bias: Tensor | None,
+        labels: Tensor,
+        gates: Tensor,
+        kept: Tensor | None,
     ) -> None:
         """Gather the kept entries of each row and head; shorter rows are padded on the left with masked places.
 
         Args:
             keys, values: held, then merged: joined where anything was merged.
+            bias: None is zero; gates: ``[B, 1 or K, M]``, 0 or -inf; kept: as in a plan.
         """
-        counts = keep.sum(-1, keepdim=True)
+        counts = kept.view(-1, 1, 1) if kept is not None else (gates > -torch.inf).sum(-1, keepdim=True).cpu()
         width = int(counts.max())
-        # In order, each row's last at the right end; evicted ones go to a place that is cut off.
-        place = (keep.cumsum(-1) - 1 + (width - counts)).masked_fill(~keep, width)
-        source = torch.arange(keep.shape[-1], device=keep.device).expand_as(place)
-        index = torch.zeros_like(place[..., :1]).expand(-1, -1, width + 1).scatter(-1, place, source)[..., :width]
-        empty = torch.arange(width, device=keep.device) < width - counts
+        batch, kv_heads = self.keys.shape[:2]
+        # A stable order by gate: what is evicted, then what is kept, in order of position.
+        index = gates.argsort(dim=-1, stable=True)[..., gates.shape[-1] - width :]
         self.keys, self.values = _gather(keys, index), _gather(values, index)
-        bias = bias.gather(2, index).masked_fill(empty, -torch.inf)
-        self.bias = bias if bool((bias != 0).any()) else None
-        labels = labels.to(torch.int8).expand(-1, keep.shape[1], -1).gather(2, index)
-        labels = labels.masked_fill(empty, Modality.PADDING)
-        shared = bool((labels == labels[:, :1]).all())
-        self.labels = labels[:, :1].contiguous() if shared else labels
+        bias = None if bias is None else bias.gather(2, index.expand(-1, kv_heads, -1))
+        heads = max(labels.shape[1], index.shape[1])
+        labels = labels.expand(-1, heads, -1).gather(2, index.expand(-1, heads, -1))
+        if bool((counts < width).any()):
+            empty = torch.arange(width, device=gates.device) < (width - counts).to(gates.device)
+            bias = torch.zeros(batch, kv_heads, width, device=gates.device) if bias is None else bias
+            bias, labels = bias.masked_fill(empty, -torch.inf), labels.masked_fill(empty, Modality.PADDING)
+        self.bias, self.labels = bias, labels
         self.region = self.lengths[self.slot] = width
 
 
@@ -190,7 +196,7 @@ def _gather(parts: tuple[Tensor, ...], index: Tensor) -> Tensor:
     """Entries ``[B, K, width, D]`` of parts that follow each other; joined, which is a copy, only if there are two."""
     parts = tuple(part for part in parts if part.shape[2]) or parts[:1]
     tensor = parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].dtype) for part in parts], dim=2)
-    return tensor.gather(2, index[..., None].expand(-1, -1, -1, tensor.shape[-1]))
+    return tensor.gather(2, index[..., None].expand(-1, tensor.shape[1], -1, tensor.shape[-1]))
 
 
 def settle_window(layer: DynamicSlidingWindowLayer, valid: Tensor, seen: int) -> None:

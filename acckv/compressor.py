@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,10 +136,10 @@ class KVCompressor(nn.Module):
 
         Returns:
             ``[B, L, 2]`` by modality, ``[B, L, K, 2]`` where each head has its own split, or ``[B, L, 1]`` where the
-            policy takes one top-k over both.
+            policy takes one top-k over both. Whole numbers are on the CPU.
         """
-        counts, layers = labels.counts(), len(scores)
-        scores = [score.to(counts.device) for score in scores]
+        counts, layers, device = labels.counts(), len(scores), scores[0].score.device
+        scores = [score.to(device) for score in scores]
         absolute = self.config.budget if ratio is None else None
         ratio = self.ratio_of(labels, layers, ratio)
         if self.config.policy == "full":
@@ -147,8 +148,9 @@ class KVCompressor(nn.Module):
         layer_shares = self.layer_shares(scores, labels, total, ratio)
         if not whole:
             shares = [self.modality_shares(layer, score, ratio) for layer, score in enumerate(scores)]
-            measured = [share for share in shares if share is not None and share.ndim == 2]
+            measured = [share.to(device) for share in shares if share is not None and share.ndim == 2]
             if measured:
+                total, layer_shares, counts = (part.to(device) for part in (total, layer_shares, counts))
                 return allocate(total, layer_shares, torch.stack(measured, dim=1), counts)
         by_layer = share_out(total, layer_shares, counts.sum(-1, keepdim=True).expand(-1, layers))
         return torch.stack(
@@ -178,10 +180,10 @@ class KVCompressor(nn.Module):
 
         Args:
             scores: one a layer; None where the policy needs none (it is not `cross_layer`).
-            total: int64 ``[B]`` entries that all layers together keep.
+            total: int64 ``[B]``, on the CPU: entries that all layers together keep.
         """
         if self.weights is not None:
-            return self.weights.layer_shares(ratio, self.config.layer_floor).to(total.device)
+            return self.weights.layer_shares(ratio, self.config.layer_floor)
         return self.policy.layer_shares(scores, labels, total)
 
     def modality_shares(self, layer: int, score: LayerScore, ratio: float) -> Tensor | None:
@@ -200,7 +202,7 @@ class KVCompressor(nn.Module):
             budget: int64 ``[B]``; counts: int64 ``[B, 2]`` entries that exist.
 
         Returns:
-            int64 ``[B, 2]`` or ``[B, K, 2]``, or ``[B, 1]`` where the policy takes one top-k over both.
+            int64 ``[B, 2]`` or ``[B, K, 2]``, or ``[B, 1]`` where the policy takes one top-k over both; on the CPU.
         """
         shares = self.modality_shares(layer, score, ratio)
         return budget[:, None] if shares is None else split_layer(budget, shares, counts)
@@ -220,6 +222,8 @@ class KVCompressor(nn.Module):
             ratio: replaces the config's.
             temperature: None for the hard selection that is shipped, above 0 for its differentiable twin.
         """
+        if temperature is None:
+            scores = [score.on_host() for score in scores]
         budgets = self.budgets(scores, labels, ratio, whole=temperature is None)
         return [
             self.plan_one(layer, scores[layer], seen, labels, budgets[:, layer], temperature)
@@ -242,11 +246,18 @@ class KVCompressor(nn.Module):
             budget: by modality, as :meth:`split` gives it.
         """
         device = observation.keys.device
-        score, labels, budget = score.to(device), labels.to(device), budget.to(device)
-        to_gates: LogGates = hard if temperature is None else soft(temperature)
+        labels = labels.to(device)
+        if temperature is None:
+            to_gates: LogGates = hard
+            score, budget = LayerScore(score.score.to(device), score.on_host().modality_shares), budget.cpu()
+        else:
+            to_gates, score, budget = soft(temperature), score.to(device), budget.to(device)
         weights = None if self.weights is None else self.weights.layer(layer, device)
         rules = self._merge_rule(weights), self._alignment_rule(weights, temperature or 0.0)
-        plan = plan_layer(score, observation.keys, observation.values, labels, budget, to_gates, *rules)
+        plan = plan_layer(score, observation, labels, budget, to_gates, *rules)
+        if temperature is None:  # every head of a row keeps the same number
+            by_row = budget.sum(-1)
+            plan = replace(plan, kept=labels.host.text.sum(-1) + (by_row if by_row.ndim == 1 else by_row[:, 0]))
         return self.policy.merge(plan, observation.keys, observation.values, labels)
 
     def _merge_rule(self, weights: LayerWeights | None) -> MergeRule | None:
@@ -260,8 +271,8 @@ class KVCompressor(nn.Module):
         threshold, drop = self.config.alignment_threshold, self.config.cross_calibration
         if weights is None:
             return AlignmentRule(threshold) if drop else None
-        learned = threshold + weights.alignment_threshold
         # Cosines span 2, standardised scores about 6: a third of the temperature is as soft for them.
+        learned = threshold + weights.alignment_threshold if drop else threshold
         return AlignmentRule(learned, weights.alignment_weight, drop, softness=temperature / 3)
 
     def save_pretrained(self, folder: str | Path) -> None:

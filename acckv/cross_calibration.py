@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from acckv.scoring import inverse_norm
-
 
 def integrate(keys: Tensor, values: Tensor, gates: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Average what a modality loses into one merged entry (METHOD step 3); modalities are never mixed.
@@ -29,22 +27,23 @@ def integrate(keys: Tensor, values: Tensor, gates: Tensor, members: Tensor) -> t
     return merged_keys, merged_values, mass.expand(-1, keys.shape[1], -1)
 
 
-def alignment(keys: Tensor, kept: Tensor) -> Tensor:
+def alignment(keys: Tensor, scale: Tensor, kept: Tensor, count: Tensor) -> Tensor:
     """Mean cosine similarity ``c(j)`` of each key to the kept high-priority keys (METHOD step 4).
 
     It equals the dot product with the mean of the normalised kept keys, so it costs N x D and not N x N.
 
     Args:
-        keys: ``[B, K, N, D]``; kept: gates ``[B, K or 1, N]`` of the kept high-priority entries.
+        keys: ``[B, K, N, D]``; scale: one over their lengths, ``[B, K, N]``.
+        kept: gates ``[B, K or 1, N]`` of the kept high-priority entries.
+        count: their sum ``[B, K or 1]``, on any device.
 
     Returns:
         ``[B, K, N]`` in -1 to 1; 0 where nothing was kept.
     """
     keys = keys.float()
-    length = inverse_norm(keys)
-    weights = kept / kept.sum(-1, keepdim=True).clamp_min(1e-6)
-    centre = (weights * length).unsqueeze(2) @ keys
-    return (keys @ centre.transpose(-1, -2))[..., 0] * length
+    share = count.clamp_min(1e-6).reciprocal().to(keys.device)
+    centre = (kept * scale).unsqueeze(2) @ keys * share[..., None, None]
+    return (keys @ centre.transpose(-1, -2))[..., 0] * scale
 
 
 def rebalance(budgets: Tensor, aligned: Tensor, high: Tensor, counts: Tensor) -> Tensor:

@@ -65,10 +65,9 @@ class Eviction:
         self.ratio = self.config.ratio if ratio is None else ratio
         self._check(compressor)
         self.rotations = look.rotations(embedded.position_ids)
-        self.labels = [watch.held_labels(layer, layer.physical) for layer in self.layers]
         self.new = watch.labels.counts()
-        self.planning = [self._planning_labels(labels) for labels in self.labels]
-        self.available = torch.stack([_media_count(labels) for labels in self.planning], dim=1)
+        self.held = self._held_labels()
+        self.available = torch.stack([held.media_count for held in self.held], dim=1)
         self.total = self._total()
         if self.competing:
             self.ratio = compressor.effective_ratio(self.total, self._offered(), len(self.layers))
@@ -78,6 +77,7 @@ class Eviction:
             shares = compressor.layer_shares([None] * len(self.layers), watch.labels, self.total, self.ratio)
             self.budgets = share_out(self.total, shares, self.available)
         self.waiting: list[Observation] = []
+        self._new: dict[torch.device, Tensor] = {}
 
     def _check(self, compressor: KVCompressor) -> None:
         policy = compressor.policy
@@ -92,33 +92,37 @@ class Eviction:
                 field="budget",
             )
 
+    def _held_labels(self) -> list[HeldLabels]:
+        """By compressed layer; one for all of them where none holds anything yet."""
+        if not any(self.before):
+            new = self.watch.labels
+            return [HeldLabels(new.host.labels[:, None], 0, [new])] * len(self.layers)
+        device = self.embedded.embeds.device
+        found = []
+        for layer, before in zip(self.layers, self.before, strict=True):
+            held = self.watch.held_labels(layer, before)
+            planned = held if self.competing else _text_before(held, before)
+            maps = [ModalityMap(planned[:, head]).to(device) for head in range(planned.shape[1])]
+            found.append(HeldLabels(held, before, maps))
+        return found
+
     def _offered(self) -> Tensor:
         """int64 ``[B, 2]`` entries that there have been to choose from in a layer, the new ones included."""
         before = self.layers[0].offered
-        return self.new if before is None else before.to(self.new.device) + self.new
+        return self.new if before is None else before.cpu() + self.new
 
     def _total(self) -> Tensor:
         """int64 ``[B]``: entries that all layers together may keep of those that compete now."""
         count, most = len(self.layers), self.available.sum(-1)
         if self.competing:
             return torch.minimum(torch.full_like(most, (self.config.budget or 0) * count), most)
-        kept = [_media_count(layer.labels).to(most.device) for layer in self.layers if layer.labels is not None]
         total = total_budget(self.ratio, None, count, self._offered())
-        total = total - torch.stack(kept).sum(0) if kept else total
+        total = total - torch.stack([held.kept_before for held in self.held]).sum(0)
         return torch.minimum(total.clamp_min(0), most)
-
-    def _planning_labels(self, labels: Tensor) -> Tensor:
-        """The labels that the policy sees: entries that do not compete are text."""
-        if self.competing:
-            return labels
-        old = labels[..., : labels.shape[-1] - self.watch.width]
-        kept = (old == Modality.VIDEO) | (old == Modality.AUDIO)
-        text = torch.cat([old.masked_fill(kept, Modality.TEXT), labels[..., old.shape[-1] :]], dim=-1)
-        return text[:, :1]  # where only padding and text differ from it, all heads are alike
 
     def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
         if layer.owner and layer.slot is not None:
-            real = self.labels[layer.slot][:, 0] != Modality.PADDING
+            real = self.held[layer.slot].real
             look = self.watch.observe_probe if self.by_probe else self.watch.observe
             seen = look(real, query, key, value, scaling)
             rotation = behind(self.rotations[layer.slot], self.before[layer.slot])
@@ -133,29 +137,25 @@ class Eviction:
     @cached_property
     def heads(self) -> list[KVCompressor]:
         """What each KV head is compressed with where heads hold different entries; the same in all layers."""
-        return [self.compressor.head(index) for index in range(max(labels.shape[1] for labels in self.planning))]
+        return [self.compressor.head(index) for index in range(max(len(held.planned) for held in self.held))]
 
     def _plan(self, slot: int, seen: Observation) -> LayerPlan:
         """What becomes of a layer whose budget is settled."""
-        device = seen.keys.device
-        labels, budget = self.planning[slot].to(device), self.budgets[:, slot].to(device)
-        if labels.shape[1] == 1:
-            return self._plan_with(self.compressor, slot, seen, labels[:, 0], budget)
+        maps = [labels.to(seen.keys.device) for labels in self.held[slot].planned]
+        if len(maps) == 1:
+            return self._plan_with(self.compressor, slot, seen, maps[0])
         # Heads hold different entries: each is planned as if the layer had no other.
         return join_heads(
             [
-                self._plan_with(self.heads[index], slot, one_head(seen, index), labels[:, index], budget)
-                for index in range(labels.shape[1])
+                self._plan_with(self.heads[index], slot, one_head(seen, index), labels)
+                for index, labels in enumerate(maps)
             ]
         )
 
-    def _plan_with(
-        self, compressor: KVCompressor, slot: int, seen: Observation, labels: Tensor, budget: Tensor
-    ) -> LayerPlan:
-        modalities = ModalityMap(labels)
-        score = compressor.policy.score(slot, seen, modalities)
-        split = compressor.split(slot, score, budget, modalities.counts(), self.ratio)
-        return compressor.plan_one(slot, score, seen, modalities, split)
+    def _plan_with(self, compressor: KVCompressor, slot: int, seen: Observation, labels: ModalityMap) -> LayerPlan:
+        score = compressor.policy.score(slot, seen, labels).on_host()
+        split = compressor.split(slot, score, self.budgets[:, slot], labels.counts(), self.ratio)
+        return compressor.plan_one(slot, score, seen, labels, split)
 
     def finish(self) -> None:
         """Evict what had to wait for the last layer."""
@@ -163,7 +163,8 @@ class Eviction:
             return
         compressor, labels = self.compressor, self.watch.labels
         waiting = self.look.complete(self.waiting, self.cache.layers, self.embedded, [])
-        scores = [score.to(self.total.device) for score in compressor.scores(waiting, labels)]
+        device = self.embedded.embeds.device
+        scores = [score.to(device).on_host() for score in compressor.scores(waiting, labels)]
         shares = compressor.layer_shares(scores, labels, self.total, self.ratio)
         budgets = share_out(self.total, shares, self.available)
         for slot, seen in enumerate(waiting):
@@ -188,15 +189,62 @@ class Eviction:
         first = self.before[slot]
         if not first:
             return plan
-        stays = (self.planning[slot][..., :first] != Modality.PADDING).to(plan.log_gates).log()
+        stays = self.held[slot].planned[0].labels[:, None, :first] != Modality.PADDING
+        stays = torch.where(stays.to(plan.log_gates.device), 0.0, -torch.inf).to(plan.log_gates)
         gates = torch.cat([stays.expand(-1, plan.log_gates.shape[1], -1), plan.log_gates], dim=-1)
         pivots = None if plan.pivots is None else replace(plan.pivots, index=plan.pivots.index + first)
-        return replace(plan, log_gates=gates, pivots=pivots)
+        kept = None if plan.kept is None else plan.kept + self.held[slot].real[:, :first].sum(-1)
+        return replace(plan, log_gates=gates, pivots=pivots, kept=kept)
 
     def _commit(self, slot: int, plan: LayerPlan) -> None:
-        self.layers[slot].commit(plan, self.labels[slot], self.new, self.tight)
+        layer = self.layers[slot]
+        layer.commit(plan, self.held[slot].on(layer.keys.device), self._new_on(layer.keys.device), self.tight)
+
+    def _new_on(self, device: torch.device) -> Tensor:
+        if device not in self._new:
+            self._new[device] = self.new.to(device)
+        return self._new[device]
 
 
-def _media_count(labels: Tensor) -> Tensor:
-    """int64 ``[B]``: audio and video entries of the first head; all heads hold equally many."""
-    return ModalityMap(labels[:, 0]).counts().sum(-1)
+class HeldLabels:
+    """The labels of what a layer holds and of the new tokens behind it.
+
+    Args:
+        labels: int64 ``[B, 1 or K, N]``, on the CPU; before: entries that the layer held before.
+        planned: the labels that the policy sees, of all heads together or one a head.
+    """
+
+    def __init__(self, labels: Tensor, before: int, planned: list[ModalityMap]) -> None:
+        self.labels, self.before, self.planned = labels, before, planned
+        self._on: dict[torch.device, Tensor] = {}
+
+    @cached_property
+    def real(self) -> Tensor:
+        """bool ``[B, N]``, on the CPU: which entries are no padding; the same in all heads."""
+        return self.labels[:, 0] != Modality.PADDING
+
+    @property
+    def media_count(self) -> Tensor:
+        """int64 ``[B]``: audio and video entries that compete; all heads hold equally many."""
+        return self.planned[0].counts().sum(-1)
+
+    @property
+    def kept_before(self) -> Tensor:
+        """int64 ``[B]``: audio and video entries among those that were held before."""
+        return ModalityMap(self.labels[:, 0, : self.before]).counts().sum(-1)
+
+    def on(self, device: torch.device) -> Tensor:
+        """int8 ``[B, 1 or K, N]`` on a device."""
+        if device not in self._on:
+            self._on[device] = self.labels.to(torch.int8).to(device)
+        return self._on[device]
+
+
+def _text_before(labels: Tensor, before: int) -> Tensor:
+    """Labels ``[B, 1, N]`` in which what was held before does not compete: it is text.
+
+    Where only padding and text differ from it, all heads are alike.
+    """
+    old = labels[:, :1, :before]
+    kept = (old == Modality.VIDEO) | (old == Modality.AUDIO)
+    return torch.cat([old.masked_fill(kept, Modality.TEXT), labels[:, :1, before:]], dim=-1)

@@ -93,7 +93,8 @@ def total_budget(ratio: float, budget: int | None, layers: int, counts: Tensor) 
 
 
 def share_out(total: Tensor, layer_shares: Tensor, capacity: Tensor) -> Tensor:
-    """Whole budget of every layer. Where the shares read no score, it is known before the first layer has run.
+    """Whole budget of every layer, on the CPU. Where the shares read no score, it is known before the first layer has
+    run.
 
     Args:
         total: int64 ``[B]`` entries over all layers; layer_shares: ``[L]`` or ``[B, L]`` relative budgets;
@@ -102,12 +103,14 @@ def share_out(total: Tensor, layer_shares: Tensor, capacity: Tensor) -> Tensor:
     Returns:
         int64 ``[B, L]`` that sums to ``min(total, capacity.sum())``.
     """
-    amounts = water_fill(total.float(), layer_shares.detach().float().expand(capacity.shape), capacity.float())
+    total, capacity, shares = total.cpu(), capacity.cpu(), layer_shares.detach().float().cpu()
+    amounts = water_fill(total.float(), shares.expand(capacity.shape), capacity.float())
     return round_exactly(amounts, total, capacity)
 
 
 def split_layer(budget: Tensor, modality_shares: Tensor, counts: Tensor) -> Tensor:
-    """Whole budget of each modality inside one layer, in every KV head by that head's own shares where it has some.
+    """Whole budget of each modality inside one layer, on the CPU; in every KV head by that head's own shares where it
+    has some.
 
     Args:
         budget: int64 ``[B]`` entries that every head keeps; modality_shares: ``[B, 2]`` or ``[B, K, 2]``;
@@ -116,7 +119,8 @@ def split_layer(budget: Tensor, modality_shares: Tensor, counts: Tensor) -> Tens
     Returns:
         int64 of the shape of `modality_shares`; the last axis sums to ``min(budget, counts.sum())``.
     """
-    shares = modality_shares.detach().float().reshape(counts.shape[0], -1, 2)
+    budget, counts, shares = budget.cpu(), counts.cpu(), modality_shares.detach().float().cpu()
+    shares = shares.reshape(counts.shape[0], -1, 2)
     heads = shares.shape[1]
     total, capacity = budget.repeat_interleave(heads), counts.repeat_interleave(heads, dim=0)
     amounts = water_fill(total.float(), shares.flatten(0, 1), capacity.float())

@@ -43,4 +43,5 @@ def join_heads(plans: Sequence[LayerPlan]) -> LayerPlan:
         Pivots(*(joined([getattr(each, name) for each in pivots]) for name in ("index", "keys", "values")))
         if pivots
         else None,
+        plans[0].kept,
     )

@@ -147,7 +147,8 @@ def _obstacle(attached: AttachedLora) -> str | None:
         plain = type(layer) is LoraLinear and type(module).forward is nn.Linear.forward
         if not plain or layer.lora_variant or layer.fan_in_fan_out:
             return f"{type(module).__name__} layers keep weights that cannot be added to"
-        if type(weight.data) is not Tensor or weight.device.type == "meta" or not weight.is_floating_point():
+        of_its_device = type(weight.data) is type(torch.empty(0, device=weight.device))
+        if not of_its_device or weight.device.type == "meta" or not weight.is_floating_point():
             return "the weights are quantised, offloaded or split over processes"
     return None
 

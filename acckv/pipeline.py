@@ -13,7 +13,8 @@ from torch import Tensor
 
 from acckv.cross_calibration import alignment, integrate, rebalance
 from acckv.modality import ModalityMap
-from acckv.selection import hard_gates, soft_log_gates
+from acckv.scoring import Observation
+from acckv.selection import kept, soft_log_gates
 
 #: (score [..., N], members [..., N], budget [...]) -> log gates [..., N]
 LogGates = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -21,8 +22,7 @@ LogGates = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def hard(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
     """What is shipped: log gates of 0 and -inf."""
-    gates = hard_gates(score, members, budget)
-    return torch.zeros_like(gates).masked_fill_(gates == 0, -torch.inf)
+    return torch.where(kept(score, members, budget), 0.0, -torch.inf)
 
 
 def soft(temperature: float) -> LogGates:
@@ -46,6 +46,10 @@ class LayerScore:
 
     score: Tensor
     modality_shares: Tensor | None
+
+    def on_host(self) -> LayerScore:
+        """The same with its shares on the CPU, where whole budgets are made."""
+        return LayerScore(self.score, None if self.modality_shares is None else self.modality_shares.detach().cpu())
 
     def to(self, device: torch.device) -> LayerScore:
         """The same on a device."""
@@ -108,6 +112,8 @@ class LayerPlan:
         keys, values: the merged entries ``[B, K, M - N, D]``.
         bias: ``[B, K, M - N]`` log mass of the merged entries.
         pivots: kept prompt entries that changed, or None.
+        kept: int64 ``[B]``, on the CPU: entries that every head of a row keeps, merged ones included; None where only
+            the gates tell.
     """
 
     log_gates: Tensor
@@ -115,6 +121,7 @@ class LayerPlan:
     values: Tensor
     bias: Tensor
     pivots: Pivots | None = None
+    kept: Tensor | None = None
 
     def apply(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values with the merged entries after the prompt, and the bias of both on attention logits.
@@ -139,8 +146,7 @@ class LayerPlan:
 
 def plan_layer(
     layer: LayerScore,
-    keys: Tensor,
-    values: Tensor,
+    observation: Observation,
     labels: ModalityMap,
     budgets: Tensor,
     to_gates: LogGates,
@@ -150,24 +156,23 @@ def plan_layer(
     """Decide for every entry of one layer.
 
     Args:
-        keys, values: ``[B, K, N, D]`` of the prompt.
         budgets: ``[B, 2]`` or by head ``[B, K, 2]`` entries to keep of each modality, merged ones included (``[B, 1]``
-            for a joint top-k).
+            for a joint top-k). Whole ones are on the CPU, as is then `layer.modality_shares`.
         merge, align: None where the step is off.
     """
-    score = layer.score
+    score, keys, values = layer.score, observation.keys, observation.values
     members = labels.by_modality
-    always = torch.zeros(members.shape[0], 1, members.shape[-1], dtype=score.dtype, device=score.device)
-    always = always.masked_fill(~labels.text[:, None], -torch.inf)
+    always = labels.text_gates
     if layer.modality_shares is None:
         log_gates = torch.maximum(always, to_gates(score, labels.media[:, None], budgets))
         return _without_merging(log_gates, keys, values)
 
     by_head = budgets if budgets.ndim == 3 else budgets[:, None, :]
     split = by_head.to(score.dtype).expand(-1, score.shape[1], -1)
-    counts = members.sum(-1)[:, None, :]
+    counts = labels.counts()[:, None].to(split.device)
     if align is not None:
-        score, split = _align(score, keys, members, split, layer.modality_shares, to_gates, align)
+        score, split = _align(score, keys, observation.key_scale, labels, split, layer.modality_shares, to_gates, align)
+        counts = counts.to(split.device)
     # A merged entry takes the place of one kept entry; it needs two places and something to average.
     merging = (split >= 2) & (split < counts) if merge is not None else torch.zeros_like(split, dtype=torch.bool)
     real = split - merging.to(split.dtype)
@@ -179,7 +184,7 @@ def plan_layer(
     merged_keys, merged_values, _ = integrate(keys, values, log_gates.exp(), members)
     gain = merge.gain[None, :, :, None] if isinstance(merge.gain, Tensor) else merge.gain
     bias = merged_keys.new_zeros(merged_keys.shape[:3], dtype=log_gates.dtype) + merge.bias
-    present = torch.zeros_like(split).masked_fill(~merging, -torch.inf)
+    present = torch.zeros_like(split).masked_fill(~merging, -torch.inf).to(log_gates.device)
     return LayerPlan(
         torch.cat([log_gates, present.expand(*log_gates.shape[:2], 2)], dim=-1),
         merged_keys,
@@ -189,35 +194,37 @@ def plan_layer(
 
 
 def _without_merging(log_gates: Tensor, keys: Tensor, values: Tensor) -> LayerPlan:
-    return LayerPlan(log_gates, keys[:, :, :0], values[:, :, :0], log_gates.new_zeros(*keys.shape[:2], 0))
+    return LayerPlan(log_gates, keys[:, :, :0], values[:, :, :0], log_gates.new_empty(*keys.shape[:2], 0))
 
 
 def _align(
     score: Tensor,
     keys: Tensor,
-    members: Tensor,
+    scale: Tensor,
+    labels: ModalityMap,
     split: Tensor,
     shares: Tensor,
     to_gates: LogGates,
     rule: AlignmentRule,
 ) -> tuple[Tensor, Tensor]:
     """METHOD step 4: the scores and budgets after low-priority entries met the kept high-priority keys."""
-    high = torch.zeros_like(shares, dtype=torch.bool).scatter_(-1, shares.argmax(-1, keepdim=True), True)[:, None]
-    high_members = (members & high.transpose(1, 2)).any(1)[:, None]
-    low_members = (members & ~high.transpose(1, 2)).any(1)[:, None]
-    high_budget = torch.where(high, split, torch.zeros_like(split)).sum(-1)
+    first = shares.detach().argmax(-1).cpu()
+    high = torch.nn.functional.one_hot(first, 2).bool()[:, None].to(split.device)
+    high_members, low_members = (labels.of_modality(tuple(side.tolist()))[:, None] for side in (first, 1 - first))
+    high_budget = (split * high).sum(-1)
     kept_high = to_gates(score, high_members, high_budget).exp()
-    similarity = alignment(keys, kept_high)
+    similarity = alignment(keys, scale, kept_high, kept_high.sum(-1) if rule.softness > 0 else high_budget)
     if score.shape[1] == 1:
         similarity = similarity.mean(dim=1, keepdim=True)
-    score = score + torch.where(low_members, rule.weight * similarity, 0.0)
+    score = torch.addcmul(score, similarity, low_members * rule.weight)
     if not rule.drop:
         return score, split
     if rule.softness > 0:
         passes = torch.sigmoid((similarity - rule.threshold) / rule.softness)
     else:
         passes = (similarity >= rule.threshold).to(score.dtype)
-    split = rebalance(split, (passes * low_members).sum(-1), high, members.sum(-1)[:, None, :])
+    split, high, counts = (part.to(score.device) for part in (split, high, labels.counts()[:, None]))
+    split = rebalance(split, (passes * low_members).sum(-1), high, counts)
     # Below every aligned entry of its modality, its own order kept: only what nothing else can fill is left to it.
     span = score.detach().amax(-1, keepdim=True) - score.detach().amin(-1, keepdim=True) + 1
     return score - span * (1 - passes) * low_members, split

@@ -53,8 +53,7 @@ class Prefill:
             return self
 
         def moved(observations: list[Observation]) -> list[Observation]:
-            names = ("queries", "row_positions", "row_valid", "real")
-            return [replace(seen, **{name: getattr(seen, name).to(device) for name in names}) for seen in observations]
+            return [replace(seen, queries=seen.queries.to(device)) for seen in observations]
 
         embedded, next_position = self.embedded.to(device), self.next_position.to(device)
         held = [(layer.keys.to(device), layer.values.to(device)) for layer in self._layers]
@@ -116,7 +115,7 @@ class Prefill:
                 queries=torch.cat([F.pad(s.queries, (0, 0, *pad)) for s, pad in zip(layers, pads, strict=True)]),
                 row_positions=torch.cat([F.pad(place, pad) for place, pad in zip(positions, pads, strict=True)]),
                 row_valid=torch.cat([F.pad(s.row_valid, pad) for s, pad in zip(layers, pads, strict=True)]),
-                real=embedded.labels.real.to(layers[0].queries.device),
+                real=embedded.labels.host.real,
             )
 
         held = [

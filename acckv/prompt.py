@@ -16,9 +16,9 @@ from acckv.attention import Tap
 from acckv.cache import compressed_layers, sliding_layers
 from acckv.cache_layer import settle_window
 from acckv.errors import InputError
-from acckv.modality import Modality, ModalityMap
+from acckv.modality import ModalityMap
 from acckv.outputs import join_outputs, wants_records
-from acckv.ragged import DecoderInputs, next_position, packed, take, window
+from acckv.ragged import DecoderInputs, next_position, packed, take, window, window_labels
 from acckv.turn import Turn
 from acckv.watch import Watch, WatchListener, record_past, restore_past
 
@@ -81,12 +81,12 @@ class PromptRun:
             columns = torch.arange(turn.seen, turn.seen + turn.length, device=turn.past.device)
             positions = self.adapter.text_positions(columns.expand(turn.past.shape[0], -1))
             self.arguments = {**self.arguments, "position_ids": positions}
-        stops = torch.maximum(turn.stop, turn.labels.real.long().argmax(dim=1))
+        stops = torch.maximum(turn.stop, turn.labels.host.real.long().argmax(dim=1))
         self.front = window(torch.zeros_like(stops), torch.where(turn.stop > 0, stops, 0))
         # Left-aligned, so that there is no gap between the two in any row.
         self.rest = window(stops, torch.full_like(stops, turn.length), align="left")
-        self.front_labels = ModalityMap(take(turn.labels.labels, self.front, 1, fill=Modality.PADDING))
-        if self.adapter.has_windows and turn.seen and not bool(self.front_labels.real.all()):
+        self.front_labels = window_labels(turn.labels, self.front)
+        if self.adapter.has_windows and turn.seen and self.front_labels.is_padded:
             raise InputError(
                 "brings clips of different length into a later turn of a batch; with sliding-window layers, "
                 "go on with one row at a time",
@@ -167,9 +167,9 @@ class PromptRun:
     def _rest(self) -> Any:
         valid = self.rest >= 0
         inputs = self._cut(self.rest, whole=True)
-        real = torch.cat([self.past, self.front_labels.real, valid], dim=1)
-        inputs["attention_mask"] = self.adapter.mask(real, inputs, self.cache, None)
         gaps = not bool(valid.all())
+        real = torch.cat([self.past, self.front_labels.real, valid.to(self.past.device)], dim=1)
+        inputs["attention_mask"] = self.adapter.mask(real, inputs, self.cache, None)
         flags = record_past(self.cache) if gaps else {}
         try:
             output = self.original(**inputs)

@@ -1,6 +1,7 @@
 """Cutting a left-padded batch at a different place in every row.
 
-A window is an int64 tensor ``[batch, width]`` of column indices, -1 where a row is shorter than the longest.
+A window is an int64 tensor ``[batch, width]`` of column indices, -1 where a row is shorter than the longest. It stays
+on the CPU, so that nothing waits for an accelerator to learn its shape.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class DecoderInputs:
     def rows(self) -> list[DecoderInputs]:
         """Each row by itself, without its padding, in memory of its own."""
         parts = []
-        for row, real in enumerate(self.labels.real):
+        for row, real in enumerate(self.labels.host.real):
             start = int(real.long().argmax())
             labels = ModalityMap(self.labels.labels[row : row + 1, start:].clone())
             position_ids = self.position_ids[..., row : row + 1, start:].clone()
@@ -74,7 +75,7 @@ class DecoderInputs:
 
     def window(self, columns: Tensor, position_ids: Tensor) -> DecoderInputs:
         """A window of the tokens, at other positions."""
-        labels = ModalityMap(take(self.labels.labels, columns, 1, fill=Modality.PADDING))
+        labels = window_labels(self.labels, columns)
         others = {name: take(tensor, columns, 1) for name, tensor in self.others.items()}
         return DecoderInputs(take(self.embeds, columns, 1), position_ids, labels, others)
 
@@ -91,10 +92,10 @@ def rope_positions(position_ids: Tensor) -> Tensor:
 
 
 def window(starts: Tensor, stops: Tensor, align: Literal["left", "right"] = "right") -> Tensor:
-    """The window of columns ``starts .. stops - 1`` of each row (both int64 ``[batch]``)."""
+    """The window of columns ``starts .. stops - 1`` of each row (both int64 ``[batch]``, on the CPU)."""
     lengths = (stops - starts).clamp_min(0)
     width = int(lengths.max())
-    steps = torch.arange(width, device=starts.device)
+    steps = torch.arange(width)
     if align == "left":
         return (starts[:, None] + steps).masked_fill(steps >= lengths[:, None], -1)
     columns = stops[:, None] - width + steps
@@ -116,6 +117,9 @@ def take(tensor: Tensor, columns: Tensor, dim: int, fill: int | float = 0) -> Te
     dim = dim % tensor.ndim
     if covers(columns, tensor.shape[dim]):
         return tensor
+    if is_slice(columns):
+        return tensor.narrow(dim, int(columns[0, 0]), columns.shape[1])
+    columns = columns.to(tensor.device)
     trailing = tensor.ndim - dim - 1
     index = columns.clamp_min(0).view(*[1] * (dim - 1), *columns.shape, *[1] * trailing)
     shape = (*tensor.shape[:dim], columns.shape[1], *tensor.shape[dim + 1 :])
@@ -134,9 +138,22 @@ def left_padded(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def window_labels(labels: ModalityMap, columns: Tensor) -> ModalityMap:
+    """A window of a modality map, cut on the CPU."""
+    if covers(columns, labels.labels.shape[1]):
+        return labels
+    return ModalityMap(take(labels.host.labels, columns, 1, fill=Modality.PADDING)).to(labels.labels.device)
+
+
 def covers(columns: Tensor, length: int) -> bool:
     """Whether a window is all of `length` columns in every row, so that nothing needs to be copied."""
     return columns.shape[1] == length and bool((columns >= 0).all())
+
+
+def is_slice(columns: Tensor) -> bool:
+    """Whether a window is the same run of columns in every row, so that a view is enough."""
+    rows, width = columns.shape
+    return rows > 0 and width > 0 and bool((columns == columns[0, 0].clamp_min(0) + torch.arange(width)).all())
 
 
 def scatter_back(parts: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
@@ -153,19 +170,21 @@ def scatter_back(parts: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
         return first
     hidden = first.new_zeros(*first.shape[:-2], length, first.shape[-1])
     for columns, states in parts:
-        columns = columns.to(states.device)  # of the last layer, which may be on another than the tokens
         rows, places = (columns >= 0).nonzero(as_tuple=True)
-        hidden[..., rows, columns[rows, places], :] = states[..., rows, places, :]
+        to, come, row = (part.to(first.device) for part in (columns[rows, places], places, rows))
+        hidden[..., row, to, :] = states[..., row, come, :]
     return hidden
 
 
 def watched_rows(labels: ModalityMap, rows: Rows, width: int) -> Tensor:
-    """bool ``[batch, tokens]``: the rows of a prompt that a policy reads (see :class:`acckv.policies.base.Policy`).
+    """bool ``[batch, tokens]``, on the CPU: the rows of a prompt that a policy reads (see
+    :class:`acckv.policies.base.Policy`).
 
     Args:
         width: of the observation window, in rows.
     """
-    index = torch.arange(labels.labels.shape[1], device=labels.labels.device)
+    labels = labels.host
+    index = torch.arange(labels.labels.shape[1])
     if rows in ("none", "repetition"):
         return torch.zeros_like(labels.text)
     if rows == "window":

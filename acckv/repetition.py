@@ -56,12 +56,11 @@ def watch_repetition(
 
     def run(layers: list[Any], tokens: DecoderInputs, real: Tensor) -> list[Any]:
         cache = CompressedCache(branch_layers(layers), labels, embedded.next_position)
-        rows = torch.arange(real.shape[1] - tokens.embeds.shape[1], real.shape[1], device=real.device)
+        rows = torch.arange(real.shape[1] - tokens.embeds.shape[1], real.shape[1])
+        known = real.cpu()
 
         def record(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
-            here, places = real.to(key.device), rows.to(key.device)
-            valid = here[:, places]
-            seen = Observation(query, key, value, places.expand(len(here), -1), valid, here, scaling)
+            seen = Observation(query, key, value, rows.expand(len(real), -1), known[:, rows], known, scaling)
             peak = peak_attention(seen)[..., :entries]
             peaks[layer] = torch.maximum(peaks[layer], peak) if layer in peaks else peak
 
@@ -72,14 +71,14 @@ def watch_repetition(
     layers = run(layers, prompt, real)
     for columns in chunks(labels, chunk):
         positions = moved_positions(embedded.position_ids, columns, prompt.next_position)
-        run(layers, embedded.window(columns, positions), torch.cat([real, columns >= 0], dim=1))
+        run(layers, embedded.window(columns, positions), torch.cat([real, (columns >= 0).to(real.device)], dim=1))
     return [peaks[layer] for layer in sorted(peaks)]
 
 
 def chunks(labels: ModalityMap, chunk: int = CHUNK) -> Iterator[Tensor]:
     """Windows (see :mod:`acckv.ragged`) over what is repeated; where they begin depends on no other row."""
     stops = labels.media_end()
-    starts = torch.where(stops > 0, labels.media.long().argmax(dim=1), stops)
+    starts = torch.where(stops > 0, labels.host.media.long().argmax(dim=1), stops)
     for offset in range(0, int((stops - starts).max()), chunk):
         first = torch.minimum(starts + offset, stops)
         last = torch.minimum(first + chunk, stops)
@@ -90,7 +89,7 @@ def chunks(labels: ModalityMap, chunk: int = CHUNK) -> Iterator[Tensor]:
 def moved_positions(position_ids: Tensor, columns: Tensor, start: Tensor) -> Tensor:
     """Position ids of a window, moved as a block so that the lowest is `start` ``[B, 1]``."""
     taken = take(rope_positions(position_ids), columns, -1)
-    missing = columns < 0
+    missing = (columns < 0).to(taken.device)
     lowest = taken.masked_fill(missing, torch.iinfo(taken.dtype).max).amin(-1, keepdim=True)
     lowest = lowest.amin(0) if lowest.ndim == 3 else lowest
     return (taken + (start - lowest)).masked_fill(missing, 0)

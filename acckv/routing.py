@@ -101,12 +101,13 @@ class Router:
                 return self._run_task(self._task, original, cache, turn, arguments)
             if turn.has_media and self._compresses():
                 return self._compress_prompt(original, cache, turn, arguments)
-            if self.adapter.has_windows and compressed_layers(cache) and not bool(turn.labels.real.all()):
+            if self.adapter.has_windows and compressed_layers(cache) and turn.labels.is_padded:
                 run = PromptRun(self.adapter, self.tap, original, cache, turn.uncompressed(), arguments)
                 return run.run(None, None, nullcontext())
             return original(**arguments)
         finally:
             self.tap.cache = before
+            self.tap.forget()
 
     def _compresses(self) -> bool:
         """Whether media under the user's own call are compressed, or read with an adapter."""
@@ -142,8 +143,10 @@ class Router:
         run = PromptRun(self.adapter, self.tap, original, cache, turn, arguments)
         listener, probe = self._eviction(run, cache, turn, None)
         output = run.run(listener, probe, self.prompt_adapters())
-        past = torch.zeros_like(turn.past, dtype=torch.long).masked_fill(~turn.past, Modality.PADDING)
-        labels = ModalityMap(torch.cat([past, turn.labels.labels], dim=1))
+        labels = turn.labels
+        if turn.seen:
+            past = torch.zeros_like(turn.past, dtype=torch.long).masked_fill(~turn.past, Modality.PADDING)
+            labels = ModalityMap(torch.cat([past, labels.labels], dim=1))
         self.last_cache = CompressedCache(cache.layers, labels, next_position(run.arguments["position_ids"]))
         return output
 

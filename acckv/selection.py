@@ -19,14 +19,17 @@ def hard_gates(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
     Returns:
         float ``[..., N]``. Equal scores keep the earlier entry.
     """
-    masked = score.detach().masked_fill(~members, -torch.inf)
-    wanted = budget.round().long().clamp(0, score.shape[-1]).expand(masked.shape[:-1])[..., None]
-    best = masked.topk(max(int(wanted.max()), 1) if score.shape[-1] else 0, dim=-1).values
-    # The least score that is kept; above it all are, and of those that equal it the first ones.
-    least = best.gather(-1, (wanted - 1).clamp_min(0)).masked_fill(wanted == 0, torch.inf)
-    above, equal = masked > least, masked == least
-    kept = above | (equal & (equal.cumsum(-1) <= wanted - above.sum(-1, keepdim=True)))
-    return (kept & members).to(masked.dtype)
+    return (kept(score, members, budget) & members).to(score.dtype)
+
+
+def kept(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
+    """The same as bool ``[..., N]``, for a budget of no more than there are members; it may be on the CPU."""
+    masked = torch.where(members, score.detach(), -torch.inf)
+    # A stable order keeps the earlier of two that are equal; where an entry stands in it decides.
+    order = masked.argsort(dim=-1, descending=True, stable=True)
+    best = torch.arange(score.shape[-1], device=budget.device) < budget.round()[..., None]
+    best = best.to(score.device).expand(order.shape)
+    return torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, best)
 
 
 def soft_log_gates(score: Tensor, members: Tensor, budget: Tensor, temperature: float, iterations: int = 18) -> Tensor:

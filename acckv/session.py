@@ -149,7 +149,7 @@ class Session:
             turn = self._read(inputs)
             inputs.pop("modality_ids", None)
             if inputs.get("position_ids") is None:
-                start = turn.stop.new_zeros(turn.stop.shape[0], 1)
+                start = turn.labels.labels.new_zeros(turn.stop.shape[0], 1)
                 inputs["position_ids"] = self.adapter.prompt_positions(inputs, turn.labels.real, start)
         else:
             embedded = embedded.to(self.adapter.device)

@@ -22,7 +22,8 @@ class Turn:
     Args:
         labels: modality map of the new tokens ``[batch, tokens]``.
         past: bool ``[batch, seen]``: which of the tokens seen before are no padding.
-        stop: int64 ``[batch]``: new tokens before this index are compressed, later ones read what was kept.
+        stop: int64 ``[batch]``, on the CPU: new tokens before this index are compressed, later ones read what was
+            kept.
         token_types: kinds of all tokens ``[batch, seen + tokens]`` as a processor gives them, or None.
     """
 
@@ -33,10 +34,10 @@ class Turn:
 
     def to(self, device: torch.device) -> Turn:
         """The same on a device."""
-        if self.stop.device == self.labels.labels.device == device:
+        if self.labels.labels.device == device:
             return self
         types = None if self.token_types is None else self.token_types.to(device)
-        return Turn(self.labels.to(device), self.past.to(device), self.stop.to(device), types)
+        return Turn(self.labels.to(device), self.past.to(device), self.stop, types)
 
     @property
     def length(self) -> int:
@@ -50,7 +51,7 @@ class Turn:
 
     @property
     def has_media(self) -> bool:
-        return bool(self.labels.media.any())
+        return bool(self.labels.host.media.any())
 
     def compressed_whole(self) -> Turn:
         """The same turn, all of it compressed."""
@@ -93,39 +94,40 @@ def read_turn(
     tokens = ids if isinstance(ids, Tensor) else inputs["inputs_embeds"]
     batch, length = tokens.shape[:2]
     mask = inputs.get("attention_mask")
-    mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    mask = mask.cpu() if isinstance(mask, Tensor) and mask.ndim == 2 else None
     if modality_ids is not None:
-        labels = _given_labels(modality_ids.to(tokens.device), mask, batch, length, seen)
+        labels = _given_labels(modality_ids.cpu(), mask, batch, length, seen)
     elif adapter.brings_media(inputs) and isinstance(ids, Tensor):
+        ids = ids.cpu()
         labels = adapter.label(ids, None if mask is None else mask[:, -length:])
     elif isinstance(ids, Tensor):
         # A generated token may happen to be a placeholder: media are there only where their features are.
-        labels = _text(tokens, mask, length)
+        labels = _text(batch, mask, length)
     else:
         labels = adapter.label(tokens, mask)
     past = torch.ones(batch, seen, dtype=torch.bool, device=tokens.device)
     if mask is not None and mask.shape[1] == seen + length:
-        past = mask[:, :seen].bool()
+        past = mask[:, :seen].bool().to(tokens.device)
     prompt = length - candidates
-    stop = torch.full((batch,), prompt, device=tokens.device)
+    stop = torch.full((batch,), prompt)
     if when == "context":
         stop = adapter.context_length(labels, ids if isinstance(ids, Tensor) else None).clamp(max=prompt)
     types = inputs.get("mm_token_type_ids")
     if types is not None and types.shape[1] != seen + length:
         types = torch.cat([types.new_zeros(batch, seen), types[:, -length:]], dim=1)
-    return Turn(labels, past, stop, types)
+    return Turn(labels.to(tokens.device), past, stop, types)
 
 
 def embedded_turn(embedded: DecoderInputs) -> Turn:
     """The turn of tokens that were embedded before, all of it compressed."""
     labels = embedded.labels.labels
-    stop = torch.full((labels.shape[0],), labels.shape[1], device=labels.device)
+    stop = torch.full((labels.shape[0],), labels.shape[1])
     past = torch.zeros(labels.shape[0], 0, dtype=torch.bool, device=labels.device)
     return Turn(embedded.labels, past, stop, embedded.others.get("mm_token_type_ids"))
 
 
-def _text(tokens: Tensor, mask: Tensor | None, length: int) -> ModalityMap:
-    labels = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+def _text(batch: int, mask: Tensor | None, length: int) -> ModalityMap:
+    labels = torch.zeros(batch, length, dtype=torch.long)
     return ModalityMap(labels if mask is None else labels.masked_fill(mask[:, -length:] == 0, Modality.PADDING))
 
 

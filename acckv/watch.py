@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ class Watch:
 
     Args:
         labels: modality map ``[B, F]`` of the tokens that stay.
-        rows: bool ``[B, F]``, which of their rows a policy reads.
+        rows: bool ``[B, F]``, on the CPU: which of their rows a policy reads.
         past: bool ``[B, seen]``, which of the tokens seen before are no padding.
         probe: rows of the probe prompt after them.
     """
@@ -36,30 +37,40 @@ class Watch:
         """Tokens that stay, F."""
         return self.labels.labels.shape[1]
 
+    @cached_property
+    def _known_past(self) -> Tensor:
+        return self.past.cpu()
+
     def held_labels(self, layer: CompressedLayer, physical: int) -> Tensor:
-        """int64 ``[B, 1 or K, physical + F]``: modality of what the layer held before, then of the new tokens.
+        """int64 ``[B, 1 or K, physical + F]``, on the CPU: modality of what the layer held before, then of the new
+        tokens.
 
         Args:
             physical: entries that the layer held before this prefill.
         """
+        new = self.labels.host.labels[:, None].long()
+        if not physical:
+            return new
         tail = physical - layer.region
-        after = self.past[:, self.past.shape[1] - tail :].long() - 1  # 0 text, -1 padding
+        after = self._known_past[:, self.past.shape[1] - tail :].long() - 1  # 0 text, -1 padding
         after = after.masked_fill(after < 0, Modality.PADDING)[:, None]
-        new = self.labels.labels[:, None]
         if layer.labels is None:
             return torch.cat([after, new], dim=-1)
-        heads = layer.labels.shape[1]
-        held = layer.labels.to(new)
+        held = layer.labels.cpu().long()
+        if bool((held == held[:, :1]).all()):  # heads that came to hold the same are planned as one
+            held = held[:, :1]
+        heads = held.shape[1]
         return torch.cat([held, after.expand(-1, heads, -1), new.expand(-1, heads, -1)], dim=-1)
 
     def observe(self, real: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Observation:
         """The rows of the prompt that the policy reads.
 
         Args:
-            real: bool ``[B, N]`` of the entries held and new; keys and values may be longer by a probe prompt's.
+            real: bool ``[B, N]``, on the CPU, of the entries held and new; keys and values may be longer by a probe
+                prompt's.
         """
-        real, entries = real.to(key.device), real.shape[1]
-        positions = torch.arange(entries - self.width, entries, device=real.device).expand_as(self.rows)
+        entries = real.shape[1]
+        positions = torch.arange(entries - self.width, entries).expand_as(self.rows)
         seen = Observation(
             query[:, :, : self.width],
             key[:, :, :entries],
@@ -73,8 +84,8 @@ class Watch:
 
     def observe_probe(self, real: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Observation:
         """The rows of the probe prompt."""
-        real, entries = real.to(key.device), real.shape[1]
-        steps = torch.arange(entries, entries + self.probe, device=real.device)
+        entries = real.shape[1]
+        steps = torch.arange(entries, entries + self.probe)
         positions = steps.expand(real.shape[0], -1)
         return Observation(
             query[:, :, self.width :],
@@ -118,7 +129,7 @@ class Recorder:
 
     def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
         if layer.owner and layer.slot is not None:
-            real = self.watch.labels.real
+            real = self.watch.labels.host.real
             self.observations.append(self.watch.observe(real, query, key, value, scaling))
             if self.watch.probe:
                 self.probes.append(self.watch.observe_probe(real, query, key, value, scaling))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,52 @@ class LayerWeights:
     merge_gain: Tensor
     alignment_weight: Tensor
     alignment_threshold: Tensor
+
+    @cached_property
+    def _made(self) -> dict[tuple[Any, ...], Tensor]:
+        return {}
+
+    def signal_weights(self, names: tuple[str, ...], base: str, share_heads: bool) -> Tensor:
+        """``[S, K or 1, 2]``: the weight of each signal in the score of each head and modality.
+
+        Args:
+            base: the signal that the preset reads alone; share_heads: the mean over heads.
+        """
+        key = (*names, base, share_heads)
+        if key not in self._made:
+            gain = self.modality_gain.exp()
+            gain = gain.mean(0, keepdim=True) if share_heads else gain
+            mixed = [self.signal_mix[SIGNALS.index(name)].expand_as(gain) for name in names]
+            self._made[key] = torch.stack(
+                [gain + mix if name == base else mix for name, mix in zip(names, mixed, strict=True)]
+            )
+        return self._made[key]
+
+    @cached_property
+    def saliency_weight(self) -> Tensor:
+        """Of the saliency in the score, a number."""
+        return 1 + self.signal_mix[SIGNALS.index("saliency")]
+
+    def scaled_probes(self, scaling: float) -> Tensor:
+        """``[Hq, P, D]``: the probe queries times the scaling of attention."""
+        if (scaling,) not in self._made:
+            self._made[scaling,] = self.probe_queries * scaling
+        return self._made[scaling,]
+
+    @cached_property
+    def least_square(self) -> Tensor:
+        """``[1, 1, 1]``: least squared length of (key, value)."""
+        return torch.full((1, 1, 1), 1e-6 * self.saliency.shape[-1], device=self.saliency.device)
+
+    @cached_property
+    def by_entry(self) -> Tensor:
+        """``[K, 2 * D, 2]``: the linear scorers of (key, value) over their length, one column a modality."""
+        return self.saliency.permute(1, 2, 0) * math.sqrt(self.saliency.shape[-1])
+
+    @cached_property
+    def by_place(self) -> Tensor:
+        """``[K, 8]``: weights of :attr:`ModalityMap.placed`."""
+        return torch.cat([self.saliency_place, self.saliency_bias[..., None]], dim=-1).transpose(0, 1).flatten(1)
 
 
 class CalibratedWeights(nn.Module):
@@ -95,7 +143,7 @@ class CalibratedWeights(nn.Module):
         self.alignment_weight = zeros(layers)
         self.alignment_threshold = zeros(layers)
         self._copies: dict[tuple[int, torch.device], LayerWeights] = {}
-        self._copies_of = -1
+        self._copies_of: tuple[int, torch.device] | None = None
 
     def head(self, index: int) -> CalibratedWeights:
         """The weights of one KV head, as those of a model without another; a copy without gradients."""
@@ -136,25 +184,28 @@ class CalibratedWeights(nn.Module):
         """
         weights = self.layer(layer, keys.device)
         keys, values = keys.float(), values.float()
-        squares = torch.linalg.vector_norm(keys, dim=-1).square() + torch.linalg.vector_norm(values, dim=-1).square()
-        size = (squares / (keys.shape[-1] + values.shape[-1]) + 1e-6).rsqrt()
+        batch, _, _, key_size = keys.shape
+        of_key, of_value = torch.linalg.vector_norm(keys, dim=-1), torch.linalg.vector_norm(values, dim=-1)
+        squares = torch.addcmul(torch.addcmul(weights.least_square, of_key, of_key), of_value, of_value)
+        size = squares.rsqrt()  # the weights hold the square root of how many numbers there are
         # (key, value) side by side would be a copy of both.
-        by_key, by_value = weights.saliency.permute(1, 2, 0).split([keys.shape[-1], values.shape[-1]], dim=1)
-        score = (keys @ by_key + values @ by_value).permute(0, 3, 1, 2) * size[:, None]
-        score = score + weights.saliency_bias[None, :, :, None]
-        score = score + torch.einsum("bnf,mkf->bmkn", labels.segment_places, weights.saliency_place.float())
-        return (score * labels.by_modality[:, :, None].to(score.dtype)).sum(dim=1)
+        by_key, by_value = (
+            weights.by_entry.expand(batch, -1, -1, -1).flatten(0, 1).split([key_size, values.shape[-1]], 1)
+        )
+        linear = torch.baddbmm(keys.flatten(0, 1) @ by_key, values.flatten(0, 1), by_value).unflatten(0, (batch, -1))
+        linear = (linear * labels.masks.transpose(1, 2)[:, None]).sum(-1)
+        return torch.addcmul(weights.by_place @ labels.placed, linear, size)
 
     def layer(self, index: int, device: torch.device) -> LayerWeights:
         """The weights of one layer where that layer is.
 
-        Weights that are trained are views, so that gradients reach them. Copies of weights that no longer change are
-        made once for each device.
+        Weights that are trained are views, so that gradients reach them. Of weights that no longer change, copies and
+        what is made of them are kept for each device.
         """
         parameters = list(self.parameters())
-        if parameters[0].device == device or any(parameter.requires_grad for parameter in parameters):
+        if any(parameter.requires_grad for parameter in parameters):
             return self._cut(index, device)
-        changes = sum(parameter._version for parameter in parameters)
+        changes = sum(parameter._version for parameter in parameters), parameters[0].device
         if self._copies_of != changes:
             self._copies, self._copies_of = {}, changes
         if (index, device) not in self._copies:

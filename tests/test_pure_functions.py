@@ -13,7 +13,7 @@ from torch import Tensor
 from acckv.cross_calibration import alignment, integrate, rebalance
 from acckv.focusing import allocate, focus, round_exactly, share_out, split_layer, total_budget, water_fill
 from acckv.modality import ModalityMap, label_tokens
-from acckv.scoring import Observation, heavy_hitter_score, key_diversity, redundancy, standardise
+from acckv.scoring import Observation, heavy_hitter_score, inverse_norm, key_diversity, redundancy, standardise
 from acckv.selection import hard_gates, soft_log_gates
 
 SEEDS = st.integers(0, 10_000)
@@ -90,7 +90,7 @@ def test_redistribution_undoes_the_triangle() -> None:
 @settings(max_examples=10, deadline=None)
 def test_key_diversity(seed: int) -> None:
     seen = observation(seed)
-    score = key_diversity(seen.keys, seen.real)
+    score = key_diversity(seen.keys, seen.key_scale, seen.real)
     for b in range(2):
         for k in range(2):
             keys = seen.keys[b, k]
@@ -102,8 +102,8 @@ def test_key_diversity(seed: int) -> None:
 
 def test_standardise_keeps_the_order_in_each_modality() -> None:
     score = torch.tensor([[[5.0, 1.0, 3.0, 100.0, 300.0, 7.0]]])
-    members = torch.tensor([[[True, True, True, False, False, False], [False, False, False, True, True, False]]])
-    result = standardise(score, members)[0, 0]
+    labels = ModalityMap(torch.tensor([[1, 1, 1, 2, 2, 0]]))
+    result = standardise(score, labels)[0, 0]
     assert result[:3].tolist() == pytest.approx([1.2247, -1.2247, 0.0], abs=1e-3)
     assert result[3:5].tolist() == pytest.approx([-1.0, 1.0], abs=1e-3)
     assert result[5] == 0
@@ -231,7 +231,7 @@ def test_alignment_is_the_mean_cosine_to_the_kept() -> None:
     torch.manual_seed(0)
     keys = torch.randn(1, 1, 5, 4)
     kept = torch.tensor([[[1.0, 0, 1.0, 0, 0]]])
-    found = alignment(keys, kept)[0, 0]
+    found = alignment(keys, inverse_norm(keys), kept, kept.sum(-1))[0, 0]
     for j in range(5):
         slow = sum(float(torch.cosine_similarity(keys[0, 0, j], keys[0, 0, i], dim=0)) for i in (0, 2)) / 2
         assert float(found[j]) == pytest.approx(slow, abs=1e-5)
@@ -266,8 +266,7 @@ def test_redundancy(seed: int, heads: int, entries: int) -> None:
     labels = torch.randint(0, 4, (2, entries), generator=generator)
     score = torch.randn(2, heads, entries, generator=generator)
     values = torch.randn(2, 2, entries, 5, generator=generator)
-    members = ModalityMap(labels).by_modality
-    found = redundancy(score, values, members, width, softness)
+    found = redundancy(score, values, ModalityMap(labels), width, softness)
     for b in range(2):
         for k in range(heads):
             vectors = values[b].transpose(0, 1).flatten(1) if heads == 1 else values[b, k]
@@ -287,12 +286,12 @@ def test_redundancy(seed: int, heads: int, entries: int) -> None:
 
 def test_redundancy_leaves_one_of_each_event() -> None:
     """Two events of three alike entries each: the second best entries of the better event fall behind the other one."""
-    members = torch.tensor([[[True] * 6, [False] * 6]])
+    labels = ModalityMap(torch.ones(1, 6, dtype=torch.long))
     values = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 3)[None, None]
     score = torch.tensor([[[2.0, 1.9, 1.8, 1.0, 0.9, 0.8]]])
-    assert hard_gates(score, members[:, :1], torch.tensor([[2]])).tolist() == [[[1, 1, 0, 0, 0, 0]]]
-    less = score - 2 * redundancy(score, values, members, width=4, softness=0.01)
-    assert hard_gates(less, members[:, :1], torch.tensor([[2]])).tolist() == [[[1, 0, 0, 1, 0, 0]]]
+    assert hard_gates(score, labels.media, torch.tensor([[2]])).tolist() == [[[1, 1, 0, 0, 0, 0]]]
+    less = score - 2 * redundancy(score, values, labels, width=4, softness=0.01)
+    assert hard_gates(less, labels.media, torch.tensor([[2]])).tolist() == [[[1, 0, 0, 1, 0, 0]]]
 
 
 @given(st.lists(st.sampled_from("tva"), min_size=1, max_size=12), st.integers(0, 3))

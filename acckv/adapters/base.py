@@ -185,12 +185,12 @@ class ModelAdapter:
         return ()
 
     def context_length(self, labels: ModalityMap, input_ids: Tensor | None) -> Tensor:
-        """int64 ``[batch]``: index after the media and the special tokens that close it."""
+        """int64 ``[batch]``, on the CPU: index after the media and the special tokens that close it."""
         end = labels.media_end()
         if input_ids is None or not self.closing_tokens:
             return end
-        closing = torch.tensor(self.closing_tokens, device=input_ids.device, dtype=input_ids.dtype)
-        length = input_ids.shape[1]
+        input_ids, length = input_ids.cpu(), input_ids.shape[1]
+        closing = torch.tensor(self.closing_tokens, dtype=input_ids.dtype)
         for _ in range(2):  # sound inside a video closes twice
             following = input_ids.gather(1, end.clamp(max=length - 1)[:, None])[:, 0]
             end = end + ((end > 0) & (end < length) & torch.isin(following, closing)).long()

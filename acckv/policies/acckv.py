@@ -10,8 +10,8 @@ from acckv.focusing import focus
 from acckv.modality import ModalityMap
 from acckv.pipeline import LayerScore
 from acckv.policies.base import Policy, Rows
-from acckv.scoring import Observation, heavy_hitter_score, key_diversity, redundancy, standardise
-from acckv.weights import SIGNALS, CalibratedWeights, LayerWeights
+from acckv.scoring import Observation, heavy_hitter_score, key_diversity, redundancy, standardise, standardised_sum
+from acckv.weights import CalibratedWeights, LayerWeights
 
 
 class AccKV(Policy):
@@ -31,30 +31,24 @@ class AccKV(Policy):
         return "text" if self.config.observes_attention else "none"
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
-        members, learned = labels.by_modality, self.weights
+        learned = self.weights
         weights = None if learned is None else learned.layer(layer, observation.keys.device)
         signals = self._signals(weights, observation, labels)
         shares = self._measured_shares(signals, labels)
-        base = signals[self.config.signal]
         if weights is None or learned is None:
-            return LayerScore(standardise(self.shared(base), members), shares)
+            return LayerScore(standardise(self.shared(signals[self.config.signal]), labels), shares)
 
-        gain = torch.einsum("km,bmn->bkn", weights.modality_gain.exp(), members.to(base.dtype))
-        mix = weights.signal_mix
-        measured = {name: standardise(self.shared(signal), members) for name, signal in signals.items()}
-        score = self.shared(gain) * measured[self.config.signal]
-        for index, name in enumerate(SIGNALS[:3]):
-            if name in measured:
-                score = score + mix[index] * measured[name]
+        heard = weights.signal_weights(tuple(signals), self.config.signal, self.config.share_heads)
+        score = standardised_sum([self.shared(signal) for signal in signals.values()], heard, labels)
         saliency = learned.saliency_score(layer, observation.keys, observation.values, labels)
         # One selection for all heads sees all heads: a sum, so that the scorer is linear in the whole (key, value).
         saliency = saliency.sum(dim=1, keepdim=True) if self.config.share_heads else saliency
         # Never less than unit deviation: training would else meet the gates' temperature by scores that grow flat.
-        score = standardise(score + (1 + mix[3]) * saliency, members, widest=1.0)
+        score = standardise(torch.addcmul(score, saliency, weights.saliency_weight), labels, widest=1.0)
         if self.config.neighbours:
-            held = redundancy(score, observation.values, members, self.config.neighbours)
-            loss = torch.einsum("m,bmn->bn", weights.redundancy, members.to(score.dtype))[:, None] * held
-            score = standardise(score - loss, members, widest=1.0)
+            held = redundancy(score, observation.values, labels, self.config.neighbours)
+            price = (weights.redundancy @ labels.masks)[:, None]
+            score = standardise(torch.addcmul(score, price, held, value=-1), labels, widest=1.0)
         return LayerScore(score, shares)
 
     def _signals(
@@ -68,23 +62,26 @@ class AccKV(Policy):
                 gamma = gamma + weights.redistribution
             signals["attention"] = heavy_hitter_score(observation, gamma)
         if weights is not None or self.config.signal == "key_diversity":
-            signals["key_diversity"] = key_diversity(observation.keys, labels.real)
+            real = labels.real if labels.is_padded else None
+            signals["key_diversity"] = key_diversity(observation.keys, observation.key_scale, real)
         if weights is not None and weights.probe_queries.shape[1]:
-            signals["probe"] = _probe_attention(weights.probe_queries, observation)
+            signals["probe"] = _probe_attention(weights.scaled_probes(observation.scaling), observation)
         return signals
 
     def _measured_shares(self, signals: dict[str, Tensor], labels: ModalityMap) -> Tensor:
         if self.config.focusing:
             return focus(signals["attention"], labels.by_modality)
-        counts = labels.counts().float()
+        counts = labels.counts().float()  # known on the CPU, where budgets are made
         return counts / counts.sum(-1, keepdim=True).clamp_min(1)
 
 
 def _probe_attention(queries: Tensor, observation: Observation) -> Tensor:
-    """Attention of learned queries ``[Hq, P, D]`` to every entry, as the rows of a probe prompt would give it."""
+    """Attention of learned queries ``[Hq, P, D]``, scaled, to every entry, as rows of a probe prompt would give it."""
     keys = observation.keys
     groups = queries.shape[0] // keys.shape[1]
     by_head = queries.reshape(keys.shape[1], -1, keys.shape[-1]).to(keys.dtype)
-    logits = (by_head @ keys.transpose(-1, -2)).float() * observation.scaling
-    hidden = ~observation.real[:, None, None]
-    return logits.masked_fill(hidden, torch.finfo(logits.dtype).min).softmax(-1).sum(2) / groups
+    logits = by_head @ keys.transpose(-1, -2)
+    if not bool(observation.real.all()):
+        hidden = ~observation.real[:, None, None].to(logits.device)
+        logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
+    return logits.softmax(-1, dtype=torch.float32).sum(2) / groups

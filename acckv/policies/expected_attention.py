@@ -33,15 +33,15 @@ class ExpectedAttention(Policy):
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
         keys, scaling = observation.keys.float(), observation.scaling
         place = observation.real.cumsum(-1)
+        counted = (observation.real & (place > SINKS))[:, None, None].to(keys.device)
         mean, covariance = _future_queries(observation, place)
         logits = scaling * torch.einsum("bkgd,bknd->bkgn", mean, keys)
         for head in range(mean.shape[2]):  # one query head at a time: memory is entries x head size
             spread = ((keys @ covariance[:, :, head]) * keys).sum(-1)
             logits[:, :, head] += scaling**2 / 2 * spread
-        counted = (observation.real & (place > SINKS))[:, None, None]
         expected = logits.masked_fill(~counted, torch.finfo(logits.dtype).min).softmax(dim=-1).mean(dim=2)
         score = expected * observation.values.float().norm(dim=-1)
-        sinks = (observation.real & (place <= SINKS))[:, None]
+        sinks = (observation.real & (place <= SINKS))[:, None].to(keys.device)
         return LayerScore(self.shared(torch.where(sinks, score.amax(-1, keepdim=True) + 1, score)), None)
 
 
@@ -53,11 +53,11 @@ def _future_queries(observation: Observation, place: Tensor) -> tuple[Tensor, Te
     layout = rotation.layout
     batch, _, rows, size = observation.queries.shape
     kv_heads = observation.keys.shape[1]
-    at = observation.row_positions[..., None].expand(-1, -1, size)
+    at = observation.row_positions.to(rotation.cos.device)[..., None].expand(-1, -1, size)
     cos, sin = (part.gather(1, at)[:, None] for part in (rotation.cos, rotation.sin))
     queries = unrotate(observation.queries.float(), cos, sin, layout).view(batch, kv_heads, -1, rows, size)
     counted = observation.row_valid & (place.gather(1, observation.row_positions) > SINKS)
-    weight = (counted / counted.sum(-1, keepdim=True).clamp_min(1))[:, None, None, :, None]
+    weight = (counted / counted.sum(-1, keepdim=True).clamp_min(1)).to(queries.device)[:, None, None, :, None]
     mean = (queries * weight).sum(dim=3)
     centred = (queries - mean[:, :, :, None]) * weight.sqrt()
     covariance = centred.transpose(-1, -2) @ centred

@@ -14,4 +14,5 @@ class KeyDiff(Policy):
     name = "keydiff"
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
-        return LayerScore(self.shared(key_diversity(observation.keys, labels.real)), None)
+        real = labels.real if labels.is_padded else None
+        return LayerScore(self.shared(key_diversity(observation.keys, observation.key_scale, real)), None)

@@ -37,6 +37,6 @@ class KVzip(Policy):
         heads = ranked.shape[2]
         ranked = ranked.masked_fill(~labels.media[:, None, None], -torch.inf).flatten(1)
         order = ranked.argsort(dim=-1, descending=True, stable=True)
-        kept = torch.arange(order.shape[1], device=order.device) < heads * total[:, None]
+        kept = torch.arange(order.shape[1], device=order.device) < heads * total[:, None].to(order.device)
         among = torch.zeros_like(ranked).scatter_(1, order, kept.to(ranked.dtype))
         return among.view(len(total), len(scores), -1).sum(-1)
