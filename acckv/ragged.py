@@ -35,7 +35,7 @@ class DecoderInputs:
 
     @property
     def next_position(self) -> Tensor:
-        """int64 ``[batch, 1]``: where text after these tokens goes on."""
+        """``[batch, 1]``: where text after these tokens goes on."""
         return next_position(self.position_ids)
 
     def to(self, device: torch.device) -> DecoderInputs:
@@ -81,7 +81,8 @@ class DecoderInputs:
 
 
 def next_position(position_ids: Tensor) -> Tensor:
-    """Where text goes on after tokens at `position_ids` ``[..., batch, tokens]``: int64 ``[batch, 1]``."""
+    """Where text goes on after tokens at `position_ids` ``[..., batch, tokens]``: ``[batch, 1]``, whole or not as they
+    are."""
     last = rope_positions(position_ids[..., -1:])
     return (last.amax(dim=0) if last.ndim == 3 else last) + 1
 

@@ -90,6 +90,7 @@ def moved_positions(position_ids: Tensor, columns: Tensor, start: Tensor) -> Ten
     """Position ids of a window, moved as a block so that the lowest is `start` ``[B, 1]``."""
     taken = take(rope_positions(position_ids), columns, -1)
     missing = (columns < 0).to(taken.device)
-    lowest = taken.masked_fill(missing, torch.iinfo(taken.dtype).max).amin(-1, keepdim=True)
+    beyond = taken.amax() + 1  # positions of some models are no whole numbers
+    lowest = torch.where(missing, beyond, taken).amin(-1, keepdim=True)
     lowest = lowest.amin(0) if lowest.ndim == 3 else lowest
     return (taken + (start - lowest)).masked_fill(missing, 0)

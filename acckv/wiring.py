@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from acckv.adapters.base import ModelAdapter
-from acckv.cache import compressed_layers
+from acckv.cache import CompressedCache, compressed_layers
 from acckv.config import When
+from acckv.continuation import positions_after
 from acckv.errors import InputError
 from acckv.patching import patch_method
 from acckv.ragged import packed
@@ -49,6 +50,7 @@ class Wiring:
         self._expected = False
         self._given: Tensor | None = None
         self._prompt_length: int | None = None
+        self._counts_positions = False
         self._stack = ExitStack()
 
     def __enter__(self) -> Wiring:
@@ -90,13 +92,15 @@ class Wiring:
                     "was taken from a session that is closed by now; join its threads first", field="generate"
                 )
             self._check_whole({**kwargs, "modality_ids": modality_ids})
-            before = self._given, self._prompt_length
+            before = self._given, self._prompt_length, self._counts_positions
             self._given, self.reached = modality_ids, False
+            # What generate counts by itself are the positions of text, whatever the cache holds.
+            self._counts_positions = kwargs.get("position_ids") is None
             self._prompt_length = whole.shape[1] if isinstance(whole, Tensor) else None
             try:
                 output = original(*args, **kwargs)
             finally:
-                self._given, self._prompt_length = before
+                self._given, self._prompt_length, self._counts_positions = before
             if not self.reached and self.compresses():
                 raise InputError(
                     "generated without its decoder's own forward, so that nothing was compressed; replace no part of "
@@ -148,6 +152,12 @@ class Wiring:
         if cache is None:
             return args, kwargs
         seen, length = cache.get_seq_length(), tokens.shape[1]
+        if not length:
+            raise InputError(
+                f"brings no token after the {seen} that the cache has seen: give the ids of the whole conversation, or "
+                "the new ones with an attention_mask of its whole length",
+                field="input_ids",
+            )
         candidates = 0
         if self._prompt_length is not None:
             candidates = max(seen + length - self._prompt_length, 0) % length
@@ -157,6 +167,8 @@ class Wiring:
             raise InputError("cannot be given for assisted decoding; use plain generation", field="modality_ids")
         if length > 1 or modality_ids is not None:
             self._turn = _read_eagerly(self.adapter, inputs, self.when, modality_ids, seen, candidates)
+        if isinstance(cache, CompressedCache) and (self._counts_positions or kwargs.get("position_ids") is None):
+            kwargs["position_ids"] = positions_after(self.adapter, cache, inputs, tokens, self._turn)
         mask = kwargs.get("attention_mask")
         if self.adapter.has_windows and compressed_layers(cache) and isinstance(mask, Tensor) and mask.ndim == 2:
             # Sliding windows count columns: gaps inside rows were closed when they came.

@@ -35,5 +35,8 @@ class Qwen25OmniAdapter(ModelAdapter):
             lengths,
             inputs.get("video_second_per_grid"),
         )
-        # get_rope_index gives floats or integers, depending on the media.
-        return positions.long() + start
+        return self.as_read(positions) + start
+
+    def as_read(self, positions: Tensor) -> Tensor:
+        """Positions of get_rope_index as the decoder reads them: whole, though given as floats with some media."""
+        return positions.long()

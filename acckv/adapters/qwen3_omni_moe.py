@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from acckv.adapters.deepstack import Deepstack
 from acckv.adapters.qwen2_5_omni import Qwen25OmniAdapter
 
@@ -10,3 +12,7 @@ class Qwen3OmniMoeAdapter(Deepstack, Qwen25OmniAdapter):
     """The thinker, ``Qwen3OmniMoeThinkerForConditionalGeneration``."""
 
     model_types = ("qwen3_omni_moe_thinker",)
+
+    def as_read(self, positions: Tensor) -> Tensor:
+        """As they are: frames that are no whole number of positions apart stay so."""
+        return positions
