@@ -35,6 +35,7 @@ from lightning_modules.stages import TIGHT_REACH, Stages
 from lightning_modules.step_mean import StepMean
 from lightning_modules.teacher_targets import TeacherTargets, outputs_at
 from lightning_modules.trainer_checks import check_trainer
+from lightning_modules.training_progress import calibration_bar
 
 #: Linear layers that LoRA adapts; a mixture of experts has only the first four by name.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -199,7 +200,7 @@ class CalibrationModule(CalibrationState):
 
     def configure_callbacks(self) -> list[Callback]:
         check_trainer(self.trainer)  # here, since nothing is prepared or loaded yet
-        return [StopBetweenSteps()]
+        return [StopBetweenSteps(), *calibration_bar(self.trainer)]
 
     def teardown(self, stage: str) -> None:
         if self.session is not None:
@@ -257,7 +258,6 @@ class CalibrationModule(CalibrationState):
         kept = [plan.log_gates.detach().exp().mean() for plan in done.plans or []]
         share = torch.stack(kept).mean() if kept else done.kl.new_ones(())
         self.log_dict({"train/ratio": ratio, "train/temperature": temperature, "train/kept": share})
-        self.log("kept", share, prog_bar=True, logger=False)
         # Weights that nothing reads (of a modality that is not there, of a step that the preset leaves out) get zeros
         # as gradients: DDP waits for one from each.
         unread = cast(Tensor, sum(0.0 * weight.sum() for weight in self.weights.parameters()))
@@ -267,7 +267,7 @@ class CalibrationModule(CalibrationState):
         self.trained_steps += 1
         means = self.step_mean.finish(self)
         self.last_step = {**means, "ratio": self._ratio}
-        self.log_dict(means, prog_bar=True, on_step=True, on_epoch=False)
+        self.log_dict(means, on_step=True, on_epoch=False)  # Lightning would read each `prog_bar` value at every step
 
     def validation_step(self, batch: CalibrationBatch, batch_idx: int) -> None:
         for ratio in self.options.validation_ratios:

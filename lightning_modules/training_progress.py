@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from typing import Any
+import time
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 
 from acckv.progress import EVERY, Progress
 
@@ -81,6 +84,27 @@ class TrainingProgress(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         while self._tasks:
             self._end(ended_well=False)
+
+
+class CalibrationBar(RichProgressBar):
+    """Lightning's bar with what the last step came to, which is read from the device at most once a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._read: dict[str, float] = {}
+        self._read_at = -math.inf
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        now, last_step = time.monotonic(), cast(Any, pl_module).last_step
+        if now - self._read_at >= 1:
+            self._read, self._read_at = {name: float(value) for name, value in last_step.items()}, now
+        return {**super().get_metrics(trainer, pl_module), **self._read}
+
+
+def calibration_bar(trainer: Trainer) -> list[Callback]:
+    """What takes the place of Lightning's own bar, where a trainer has that."""
+    bar = trainer.progress_bar_callback  # type: ignore[attr-defined]
+    return [CalibrationBar()] if type(bar) is RichProgressBar else []
 
 
 def _state(module: Any) -> str:

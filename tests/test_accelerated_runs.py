@@ -5,11 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,9 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from acckv.adapters import load_model
 from acckv.data.clips import write_clips
 from acckv.report.results import Results
+from lightning_modules.calibration import CalibrationModule
 from lightning_modules.cli import main
+from lightning_modules.datamodule import AVDataModule
 from lightning_modules.evaluation_data import EvaluationData
 from lightning_modules.evaluation_run import EvaluationOptions, run_evaluation
+from lightning_modules.training_progress import CalibrationBar
+from tests.support.simulated_accelerator import SimulatedAccelerator
 from tests.support.simulated_training import simulated_training
 from tests.test_training import calibrated
 
@@ -116,6 +125,45 @@ def test_train(variant: str, clips: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for (name, one), (same, other) in zip(measured(found), measured(expected), strict=True):
         assert name == same and one == pytest.approx(other, rel=close, abs=1e-4), name
     assert learned(found).keys() == learned(expected).keys()
+
+
+class SyncsByStep(Callback):
+    """Host synchronisations between the begin of each step and that of the next."""
+
+    def __init__(self, accelerator: SimulatedAccelerator) -> None:
+        self.accelerator, self.seen = accelerator, []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.seen.append(self.accelerator.syncs.copy())
+
+    def steps(self) -> list[Counter[str]]:
+        return [after - before for before, after in pairwise(self.seen)]
+
+
+def test_no_step_waits_for_the_device_to_log(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing reads a number between the steps that are logged but a bar, once a second."""
+    data = AVDataModule(train_clips=2, validation_clips=1, batch_size=2, turns=1, cache_dir=str(clips))
+    module = CalibrationModule(lora_targets=("q_proj",), probe_queries=0)
+    with simulated_training(monkeypatch, "/lightning") as accelerator:
+        monkeypatch.setattr("lightning_modules.training_progress.time.monotonic", lambda: 0.0)
+        counted = SyncsByStep(accelerator)
+        Trainer(
+            accelerator="sim",
+            devices=1,
+            max_steps=4,
+            limit_val_batches=0,
+            logger=CSVLogger(tmp_path),
+            log_every_n_steps=100,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            callbacks=[counted],
+            use_distributed_sampler=False,
+        ).fit(module, data)
+    assert isinstance(module.trainer.progress_bar_callback, CalibrationBar)
+    assert float(module.last_step["loss"]) > 0
+    assert len(counted.steps()) == 3
+    assert not counted.steps()[1] and not counted.steps()[2]
 
 
 def evaluated(accelerator: str, questions: Path, export: Path, output: Path) -> Results:
