@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lightning import Callback
 
 from acckv import InputError, KVCompressor
 from lightning_modules.calibration import CalibrationModule
-from lightning_modules.resume import CONFIG_FILE, find_checkpoint, read_checkpoint
+from lightning_modules.resume import CONFIG_FILE, TRAINING, check_fixed, find_checkpoint, read_checkpoint
 from tests.test_calibration import fit, trained
 from tests.test_configs import door
 
@@ -146,9 +147,6 @@ def test_given_options_hold_and_others_are_the_checkpoints(
             ("--model.lora_rank=8",),
             "model.lora_rank: is 8, and the checkpoint was trained with 2; leave the option out",
         ),
-        (("--model.preset=paper",), "model.preset: is 'paper', and the checkpoint was trained with 'context'"),
-        (("--model.learn=[budgets]",), "model.learn: is ['budgets'], and the checkpoint was trained with"),
-        (("--model.lora_targets=[v_proj]",), "model.lora_targets: is ['v_proj'], and"),
         (("--ckpt_path=nowhere.ckpt",), "nowhere.ckpt: ckpt_path: no such checkpoint"),
         (("--ckpt_path=README.md",), "README.md: ckpt_path: is damaged, or no checkpoint of train.py"),
         (("--ckpt_path=best",), "ckpt_path: is 'best', and the run monitored nothing"),
@@ -166,6 +164,32 @@ def test_what_contradicts_a_checkpoint_is_refused_in_one_line(
     assert door(monkeypatch, "train.py", "fit", "--config", run / CONFIG_FILE, *last, *options) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and message in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("preset", "paper", "model.preset: is 'paper', and the checkpoint was trained with 'context'"),
+        ("learn", ("budgets",), "model.learn: is ['budgets'], and the checkpoint was trained with ['budgets', 'gains'"),
+        (
+            "lora_targets",
+            ["v_proj"],
+            "model.lora_targets: is ['v_proj'], and the checkpoint was trained with ['q_proj'",
+        ),
+        ("lora_alpha", 3.0, "model.lora_alpha: is 3.0, and the checkpoint was trained with None"),
+        ("ratio_min", 0.05, "model.ratio_min: is 0.05, and the checkpoint was trained with 0.02"),
+    ],
+)
+def test_options_that_were_trained_under_are_fixed(name: str, value: Any, message: str) -> None:
+    saved = dict(CalibrationModule().hparams)
+    for settled, fixed in ((None, name != "ratio_min"), (2, True)):
+        checkpoint = {"hyper_parameters": saved, TRAINING: {"settled_at": settled}}
+        check_fixed({**saved, "lora_alpha": 32.0, "lr_lora": 1.0, "overrides": {}}, checkpoint)  # all the same
+        if fixed:
+            with pytest.raises(InputError, match=re.escape(message)):
+                check_fixed({**saved, name: value}, checkpoint)
+        else:
+            check_fixed({**saved, name: value}, checkpoint)
 
 
 def test_the_module_refuses_another_checkpoint_too(run: Path, cache: Path, tmp_path: Path) -> None:

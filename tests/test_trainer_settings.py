@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from lightning import Trainer
 from acckv import InputError, KVCompressor
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.datamodule import AVDataModule
+from lightning_modules.trainer_checks import check_trainer, freeze_precision
 from tests.test_configs import door
 
 
@@ -52,17 +54,7 @@ def test_half_precision_is_that_of_the_frozen_model(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            ("--trainer.precision=bf16-true", "--model.dtype=float16"),
-            "is bf16-true, and model.dtype is float16; give one",
-        ),
         (("--trainer.precision=64-true",), "trainer.precision: is 64-true; take 32-true, "),
-        (
-            ("--trainer.limit_train_batches=1",),
-            "trainer.limit_train_batches: would end the training before its schedule",
-        ),
-        (("--trainer.overfit_batches=1",), "trainer.overfit_batches: would end the training before its schedule"),
-        (("--trainer.max_time=00:00:00:00",), "no step was trained; raise trainer.max_steps"),
         (("--trainer.max_steps=0",), "no step was trained; raise trainer.max_steps"),
     ],
 )
@@ -79,6 +71,39 @@ def test_settings_that_would_train_otherwise_than_asked_are_refused(
     assert not (tmp_path / "export").exists()
 
 
+def test_one_half_precision_is_given() -> None:
+    def config() -> Any:
+        part = SimpleNamespace
+        return part(trainer=part(precision="bf16-true"), model=part(dtype="float16"), data=part(dtype="float16"))
+
+    with pytest.raises(InputError, match=r"is bf16-true, and model\.dtype is float16; give one"):
+        freeze_precision(config(), {"dtype"})
+    taken = config()
+    with pytest.warns(UserWarning, match="the frozen model is in bfloat16"):
+        freeze_precision(taken, set())
+    assert (taken.trainer.precision, taken.model.dtype, taken.data.dtype) == ("32-true", "bfloat16", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"overfit_batches": 1}, "overfit_batches"),
+        ({"overfit_batches": 0.5}, "overfit_batches"),
+        ({"limit_train_batches": 1}, "limit_train_batches"),
+        ({"limit_train_batches": 0.5}, "limit_train_batches"),
+        ({"limit_train_batches": 1.0}, None),
+        ({"fast_dev_run": 2}, None),
+    ],
+)
+def test_an_epoch_is_a_whole_one(settings: dict[str, Any], refused: str | None, tmp_path: Path) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, **settings)
+    if refused is None:
+        check_trainer(trainer)
+    else:
+        with pytest.raises(InputError, match=rf"trainer\.{refused}: would end the training before its schedule does"):
+            check_trainer(trainer)
+
+
 def test_a_module_in_a_trainer_of_half_precision_is_refused(cache: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     trainer = Trainer(precision="bf16-true", max_steps=2, default_root_dir=tmp_path, **settings)
@@ -86,6 +111,7 @@ def test_a_module_in_a_trainer_of_half_precision_is_refused(cache: Path, tmp_pat
         trainer.fit(CalibrationModule(), AVDataModule(cache_dir=str(cache)))
 
 
+@pytest.mark.slow
 def test_other_habits(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No logger, accumulated batches and a callback that may stop early; and a dry run, which leaves nothing."""
     assert door(monkeypatch, *command(cache, tmp_path / "dry", "--trainer.fast_dev_run=true")) == 0
