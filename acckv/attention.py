@@ -8,6 +8,7 @@ transformers does not know gets no mask.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from acckv.adapters.base import AttentionLayer
+from acckv.adapters.base import AttentionLayer, ModelAdapter
 from acckv.cache_layer import CompressedLayer
 
 #: (original, layer index, module, query, key, value, attention_mask, **kwargs) -> (output, weights)
@@ -102,6 +103,31 @@ def _restore(implementation: str, entry: _Entry) -> None:
         del ALL_ATTENTION_FUNCTIONS[implementation]
     else:
         ALL_ATTENTION_FUNCTIONS[implementation] = entry.before
+
+
+@contextmanager
+def attention_of_masks(adapter: ModelAdapter) -> Iterator[None]:
+    """Run the decoder with attention whose masks can be cut to a compressed layer while the context is open.
+
+    Flash attention and its like read no mask for each layer; with a warning, SDPA takes their place, or whatever the
+    decoder has. The towers keep theirs.
+    """
+    config, before = adapter.decoder.config, adapter.attention_implementation
+    if before in adapter.attention_implementations:
+        yield
+        return
+    has = {"sdpa": getattr(adapter.decoder, "_supports_sdpa", False), "eager": True}
+    instead = next(name for name in adapter.attention_implementations if has[name])
+    warnings.warn(
+        f"attention {before!r} has no mask that could be cut to a compressed layer: the decoder runs with {instead!r} "
+        "until the session is closed",
+        stacklevel=4,
+    )
+    config._attn_implementation_internal = instead
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
 
 
 class Tap(local):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from acckv.adapters import find_adapter
-from acckv.attention import shadow_attention
+from acckv.attention import attention_of_masks, shadow_attention
 from acckv.cache import CompressedCache, branch_layers, compressed_layers, fresh_cache
 from acckv.compressor import KVCompressor
 from acckv.errors import InputError
@@ -86,6 +86,7 @@ class Session:
                 tight = None if self.compressor.tight is None else self.compressor.tight.lora
                 self.router.lora = attach(adapter, self.compressor.lora, tight, self.lora_mode)
                 stack.callback(self.router.lora.remove)
+            stack.enter_context(attention_of_masks(adapter))
             modules = [layer.module for layer in adapter.attention_layers]
             stack.enter_context(shadow_attention(modules, adapter.attention_implementation, self.router.tap.attend))
             stack.enter_context(self.router.wiring)

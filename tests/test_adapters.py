@@ -84,9 +84,6 @@ def tiny(kind: str, **options: Any) -> Any:
         "other_layers": lambda: transformers.GPT2LMHeadModel(
             transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
         ),
-        "flex": lambda: transformers.LlamaForCausalLM._from_config(
-            transformers.LlamaConfig(**TEXT), attn_implementation="flex_attention"
-        ),
         "windows_only": lambda: transformers.MistralForCausalLM(
             transformers.MistralConfig(**small, num_key_value_heads=2, sliding_window=8)
         ),
@@ -101,7 +98,6 @@ def tiny(kind: str, **options: Any) -> Any:
         ("encoder_decoder", "is no causal language model"),
         ("state_space", r"no `layers\[i\].self_attn`; write an acckv.adapters.ModelAdapter"),
         ("other_layers", r"no `layers\[i\].self_attn`"),
-        ("flex", "attention 'flex_attention' makes masks that cannot be cut .* attn_implementation sdpa or eager"),
         ("windows_only", "no full-attention layer with a cache of its own"),
     ],
 )

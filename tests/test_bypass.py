@@ -176,3 +176,15 @@ def logits(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", "flex_attention"])
+def test_attention_without_masks_is_switched_for_the_session(family: Family, implementation: str) -> None:
+    """The kernels need not be there: none of them may run."""
+    model, inputs = family.build(), family.clip(family.build())
+    with compressor()(model):
+        expected = model.generate(**inputs, **GREEDY)
+    model.get_decoder().config._attn_implementation_internal = implementation
+    with pytest.warns(UserWarning, match=f"'{implementation}' has no mask .* with 'sdpa' until"), compressor()(model):
+        assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+    assert model.get_decoder().config._attn_implementation == implementation

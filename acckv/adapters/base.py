@@ -42,7 +42,8 @@ class ModelAdapter:
     Attributes:
         model_types: values of ``config.model_type`` that it serves.
         feature_inputs: the forward's arguments that bring media.
-        attention_implementations: those whose masks the session can cut to a compressed layer.
+        attention_implementations: those whose masks the session can cut to a compressed layer; it takes the first that
+            the decoder has in place of any other.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -123,12 +124,6 @@ class ModelAdapter:
         Raises:
             InputError: names what is missing and what to do.
         """
-        if self.attention_implementation not in self.attention_implementations:
-            raise InputError(
-                f"attention {self.attention_implementation!r} makes masks that cannot be cut to a compressed layer; "
-                f"load the model with attn_implementation {' or '.join(self.attention_implementations)}",
-                field="model",
-            )
         if not self.attention_modules:
             raise InputError("has no full-attention layer with a cache of its own to compress", field="model")
 
