@@ -101,6 +101,7 @@ class Asked:
         text: the answer.
         entries: audio and video entries held, mean over layers; kv_bytes: of all keys and values held.
         compress_seconds, answer_seconds: after the prefill, which both answers share.
+        cut: whether `max_new_tokens` ended it.
     """
 
     text: str
@@ -108,6 +109,7 @@ class Asked:
     kv_bytes: int
     compress_seconds: float
     answer_seconds: float
+    cut: bool = False
 
 
 def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked, Asked]:
@@ -134,7 +136,10 @@ def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked,
         cache, compressing = _timed(lambda: session.compress(prefill, ratio=ratio))
         new, answering = _timed(lambda: session.answer(cache, ids, **limit))
         text = processor.tokenizer.decode(new[0], skip_special_tokens=True).strip()
-        return Asked(text, _entries(cache), cache.kv_bytes(), compressing, answering)
+        ends = model.generation_config.eos_token_id
+        ended = ends is not None and bool(torch.isin(new[0], torch.as_tensor(ends, device=new.device)).any())
+        cut = not ended and new.shape[1] >= options.max_new_tokens
+        return Asked(text, _entries(cache), cache.kv_bytes(), compressing, answering, cut)
 
     with KVCompressor(CompressionConfig(policy="full"))(model, processor) as session:
         prefill, prefilling = _timed(lambda: session.prefill(**inputs))
@@ -144,7 +149,8 @@ def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked,
         compressed = asked(session, own, options.ratio)
     named = {"full cache": full, f"{options.named_policy} at {options.ratio:g}": compressed}
     for name, one in named.items():
-        console.print(f"{name}: {one.text}", markup=False, highlight=False, soft_wrap=True)
+        cut = f" ... (cut: --max_new_tokens {options.max_new_tokens})" if one.cut else ""
+        console.print(f"{name}: {one.text}{cut}", markup=False, highlight=False, soft_wrap=True)
     console.print(_table(named))
     console.print(
         f"saved {1 - compressed.entries / max(full.entries, 1):.1%} of the audio and video entries and "

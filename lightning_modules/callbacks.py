@@ -224,7 +224,6 @@ class EvaluateExport(Callback):
             limit=self.clips,
             output=self.output or str(Path(trainer.default_root_dir) / "eval"),
             overwrite=True,
-            description_tokens=max(data.options.max_new_tokens if data.options.source == "folder" else 0, 40),
             dtype=module.options.dtype,
             accelerator=type(trainer.accelerator).name(),  # type: ignore[attr-defined]
             data=EvaluationData(**data.media.limits()),

@@ -32,7 +32,7 @@ class CellScores:
         self.against_full = PairedComparison(seed=seed, sync_on_compute=False)
         self.judge = judge
         self._parsed: dict[str, list[float]] = {name: [] for name in judge.parsers}
-        self._unparsed = 0
+        self._unparsed = self._cut = 0
         self._videos: list[Path] = []
         self._kept: Tensor | None = None
         self._full = torch.zeros(2, dtype=torch.float64)
@@ -61,6 +61,7 @@ class CellScores:
             self._parsed[name] += [value for value in values if value is not None]
         self._videos += [record.video for _, record in records]
         self._unparsed += sum(not one.parsed for one in judged)
+        self._cut += sum(answers.cut)
         self._add_sizes(answers)
         return judged
 
@@ -129,11 +130,19 @@ class CellScores:
             groups=groups,
             standard_error=self.standard_error(),
             metrics=dict(metrics),
+            cut=self._cut,
         )
 
 
 def prediction(
-    policy: str, ratio: float, clip: int, record: Record, groups: Sequence[str], text: str, judged: Judged
+    policy: str,
+    ratio: float,
+    clip: int,
+    record: Record,
+    groups: Sequence[str],
+    text: str,
+    cut: bool,
+    judged: Judged,
 ) -> dict[str, Any]:
     """The line of `predictions.jsonl`."""
     line = {
@@ -147,6 +156,7 @@ def prediction(
         "question": record.question,
         "answer": record.answer,
         "prediction": text,
+        "cut": cut,
         "score": judged.score,
         "official": judged.official,
         "robust": judged.robust,

@@ -24,6 +24,9 @@ from acckv.session import Prefill, Session
 from lightning_modules.evaluation_data import ClipBatch
 from lightning_modules.evaluation_journal import Batch, CellAnswers, Part
 
+_Texts = tuple[list[str], list[bool]]
+"""Answers, and whether the limit of tokens ended each."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -185,22 +188,23 @@ class EvaluationModule(LightningModule):
             else:
                 own = self._prefill(inputs, session) if session.adapts_prompt else prefill
                 cache = session.compress(own, ratio=self.cells[number].ratio)
-                answers = _measured(self._answers(session, cache, asked, len(records)), cache)
+                answers = _measured(*self._answers(session, cache, asked, len(records)), cache)
             self.on_answers(number, records, answers)
             cells.append(answers)
         return Part([(clip.index, place) for clip in clips for place in range(len(clip.records))], cells)
 
-    def _answers(self, session: Session, cache: CompressedCache, asked: list[_Asked], count: int) -> list[str]:
+    def _answers(self, session: Session, cache: CompressedCache, asked: list[_Asked], count: int) -> _Texts:
         """The answers to all `count` questions of a batch."""
-        texts = [""] * count
+        texts, cut = [""] * count, [False] * count
         for questions in asked:
             new = session.answer(
                 cache, questions.input_ids, questions.attention_mask, **self._generation(questions.max_new_tokens)
             )
-            for item, text in zip(questions.items, self._decode(new), strict=True):
+            decoded = self._decode(new, questions.max_new_tokens)
+            for item, text, ended in zip(questions.items, *decoded, strict=True):
                 if item is not None:
-                    texts[item] = text
-        return texts
+                    texts[item], cut[item] = text, ended
+        return texts, cut
 
     def _is_full(self, number: int) -> bool:
         """Whether a cell evicts nothing and adapts nothing: it is the full cache, which was answered from already."""
@@ -236,7 +240,7 @@ class EvaluationModule(LightningModule):
                     if limit > 1:
                         rest = session.answer(cache, first, **self._generation(limit - 1))
                         new = torch.cat([first, rest], dim=1)
-                    cells.append(_measured(self._decode(new), cache))
+                    cells.append(_measured(*self._decode(new, limit), cache))
                     self.on_answers(number, records, cells[-1])
                 yield Part([(clip.index, place) for clip, place, _ in chunk], cells)
 
@@ -291,20 +295,22 @@ class EvaluationModule(LightningModule):
     def _pad_id(self) -> int:
         return self.processor.tokenizer.pad_token_id
 
-    def _decode(self, new: Tensor) -> list[str]:
-        """Texts of generated tokens, up to the first end-of-answer token of a row."""
+    def _decode(self, new: Tensor, limit: int) -> _Texts:
+        """Generated tokens as texts, up to the first end-of-answer token of a row; `limit` ends those without."""
         ends = self.model.generation_config.eos_token_id
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        texts = []
+        texts, cut = [], []
         for row in new.tolist():
             stop = next((i for i, token in enumerate(row) if token in ends), len(row))
             texts.append(self.processor.tokenizer.decode(row[:stop], skip_special_tokens=True).strip())
-        return texts
+            cut.append(stop >= limit)
+        return texts, cut
 
 
-def _measured(texts: list[str], cache: CompressedCache) -> CellAnswers:
+def _measured(texts: list[str], cut: list[bool], cache: CompressedCache) -> CellAnswers:
     rows = cache.labels.labels.shape[0]
-    return CellAnswers(texts, cache.kept_entries().tolist(), cache.full_entries().tolist(), cache.kv_bytes(), rows)
+    kept, full = cache.kept_entries().tolist(), cache.full_entries().tolist()
+    return CellAnswers(texts, kept, full, cache.kv_bytes(), rows, cut)
 
 
 def _first_token(prefill: Prefill) -> Tensor:

@@ -18,7 +18,7 @@ from acckv.errors import InputError
 from acckv.report.files import whole_file
 from lightning_modules.evaluation_setup import Setup
 
-FORMAT = 1
+FORMAT = 2
 RUN_FILE = "run.json"
 JOURNALS = "journal*.jsonl"
 _BLOCK = 1 << 16  # bytes
@@ -34,6 +34,7 @@ class CellAnswers:
         full: video and audio entries before compression, [2]; mean over rows.
         kv_bytes: of all keys and values held, over all rows.
         rows: clips, or with `when: prompt` questions, that were prefilled together.
+        cut: of each answer, whether the limit of tokens ended it.
     """
 
     texts: list[str]
@@ -41,6 +42,7 @@ class CellAnswers:
     full: list[float]
     kv_bytes: int
     rows: int
+    cut: list[bool]
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,9 @@ class EvaluationOptions:
         data: what is asked about.
         score: parser that the accuracy is by, official or robust; the other is reported beside it. None is official for
             a benchmark and robust for generated clips and question files.
-        word_tokens: longest one-word answer, in tokens. A benchmark has a limit of its own.
-        description_tokens: longest description, in tokens; those of the generated clips have up to 35,
-            of their variants up to 50.
+        word_tokens: longest short answer (a word, a letter, yes or no), in tokens. None is long enough for every right
+            answer with the model's tokenizer, and at least 4, or what the benchmark's authors allow.
+        description_tokens: longest answer of another kind, in tokens. None is as above, and at least 40.
         strips: clips whose kept entries the report shows.
         strict: a clip that cannot be read is an error. Otherwise its questions are left out, and it is listed.
         update_card: write the measured table into the model card of the export, where that is a folder.
@@ -72,8 +72,8 @@ class EvaluationOptions:
     batch_size: int = 24
     data: EvaluationData = field(default_factory=EvaluationData)
     score: Mode | None = None
-    word_tokens: int = 4
-    description_tokens: int = 40
+    word_tokens: int | None = None
+    description_tokens: int | None = None
     strips: int = 3
     strict: bool = False
     update_card: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from acckv.metrics.judging import Judge
 from acckv.progress import Progress
 from acckv.report.card import write_card
 from acckv.report.results import Results
+from lightning_modules.answer_limits import WORDS, answer_limits, longest_references
 from lightning_modules.evaluation import Asking, Cell, EvaluationModule
 from lightning_modules.evaluation_data import EvaluationClips, Shard, group_by_clip
 from lightning_modules.evaluation_journal import (
@@ -37,6 +38,8 @@ from lightning_modules.evaluation_report import write_report
 from lightning_modules.evaluation_setup import Setup, describe_settings
 from lightning_modules.evaluation_tables import evaluate_batches, print_tables, write_files
 
+LEAST = {"word": 4, "description": 40}
+"""Longest answers, in tokens, about generated clips and question files, where no right one is longer."""
 _NAMED = 5  # missing batches that a message names
 
 __all__ = ["CALIBRATED", "POLICIES", "EvaluationOptions", "build_cells", "merge_evaluations", "run_evaluation"]
@@ -74,12 +77,13 @@ def run_evaluation(
     loaded: Any
     with Progress("loading the model", console=console, shown=model is None and trainer.is_global_zero):
         loaded, processor = model or load_model(options.model, options.dtype, load_options=options.load_options)
-    asking = _asking(options, benchmark, records)
+    longest = longest_references(records, processor.tokenizer)
+    asking = _asking(options, benchmark, longest)
     setup = _setup(options, title, benchmark, records, cells, loaded, asking, trainer)
     journal = Journal(Path(options.output), setup, _writer(shard, trainer))
     judge = Judge(benchmark, frozenset(setup.vocabulary), options.mode)
     if trainer.is_global_zero:
-        _warn_of_cut_answers(console, processor, setup, asking)
+        _warn_of_cut_answers(console, longest, asking)
         journal.open(options.overwrite)
     progress = EvaluationProgress(console if trainer.is_global_zero else None, judge, setup)
 
@@ -191,13 +195,15 @@ def _answer(trainer: Trainer, module: EvaluationModule, clips: EvaluationClips) 
         raise refused
 
 
-def _asking(options: EvaluationOptions, name: str | None, records: Sequence[Record]) -> Asking:
-    if name is None:
-        limits = {"word": options.word_tokens, "description": options.description_tokens}
-        return Asking(lambda record: record.question, limits)
-    benchmark = find_benchmark(name)
-    protocols = sorted({record.protocol for record in records})
-    return Asking(benchmark.prompt, dict.fromkeys(protocols, benchmark.max_new_tokens))
+def _asking(options: EvaluationOptions, name: str | None, longest: Mapping[str, int]) -> Asking:
+    benchmark = None if name is None else find_benchmark(name)
+    least = LEAST if benchmark is None else dict.fromkeys(longest, benchmark.max_new_tokens)
+    limits = answer_limits(longest, least, options.word_tokens, options.description_tokens)
+    return Asking(_question if benchmark is None else benchmark.prompt, limits)
+
+
+def _question(record: Record) -> str:
+    return record.question
 
 
 def _setup(
@@ -235,15 +241,13 @@ def _writer(shard: Shard, trainer: Trainer) -> str:
     return part + (f"-{trainer.global_rank}" if trainer.global_rank else "")
 
 
-def _warn_of_cut_answers(console: Console, processor: Any, setup: Setup, asking: Asking) -> None:
-    if setup.benchmark is not None:
-        return
-    limit = asking.max_new_tokens["description"]
-    answers = [record.answer for clip in setup.clips for record in clip if record.protocol == "description"]
-    longest = max((len(ids) for ids in processor.tokenizer(answers)["input_ids"]), default=0) if answers else 0
-    if longest > limit:
-        message = f"warning: descriptions are cut at {limit} tokens (description_tokens); the longest has {longest}"
-        console.print(message, highlight=False, soft_wrap=True)
+def _warn_of_cut_answers(console: Console, longest: Mapping[str, int], asking: Asking) -> None:
+    for protocol, tokens in longest.items():
+        limit = asking.max_new_tokens[protocol]
+        if tokens > limit:
+            option = "word_tokens" if protocol in WORDS else "description_tokens"
+            message = f"warning: answers are cut at {limit} tokens ({option}); the longest right one has {tokens}"
+            console.print(message, highlight=False, soft_wrap=True)
 
 
 def _trainer(options: EvaluationOptions) -> Trainer:

@@ -83,8 +83,8 @@ def evaluate_batches(setup: Setup, batches: Iterable[Batch], mode: Mode) -> Outc
             texts[policy, ratio] += answers.texts
             if full_scores is None:
                 full_scores = torch.tensor([one.score for one in judged])
-            for (clip, record), text, one in zip(records, answers.texts, judged, strict=True):
-                predictions.append(prediction(policy, ratio, clip, record, judge.groups(record), text, one))
+            for (clip, record), text, cut, one in zip(records, answers.texts, answers.cut, judged, strict=True):
+                predictions.append(prediction(policy, ratio, clip, record, judge.groups(record), text, cut, one))
     if not predictions:
         why = f"; the first: {failures[0]['error']}" if failures else ""
         raise InputError(f"not one of {len(failures)} clips could be read{why}")
@@ -112,7 +112,7 @@ def print_tables(console: Console, outcome: Outcome) -> None:
     console.print(render_table(results, {cell: pair for cell, pair in intervals.items() if pair is not None}))
     for table in render_metric_tables(results):
         console.print(table)
-    for line in [*_leads(outcome), *_parsing(outcome), *_left_out(outcome)]:
+    for line in [*_leads(outcome), *_parsing(outcome), *_cut(outcome), *_left_out(outcome)]:
         console.print(line, highlight=False)
     for line in _failures(outcome):
         console.print(line, style="bold red", highlight=False, soft_wrap=True)
@@ -169,6 +169,16 @@ def _parsing(outcome: Outcome) -> list[str]:
     most = max(shares, key=lambda name: shares[name])
     what = "answers without a known word" if outcome.judge.benchmark is None else "answers that could not be parsed"
     return [f"{what} (counted as wrong): most {shares[most]:.1%}, {most}"]
+
+
+def _cut(outcome: Outcome) -> list[str]:
+    """The largest share of answers that the limit of tokens ended."""
+    rows = [row for row in outcome.results.rows if row.n]
+    most = max(rows, key=lambda row: row.cut / row.n, default=None)
+    if most is None or not most.cut:
+        return []
+    share, options = f"{most.cut / most.n:.1%}, {most.policy} at {most.ratio:g}", "--word_tokens, --description_tokens"
+    return [f"answers that the limit of tokens ended ({options}): most {share}; in predictions.jsonl they are cut"]
 
 
 def _left_out(outcome: Outcome) -> list[str]:

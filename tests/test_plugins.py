@@ -111,7 +111,6 @@ def image(colours: np.ndarray) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "system", "content": "be brief"}, *user(text("who?"))], "not the turns system, user"),
         ([*user(text("who?")), {"role": "assistant", "content": "me"}], "not the turns user, assistant"),
         ([], "one user turn"),
         (user(text("who?"), video()), "text before a part of type 'video'"),

@@ -71,13 +71,13 @@ def test_results_have_exactly_the_fields_of_format_1(tmp_path: Path, results: Re
     assert list(written) == ["format", "model", "benchmark", "when", "seed", "rows", *added]
     older = {name: json.loads(json.dumps(written[name])) for name in written if name not in added}
     for row in older["rows"]:
-        del row["standard_error"], row["metrics"]
+        del row["standard_error"], row["metrics"], row["cut"]
     (tmp_path / "older.json").write_text(json.dumps(older))
     assert read_results(tmp_path / "older.json") == results
     assert (written["format"], written["model"], written["when"], written["seed"]) == (1, "tiny", "context", 7)
     assert set(written["rows"][0]) == {
         *("policy", "ratio", "n", "accuracy", "relative", "ci95"),
-        *("kept_entries", "full_entries", "kv_bytes", "groups", "standard_error", "metrics"),
+        *("kept_entries", "full_entries", "kv_bytes", "groups", "standard_error", "metrics", "cut"),
     }
     assert written["rows"][1]["policy"] == "control"
     assert written["rows"][1]["ratio"] == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from acckv import CompressionConfig, KVCompressor
 from acckv.cache import CompressedCache
 from acckv.data.encoding import encode, encode_context, question_suffix
-from acckv.data.media import MAX_PIXELS, Media, join_media, read_media
+from acckv.data.media import Media, MediaOptions, join_media, read_media
 from acckv.errors import InputError
 from acckv.logits import chosen_logits
 from acckv.plugins.requests import ClipRef, Generation
@@ -73,8 +73,11 @@ class Answerer:
     Args:
         model, processor: of a supported family.
         compressor: what is kept.
-        fps: frames a second that are sampled; max_pixels: of a frame (None: as they are).
+        media: how much of a clip is read.
         sound: False leaves the sound tracks out.
+
+    Attributes:
+        cut: answers that `max_new_tokens` ended.
     """
 
     def __init__(
@@ -83,17 +86,19 @@ class Answerer:
         processor: Any,
         compressor: KVCompressor,
         *,
-        fps: float = 2.0,
-        max_pixels: int | None = None,
+        media: MediaOptions | None = None,
         sound: bool = True,
     ) -> None:
         self.model, self.processor, self.compressor = model, processor, compressor
-        self.fps, self.max_pixels, self.sound = fps, max_pixels, sound
+        self.media, self.sound = media or MediaOptions(), sound
         self.sizes = Sizes()
+        self.cut = 0
         self._media: tuple[Clip, Media] | None = None
-        self._cache: tuple[Clip, CompressedCache] | None = None
+        self._cache: tuple[Clip, str | None, CompressedCache] | None = None
 
-    def answer(self, clip: Clip, questions: Sequence[str], generation: Generation) -> list[str]:
+    def answer(
+        self, clip: Clip, questions: Sequence[str], generation: Generation, system: str | None = None
+    ) -> list[str]:
         """The answers to questions about one clip (empty: about nothing), in one batch where that can be.
 
         With `when: context` the clip is prefilled and compressed once. With `when: prompt` it is prefilled with each
@@ -103,22 +108,26 @@ class Answerer:
             InputError: the clip cannot be read.
         """
         if not clip:
-            new = [self._generate(self._text_inputs(question), generation) for question in questions]
+            new = [self._generate(self._text_inputs(question, system), generation) for question in questions]
         elif self._once:
             with self._session() as session:
                 ids, mask = self._rows([question_suffix(self.processor, question) for question in questions])
-                new = list(session.answer(self._context(session, clip), ids, mask, **self._options(generation)))
+                new = list(session.answer(self._context(session, clip, system), ids, mask, **self._options(generation)))
         else:
             with self._session() as session:
                 new = []
                 for question in questions:
-                    new.append(self._generate(self._moved(self._prompt(clip, question)), generation))
-                    self.sizes.add(_made(session))
+                    new.append(self._generate(self._moved(self._prompt(clip, question, system)), generation))
+                    if not self.compressor.keeps_all():  # else nothing is made
+                        self.sizes.add(_made(session))
+        self.cut += sum(self._is_cut(row, generation) for row in new)
         texts = self.processor.tokenizer.batch_decode([row.tolist() for row in new], skip_special_tokens=True)
         return [generation.cut(text) for text in texts]
 
     @torch.no_grad()
-    def losses(self, clip: Clip, question: str, answers: Sequence[str]) -> list[tuple[float, bool]]:
+    def losses(
+        self, clip: Clip, question: str, answers: Sequence[str], system: str | None = None
+    ) -> list[tuple[float, bool]]:
         """How well the compressed cache predicts given answers.
 
         Returns:
@@ -129,11 +138,11 @@ class Answerer:
         """
         targets = [self._answer_ids(answer) for answer in answers]
         if not clip:
-            inputs = self._text_inputs(question)
+            inputs = self._text_inputs(question, system)
             logits = [self._text_logits(inputs["input_ids"], ids) for ids in targets]
         else:
             with self._session() as session:
-                logits = self._logits(session, clip, question, targets)
+                logits = self._logits(session, clip, question, targets, system)
         return [_loss(rows[-len(ids) - 1 : -1], ids) for rows, ids in zip(logits, targets, strict=True)]
 
     # ------------------------------------------------------------------ inside
@@ -146,14 +155,16 @@ class Answerer:
     def _session(self) -> Session:
         return self.compressor(self.model, self.processor)
 
-    def _logits(self, session: Session, clip: Clip, question: str, targets: list[Tensor]) -> list[Tensor]:
+    def _logits(
+        self, session: Session, clip: Clip, question: str, targets: list[Tensor], system: str | None
+    ) -> list[Tensor]:
         """For each target ``[tokens, vocabulary]`` from at least the token before it to its last."""
         if self._once:
-            cache, first = self._context(session, clip), None
+            cache, first = self._context(session, clip, system), None
             before = question_suffix(self.processor, question).to(self.model.device)
             rows = [torch.cat([before, ids]) for ids in targets]
         else:
-            prefill = session.prefill(**self._moved(self._prompt(clip, question)))
+            prefill = session.prefill(**self._moved(self._prompt(clip, question, system)))
             cache, first, rows = session.compress(prefill), prefill.logits, targets
             self.sizes.add(cache)
         ids, mask = self._rows(rows)
@@ -171,29 +182,41 @@ class Answerer:
         run = partial(self.model, input_ids=torch.cat([before, ids[None]], dim=1))
         return chosen_logits(self.model, lambda hidden: hidden[:, -len(ids) - 1 :], run)[0]
 
-    def _context(self, session: Session, clip: Clip) -> CompressedCache:
-        """The compressed cache of a clip; that of the last clip is kept."""
-        if self._cache is None or self._cache[0] != clip:
-            inputs = self._moved(encode_context(self.processor, self._read(clip)))
-            self._cache = clip, session.compress(**inputs)
-            self.sizes.add(self._cache[1])
-        return self._cache[1]
+    def _context(self, session: Session, clip: Clip, system: str | None) -> CompressedCache:
+        """The compressed cache of a clip after a system prompt; the last one is kept."""
+        if self._cache is None or self._cache[:2] != (clip, system):
+            inputs = self._moved(encode_context(self.processor, self._read(clip), system))
+            self._cache = clip, system, session.compress(**inputs)
+            self.sizes.add(self._cache[2])
+        return self._cache[2]
 
-    def _prompt(self, clip: Clip, question: str) -> dict[str, Any]:
+    def _prompt(self, clip: Clip, question: str, system: str | None) -> dict[str, Any]:
         if self._media is None or self._media[0] != clip:
             self._media = clip, self._read(clip)
-        return encode(self.processor, [self._media[1]], [question])
+        return encode(self.processor, [self._media[1]], [question], system)
 
     def _read(self, clip: Clip) -> Media:
-        size: dict[str, Any] = {"fps": self.fps, "max_pixels": self.max_pixels or MAX_PIXELS}
-        parts = [read_media(part.path, start=part.start, end=part.end, **size) for part in clip]
+        parts = self._parts(clip)
+        rates = {part.fps for part in parts}
+        if len(rates) > 1:  # `max_frames` slowed one of them down
+            parts = self._parts(clip, fps=min(rates))
         if not self.sound:
             parts = [part if part.frames is None else replace(part, audio=None) for part in parts]
         return join_media(parts)
 
-    def _text_inputs(self, question: str) -> dict[str, Any]:
+    def _parts(self, clip: Clip, **changes: Any) -> list[Media]:
+        options = {**self.media.limits(), **changes}
+        return [read_media(part.path, start=part.start, end=part.end, **options) for part in clip]
+
+    def _is_cut(self, row: Tensor, generation: Generation) -> bool:
+        ends = self.model.generation_config.eos_token_id
+        ended = ends is not None and bool(torch.isin(row, torch.as_tensor(ends, device=row.device)).any())
+        return not ended and len(row) >= generation.max_new_tokens
+
+    def _text_inputs(self, question: str, system: str | None) -> dict[str, Any]:
         """Model inputs of a prompt without media."""
-        conversation = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+        told = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+        conversation = [*told, {"role": "user", "content": [{"type": "text", "text": question}]}]
         text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         return self._moved({"input_ids": ids, "attention_mask": torch.ones_like(ids)})

@@ -22,6 +22,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from acckv.adapters import load_model
+from acckv.data.media import MediaOptions
 from acckv.errors import InputError
 from acckv.plugins.answering import Answerer, build_compressor
 from acckv.plugins.media_store import MediaStore
@@ -39,7 +40,9 @@ class Acckv(lmms):
         when: context (compress before any question is seen) or prompt (after the whole prompt).
         seed: of the random policy.
         dtype: float32, bfloat16 or float16; attn_implementation: sdpa or eager.
-        fps, max_pixels: frames a second, and pixels a frame at most, that are read.
+        fps, max_pixels: frames a second, and pixels a frame at most, that are read; max_frames: of a file, evenly.
+        max_seconds: longest clip; cut_long: a longer one is cut, not refused.
+        system_prompt: what the model is told before the media, where a task says nothing itself.
         sound: False leaves out the sound of the videos, not sounds of their own.
         device: None is this process's GPU where there is one, else the CPU.
         batch_size: questions about one clip that are answered together.
@@ -59,8 +62,12 @@ class Acckv(lmms):
         seed: int = 0,
         dtype: str = "float32",
         attn_implementation: str = "sdpa",
-        fps: float = 2.0,
-        max_pixels: int | None = None,
+        fps: float = MediaOptions.fps,
+        max_pixels: int | None = MediaOptions.max_pixels,
+        max_frames: int | None = MediaOptions.max_frames,
+        max_seconds: float = MediaOptions.max_seconds,
+        cut_long: bool = MediaOptions.cut_long,
+        system_prompt: str | None = None,
         sound: bool = True,
         device: str | None = None,
         batch_size: int | str = 1,
@@ -80,16 +87,22 @@ class Acckv(lmms):
         self._warned: set[str] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="acckv-")
         self.store = MediaStore(Path(self._folder.name))
-        self.answerer = Answerer(model, processor, kept, fps=fps, max_pixels=max_pixels, sound=sound)
+        media = MediaOptions(
+            fps=fps, max_pixels=max_pixels, max_frames=max_frames, max_seconds=max_seconds, cut_long=cut_long
+        )
+        self.answerer = Answerer(model, processor, kept, media=media, sound=sound)
+        self.system_prompt = system_prompt
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """One answer a request, in their order."""
         asked = ((self._prompt(request), self._generation(request)) for request in requests)
         answers: list[str] = []
         with self._progress(requests) as bar:
-            for (clip, generation), group in groupby(asked, key=lambda pair: (pair[0].media, pair[1])):
+            for (clip, system, generation), group in groupby(
+                asked, key=lambda pair: (pair[0].media, self._system(pair[0]), pair[1])
+            ):
                 while batch := [prompt.text for prompt, _ in islice(group, self.batch_size)]:
-                    answers += self.answerer.answer(clip, batch, generation)
+                    answers += self.answerer.answer(clip, batch, generation, system)
                     bar.update(len(batch))
         self._log_sizes()
         return answers
@@ -104,7 +117,7 @@ class Acckv(lmms):
             messages, information = doc_to_messages(document), None
             while messages is not None:
                 prompt = read_prompt(messages, task, self.store)
-                rounds += self.answerer.answer(prompt.media, [prompt.text], generation)
+                rounds += self.answerer.answer(prompt.media, [prompt.text], generation, self._system(prompt))
                 following = doc_to_messages(
                     document, round_idx=len(rounds), previous_output=list(rounds), previous_round_info=information
                 )
@@ -122,6 +135,9 @@ class Acckv(lmms):
         raise NotImplementedError("likelihoods are asked of simple models: run lmms-eval with --force_simple")
 
     # ------------------------------------------------------------------ inside
+
+    def _system(self, prompt: Prompt) -> str | None:
+        return self.system_prompt if prompt.system is None else prompt.system
 
     def _document(self, request: Instance) -> Any:
         *_, number, task, split = request.args
@@ -147,6 +163,8 @@ class Acckv(lmms):
     def _log_sizes(self) -> None:
         sizes = self.answerer.sizes
         logger.info(f"acckv kept {sizes.ratio:.2%} of the audio and video entries ({sizes.kept:g} of {sizes.full:g})")
+        if self.answerer.cut:
+            logger.warning(f"{self.answerer.cut} answers were ended by the task's max_new_tokens, not by the model")
 
 
 class AcckvSimple(Acckv):
@@ -169,7 +187,9 @@ class AcckvSimple(Acckv):
             asked = ((self._prompt(request), self._continuation(request)) for request in requests)
             for prompt, group in groupby(asked, key=lambda pair: pair[0]):
                 while batch := [continuation for _, continuation in islice(group, self.batch_size)]:
-                    results += map(GenerationResult, self.answerer.losses(prompt.media, prompt.text, batch))
+                    results += map(
+                        GenerationResult, self.answerer.losses(prompt.media, prompt.text, batch, self._system(prompt))
+                    )
                     bar.update(len(batch))
         self._log_sizes()
         return results

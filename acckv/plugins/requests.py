@@ -34,10 +34,12 @@ class Prompt:
     Attributes:
         media: what it is about, in order: videos, sounds and pictures, read as one clip; empty for text alone.
         text: what follows.
+        system: what the model is told before both; None leaves that to its chat template.
     """
 
     media: tuple[ClipRef, ...]
     text: str
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,19 @@ def read_prompt(messages: Sequence[Mapping[str, Any]], source: str, store: Media
         store: takes what is no file.
 
     Raises:
-        InputError: anything but one user turn of media and then text.
+        InputError: anything but one user turn of media and then text, after a system message of text or none.
     """
-    if len(messages) != 1 or messages[0]["role"] != "user":
-        roles = ", ".join(str(message["role"]) for message in messages)
-        raise InputError(f"one user turn is served, not the turns {roles}", source=source, field="messages")
-    content = messages[0]["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    roles = [str(message["role"]) for message in messages]
+    if roles not in (["user"], ["system", "user"]):
+        message = f"one user turn is served, after a system message or none, not the turns {', '.join(roles)}"
+        raise InputError(message, source=source, field="messages")
+    system = None
+    if len(messages) == 2:
+        told = _parts(messages[0])
+        if any(part["type"] != "text" for part in told):
+            raise InputError("has media in the system message", source=source, field="messages")
+        system = "".join(part["text"] for part in told)
+    parts = _parts(messages[-1])
     media: list[ClipRef] = []
     texts: list[str] = []
     for part in parts:
@@ -129,7 +137,12 @@ def read_prompt(messages: Sequence[Mapping[str, Any]], source: str, store: Media
             raise InputError(message, source=source, field="messages")
         else:
             media.append(_clip_ref(part, source, store))
-    return Prompt(tuple(media), "".join(texts))
+    return Prompt(tuple(media), "".join(texts), system)
+
+
+def _parts(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _clip_ref(part: Mapping[str, Any], source: str, store: MediaStore) -> ClipRef:

@@ -55,6 +55,7 @@ class Row:
         groups: score of each question group.
         standard_error: of `accuracy`, clustered by video; None where there is only one video.
         metrics: scores of all answers together, such as BLEU-4; None where a score is not defined.
+        cut: answers that the limit of tokens ended.
     """
 
     policy: str
@@ -69,6 +70,7 @@ class Row:
     groups: dict[str, GroupScore] = field(default_factory=dict)
     standard_error: float | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ def parse_row(values: Any, source: str | Path, index: int) -> Row:
         groups=groups,
         standard_error=row.optional("standard_error", 0, math.inf) if "standard_error" in row.values else None,
         metrics={name: metrics.optional(name, 0, math.inf) for name in metrics.values},
+        cut=int(row.number("cut", 0)) if "cut" in row.values else 0,
     )
 
 
