@@ -16,6 +16,9 @@ that other work on the machine counts for none of it; each figure is the median 
   kv_bytes          keys and values held for the whole batch, and kv_bytes_full of the full cache
   peak_bytes        the most that keys and values of one clip took while it was prefilled, and peak_bytes_full
 
+The calibrated compressor has its LoRA, of rank 16 on all seven projections, as a calibration makes it by default;
+further rows run LoRA beside the weights instead of merged, on all or on fewer projections.
+
 Skipped: prefills of a whole batch, since a batch multiplies both sides: a prefill is of one clip, and the batch decodes
 from as many copies of its cache. Prefills longer than --prefill-up-to tokens (minutes each): there the cache is filled
 at random and the figures of the prefill are null. Cells whose full cache and the copy of it that DynamicCache makes at
@@ -26,34 +29,45 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from acckv import CompressionConfig, KVCompressor
+from acckv.adapters import find_adapter
 from acckv.cache import CompressedCache, fresh_cache
-from acckv.cache_layer import CompressedLayer
+from acckv.lora import AttachedLora, LoraWeights, lora_config
 from acckv.modality import ModalityMap
 from acckv.pipeline import LayerPlan
 from acckv.report.files import whole_file
 from acckv.weights import CalibratedWeights
+from benchmarks.prefill_watch import PrefillWatch
+from benchmarks.speed_report import MARKS, markdown, plot, table
+from benchmarks.study_tables import write_section
 
 FORMAT = 1
 #: Text before and after the media of a clip; all the rest is two thirds video and one third audio.
 TEXT = 16
-#: The calibrated compressor's weights are random: their values do not change the time.
+#: What an export is: weights and LoRA of all seven projections, which a session merges. They are random here, since
+#: their values do not change the time.
 CALIBRATED = "acckv-calibrated"
+#: The same with LoRA beside the weights, as where memory for the merged copies is short: of all projections, or fewer.
+SEPARATE = {
+    f"{CALIBRATED}, LoRA separate": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    f"{CALIBRATED}, LoRA separate, attention only": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    f"{CALIBRATED}, LoRA separate, q and v only": ("q_proj", "v_proj"),
+}
+RANK = 16
 
 
 class Words:
@@ -81,7 +95,7 @@ def decoder(layers: int, shrink: int = 1) -> Qwen2ForCausalLM:
 
 def compressor(policy: str, ratio: float, model: Qwen2ForCausalLM) -> KVCompressor:
     """Of a policy's name; 'acckv-context' is AccKV's preset for `when: context`, which calibration starts from."""
-    if policy not in ("acckv-context", CALIBRATED):
+    if policy not in ("acckv-context", CALIBRATED, *SEPARATE):
         return KVCompressor(CompressionConfig(policy=policy, ratio=ratio))  # type: ignore[arg-type]
     config = CompressionConfig.preset("context", ratio=ratio)
     if policy == "acckv-context":
@@ -92,7 +106,16 @@ def compressor(policy: str, ratio: float, model: Qwen2ForCausalLM) -> KVCompress
     )
     for parameter in weights.requires_grad_(False).parameters():
         parameter.normal_(0, 0.05)
-    return KVCompressor(config, weights)
+    return KVCompressor(config, weights, lora(model, SEPARATE.get(policy, next(iter(SEPARATE.values())))))
+
+
+def lora(model: Qwen2ForCausalLM, targets: tuple[str, ...]) -> LoraWeights:
+    adapter = find_adapter(model)
+    config = lora_config(adapter, RANK, 2.0 * RANK, targets, "random")
+    attached = AttachedLora(adapter, config)
+    tensors = {name: 0.01 * torch.randn_like(tensor) for name, tensor in attached.tensors().items()}
+    attached.remove()
+    return LoraWeights(config, tensors)
 
 
 def clip(model: Qwen2ForCausalLM, context: int) -> dict[str, Tensor]:
@@ -113,63 +136,6 @@ def seconds(step: Callable[[], Any]) -> float:
 
 def kv_bytes(cache: Any) -> int:
     return sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
-
-
-class PrefillWatch:
-    """Time inside the decoder's own work and the most bytes that keys and values took, in one compressed prefill."""
-
-    def __init__(self) -> None:
-        self.ours, self.own, self.peak = 0.0, 0.0, 0
-
-    @contextmanager
-    def watching(self, session: Any) -> Iterator[None]:
-        """The decoder's own work is its plain forward without the listener that is called in it."""
-        router, update = session.router, CompressedLayer.update
-        decode, evicting = router.wiring.decode, router._eviction
-        own = 0.0
-
-        def forward(original: Callable[..., Any], turn: Any, arguments: dict[str, Any]) -> Any:
-            def timed(**inner: Any) -> Any:
-                nonlocal own
-                start = time.process_time()
-                try:
-                    return original(**inner)
-                finally:
-                    own += time.process_time() - start
-
-            return decode(timed, turn, arguments)
-
-        def eviction(*arguments: Any) -> Any:
-            listener, probe = evicting(*arguments)
-            if listener is None:
-                return listener, probe
-
-            def listen(*seen: Any) -> None:
-                nonlocal own
-                start = time.process_time()
-                listener(*seen)
-                own -= time.process_time() - start
-
-            listen.finish = listener.finish  # type: ignore[attr-defined]
-            return listen, probe
-
-        def updated(layer: CompressedLayer, *arguments: Any, **options: Any) -> Any:
-            held = update(layer, *arguments, **options)
-            # A layer's entries all have the size of the one that was just written.
-            per_entry = 2 * layer.keys[:, :, :1].numel() * layer.keys.element_size()
-            self.peak = max(self.peak, per_entry * sum(layer.lengths))
-            return held
-
-        router.wiring.decode, router._eviction = forward, eviction
-        CompressedLayer.update = updated  # type: ignore[method-assign]
-        start = time.process_time()
-        try:
-            yield
-        finally:
-            self.ours = time.process_time() - start - own
-            self.own = own
-            router.wiring.decode, router._eviction = decode, evicting
-            CompressedLayer.update = update  # type: ignore[method-assign]
 
 
 @torch.no_grad()
@@ -225,7 +191,8 @@ def measure(options: argparse.Namespace, progress: Progress) -> list[dict[str, A
         for ratio in options.ratios:
             for policy in options.policies:
                 progress.update(task, description=f"{policy} at {context} tokens")
-                with compressor(policy, ratio, model)(model, Words()) as session:
+                mode = "separate" if policy in SEPARATE else "auto"
+                with compressor(policy, ratio, model)(model, Words(), lora_mode=mode) as session:
                     cache, prefill = compressed(model, session, inputs, full, options)
                     for batch in options.batches:
                         if 2 * batch * kv_bytes(full) > options.memory * 2**30:
@@ -251,7 +218,7 @@ def compressed(
 ) -> tuple[CompressedCache, dict[str, float | None]]:
     """The compressed cache of a clip, and the figures of its prefill."""
     context = inputs["modality_ids"].shape[1]
-    if context > options.prefill_up_to:
+    if context > options.prefill_up_to or session.attached is not None:  # LoRA separate: a prefill is as without it
         cache = fresh_cache(session.adapter)
         labels = ModalityMap(inputs["modality_ids"])
         places = labels.media[0].nonzero()[:, 0]
@@ -304,68 +271,8 @@ def decode_ratios(
     }
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows, sizes in MB."""
-    shown = Table(title="medians; decode and prefill as ratios of the same run, sizes in MB")
-    for name in (
-        "policy",
-        "context",
-        "batch",
-        "ratio",
-        "/ limit",
-        "/ full",
-        "prefill +%",
-        "KV",
-        "full",
-        "peak",
-        "full",
-    ):
-        shown.add_column(name, justify="left" if name == "policy" else "right")
-    for row in rows:
-        sizes = [row[name] for name in ("kv_bytes", "kv_bytes_full", "peak_bytes", "peak_bytes_full")]
-        shown.add_row(
-            row["policy"],
-            str(row["context"]),
-            str(row["batch"]),
-            f"{row['ratio']:g}",
-            f"{row['decode_vs_limit']:.3f}",
-            f"{row['decode_vs_full']:.3f}",
-            "-" if row["prefill_overhead"] is None else f"{100 * row['prefill_overhead']:.2f}",
-            *("-" if size is None else f"{size / 1e6:.1f}" for size in sizes),
-        )
-    return shown
-
-
-def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Decode step against limit and full cache, and what compression adds to a prefill, over the context."""
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    axes = figure.subplots(1, 3)
-    ratio = min(row["ratio"] for row in rows)
-    rows = [row for row in rows if row["ratio"] == ratio]
-    contexts = sorted({row["context"] for row in rows})
-
-    def line(axis: Any, name: str, key: str, value: Any, unit: float = 1) -> None:
-        """Median over everything else."""
-        found = {at: [row[name] for row in rows if row["context"] == at and row[key] == value] for at in contexts}
-        found = {at: [unit * number for number in some if number is not None] for at, some in found.items()}
-        points = [(at, statistics.median(some)) for at, some in found.items() if some]
-        axis.plot(*zip(*points, strict=True), "o-", label=f"batch {value}" if key == "batch" else value)
-
-    for batch in sorted({row["batch"] for row in rows}):
-        line(axes[0], "decode_vs_limit", "batch", batch)
-        line(axes[1], "decode_vs_full", "batch", batch)
-    for policy in dict.fromkeys(row["policy"] for row in rows):
-        line(axes[2], "prefill_overhead", "policy", policy, 100)
-    axes[0].axhline(1.05, color="grey", linestyle=":")
-    axes[2].axhline(2, color="grey", linestyle=":")
-    titles = (f"decode step / limit, ratio {ratio:g}", "decode step / full cache", "compression, % of a prefill")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set(title=title, xlabel="context, tokens", xscale="log", ylim=(0, None))
-        axis.set_xticks(contexts, [f"{context / 1024:g}k" for context in contexts])
-        axis.minorticks_off()
-        axis.legend(fontsize=8)
-    with whole_file(file) as partial:
-        figure.savefig(partial, dpi=110, format="png")
+def names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(";")]
 
 
 def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -380,7 +287,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write; a PNG of its name beside it")
     parser.add_argument("--quick", action="store_true", help="a small grid within a minute")
-    parser.add_argument("--policies", type=numbers(str), help="default: acckv,acckv-context,acckv-calibrated")
+    parser.add_argument("--policies", type=names, help="separated by ';'; default: all but other papers'")
+    parser.add_argument("--readme", type=Path, help="file whose section between the marks of speed is replaced")
     parser.add_argument("--contexts", type=numbers(int), help="tokens of a clip; default: 1024,4096,8192,16384,32768")
     parser.add_argument("--batches", type=numbers(int), help="rows that decode together; default: 1,4,16")
     parser.add_argument("--ratios", type=numbers(float), help="kept shares; default: 0.1")
@@ -393,7 +301,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=10, help="GiB for the full cache and its copy")
     options = parser.parse_args()
     options.policies = options.policies or (
-        ["acckv", CALIBRATED] if options.quick else ["acckv", "acckv-context", CALIBRATED]
+        ["acckv", CALIBRATED] if options.quick else ["acckv-context", CALIBRATED, *SEPARATE]
     )
     options.contexts = options.contexts or ([1024, 4096] if options.quick else [1024, 4096, 8192, 16384, 32768])
     options.batches = options.batches or ([1, 4] if options.quick else [1, 4, 16])
@@ -407,6 +315,9 @@ def main() -> None:
         file.write_text(json.dumps({"format": FORMAT, "rows": rows}, indent=1) + "\n")
     plot(rows, options.output.with_suffix(".png"))
     Console(width=120).print(table(rows))
+    if options.readme:
+        command = f"python -m benchmarks.speed_memory {shlex.join(sys.argv[1:])}"
+        write_section(options.readme, markdown(rows, command), MARKS)
 
 
 if __name__ == "__main__":

@@ -172,19 +172,19 @@ def _range(ends: tuple[float, float] | None) -> str:
     return "" if ends is None else f"({100 * ends[0]:.1f} to {100 * ends[1]:.1f})"
 
 
-def write_section(readme: Path, text: str) -> None:
-    """Put tables between the study's marks of a file.
+def write_section(readme: Path, text: str, marks: tuple[str, str] = (START, END)) -> None:
+    """Put tables between two marks of a file.
 
     Raises:
         InputError: it has no such marks.
     """
     whole = readme.read_text(encoding="utf-8")
-    before, start, rest = whole.partition(START)
-    _, end, after = rest.partition(END)
+    before, start, rest = whole.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not start or not end:
-        raise InputError(f"has no section between {START} and {END}", source=readme)
+        raise InputError(f"has no section between {marks[0]} and {marks[1]}", source=readme)
     with whole_file(readme) as file:
-        file.write_text(f"{before}{START}\n\n{text}\n{END}{after}", encoding="utf-8")
+        file.write_text(f"{before}{start}\n\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def plot(path: Path, lines: Sequence[Line], rivals: dict[tuple[str, float], Scores]) -> None:
