@@ -21,7 +21,7 @@ PREFILL = {
     "context": 85,
     "calibrated": 150,
     "look_m": 135,
-    "expected_attention": 125,
+    "expected_attention": 130,
     "acckv": 170,
     "calibrated paper": 240,
 }
