@@ -37,6 +37,7 @@ from lightning_modules.evaluation_progress import EvaluationProgress
 from lightning_modules.evaluation_report import write_report
 from lightning_modules.evaluation_setup import Setup, describe_settings
 from lightning_modules.evaluation_tables import evaluate_batches, print_tables, write_files
+from lightning_modules.interrupted import was_interrupted
 
 LEAST = {"word": 4, "description": 40}
 """Longest answers, in tokens, about generated clips and question files, where no right one is longer."""
@@ -107,6 +108,11 @@ def run_evaluation(
             _answer(trainer, module, EvaluationClips(journal, shard, options.data.reader(), options.data.num_workers))
         except InputError:
             journal.remove_if_empty()
+            raise
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            if was_interrupted(stopped) and model is None and trainer.is_global_zero:
+                held = f"Stopped. What was answered is in {options.output}; the same command goes on from there."
+                console.print(held, highlight=False, soft_wrap=True)
             raise
         finally:
             loaded.to(trainer.strategy.root_device)  # a Trainer leaves it on the CPU, and the report asks it again

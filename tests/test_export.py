@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import pytest
 from acckv import KVCompressor
 from lightning_modules import evaluation_run
 from lightning_modules.callbacks import EvaluateExport, different_tensors
+from lightning_modules.datamodule import AVDataModule
+from lightning_modules.doors import INTERRUPTED, run_door
 from lightning_modules.evaluation_options import CALIBRATED, EvaluationOptions
 from tests.test_calibration import fit
 
@@ -63,3 +67,30 @@ def test_the_closing_evaluation_asks_the_model_in_memory(
     answers = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("eval", "again")]
     assert answers[0] == answers[1] and answers[0]
     assert replace(evaluation.results, rows=again.rows) == again
+
+
+def test_ctrl_c_in_an_evaluation_says_how_it_goes_on(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append = evaluation_run.Journal.append
+
+    def press_ctrl_c(*arguments: Any) -> None:
+        append(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(evaluation_run.Journal, "append", press_ctrl_c)
+    records = AVDataModule(validation_clips=2, cache_dir=str(cache)).records("validation")
+    options = EvaluationOptions(
+        policies=["keydiff"], ratios=[0.1], output=str(tmp_path), batch_size=1, accelerator="cpu"
+    )
+
+    def main() -> None:
+        evaluation_run.run_evaluation(options, questions=("two clips", records))
+
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert run_door(main) == INTERRUPTED == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert f"What was answered is in {tmp_path}; the same command goes on from there." in capsys.readouterr().out
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1
