@@ -226,7 +226,7 @@ class CalibrationModule(CalibrationState):
         """The ratio of a batch of the stage of all ratios: 1, or between the bounds; a function of its number alone."""
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
         low, high = math.log(self.tight_below or self.options.ratio_min), math.log(self.options.ratio_max)
-        ratio, kind = torch.rand(2, generator=generator).tolist()
+        ratio, kind = torch.rand(2, generator=generator, device="cpu").tolist()
         return 1.0 if kind < self.options.full_share else math.exp(low + (high - low) * ratio**self.options.ratio_power)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ from acckv.cache import CompressedCache, compressed_layers
 from acckv.config import PolicyName, When
 from acckv.prefill import Prefill
 from acckv.weights import CalibratedWeights
+from lightning_modules.calibration import CalibrationModule
 from tests.families import FAMILIES, Family, Tokenizer
 from tests.support.simulated_accelerator import DEVICE, SECOND_DEVICE, SimulatedAccelerator, on_cpu, on_device, place
 from tests.test_training import after, calibrated
@@ -117,6 +119,19 @@ def test_an_export(family: Family, model: Any, export: Path, placed: Callable[[A
     with SimulatedAccelerator():
         found = generated(placed(model), on_device(inputs), KVCompressor.from_pretrained(export))
     assert_same(found, expected)
+
+
+def test_draws_are_the_same_whatever_device_is_the_default(family: Family, model: Any) -> None:
+    """As within Lightning, and after `torch.set_default_device`."""
+    module = CalibrationModule(lora_rank=0)
+    with KVCompressor(CompressionConfig(policy="random"))(model) as session:
+        prefill = session.prefill(**family.context(model))
+    seen, labels, policy = prefill.observations[0], prefill.labels, session.compressor.policy
+    expected = [policy.score(0, seen, labels).score, torch.tensor([module.draw_ratio(step) for step in range(9)])]
+    with SimulatedAccelerator(), torch.device("sim"):
+        here = replace(seen, keys=on_device(seen.keys))
+        found = [policy.score(0, here, labels).score, torch.tensor([module.draw_ratio(step) for step in range(9)])]
+        assert_same([on_cpu(part) for part in found], expected)
 
 
 def test_weights_are_the_same_whatever_device_is_the_default() -> None:

@@ -18,4 +18,6 @@ class Random(Policy):
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + layer)
         shape = observation.keys.shape[:3]
-        return LayerScore(self.shared(torch.rand(shape, generator=generator)).to(observation.keys.device), None)
+        return LayerScore(
+            self.shared(torch.rand(shape, generator=generator, device="cpu")).to(observation.keys.device), None
+        )
