@@ -121,7 +121,7 @@ def attention_of_masks(adapter: ModelAdapter) -> Iterator[None]:
     warnings.warn(
         f"attention {before!r} has no mask that could be cut to a compressed layer: the decoder runs with {instead!r} "
         "until the session is closed",
-        stacklevel=4,
+        stacklevel=5,
     )
     config._attn_implementation_internal = instead
     try:
@@ -139,12 +139,14 @@ class Tap(local):
     Attributes:
         cache: of the forward that is running, or None.
         listener: told about every layer after its attention, or None.
+        reached: whether any attention came through here since it was last set to False.
     """
 
     def __init__(self, layers: list[AttentionLayer]) -> None:
         self.layers = layers
         self.cache: Cache | None = None
         self.listener: Listener | None = None
+        self.reached = False
         self._regions: dict[int, tuple[int, Tensor | None]] = {}
         self._additive: tuple[Tensor, Tensor] | None = None
 
@@ -164,6 +166,7 @@ class Tap(local):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The shadowed attention function of one decoder layer."""
+        self.reached = True
         layer = self.layers[index]
         simulation = kwargs.pop(SIMULATION, None)
         if simulation is not None:

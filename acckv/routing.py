@@ -90,24 +90,32 @@ class Router:
         cache: Cache | None = arguments.get("cache")
         if cache is not None:
             self._adapt(any(layer.tight for layer in compressed_layers(cache)))
-        before, self.tap.cache = self.tap.cache, cache
+        before, self.tap.cache, self.tap.reached = self.tap.cache, cache, False
         try:
-            if turn is None:
-                self._check_announced(arguments)
-            if cache is None or turn is None:
-                return original(**arguments)
-            turn, arguments = _together(turn, arguments)
-            if self._task is not None:
-                return self._run_task(self._task, original, cache, turn, arguments)
-            if turn.has_media and self._compresses():
-                return self._compress_prompt(original, cache, turn, arguments)
-            if self.adapter.has_windows and compressed_layers(cache) and turn.labels.is_padded:
-                run = PromptRun(self.adapter, self.tap, original, cache, turn.uncompressed(), arguments)
-                return run.run(None, None, nullcontext())
-            return original(**arguments)
+            output = self._routed(original, cache, turn, arguments)
         finally:
             self.tap.cache = before
             self.tap.forget()
+        if not self.tap.reached and cache is not None and compressed_layers(cache):
+            raise InputError(
+                "attended by another function than when its session was opened; change it before that", field="model"
+            )
+        return output
+
+    def _routed(self, original: Decoder, cache: Cache | None, turn: Turn | None, arguments: dict[str, Any]) -> Any:
+        if turn is None:
+            self._check_announced(arguments)
+        if cache is None or turn is None:
+            return original(**arguments)
+        turn, arguments = _together(turn, arguments)
+        if self._task is not None:
+            return self._run_task(self._task, original, cache, turn, arguments)
+        if turn.has_media and self._compresses():
+            return self._compress_prompt(original, cache, turn, arguments)
+        if self.adapter.has_windows and compressed_layers(cache) and turn.labels.is_padded:
+            run = PromptRun(self.adapter, self.tap, original, cache, turn.uncompressed(), arguments)
+            return run.run(None, None, nullcontext())
+        return original(**arguments)
 
     def _compresses(self) -> bool:
         """Whether media under the user's own call are compressed, or read with an adapter."""

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.cache import compressed_layers
 from acckv.errors import InputError
-from tests.families import FAMILIES, Family
+from tests.families import FAMILIES, TEXT, Family
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 SLOW_PARTS = ["wrapper", "forward", "module"]
@@ -178,13 +178,58 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def attentions(model: Any) -> dict[str, str]:
+    """The implementation that each module's own configuration names."""
+    modules = model.named_modules()
+    return {name: module.config._attn_implementation for name, module in modules if hasattr(module, "config")}
+
+
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", "flex_attention"])
 def test_attention_without_masks_is_switched_for_the_session(family: Family, implementation: str) -> None:
-    """The kernels need not be there: none of them may run."""
+    """The kernels need not be there: none of them may run. Towers keep theirs, and the decoder has its own back."""
     model, inputs = family.build(), family.clip(family.build())
     with compressor()(model):
         expected = model.generate(**inputs, **GREEDY)
     model.get_decoder().config._attn_implementation_internal = implementation
-    with pytest.warns(UserWarning, match=f"'{implementation}' has no mask .* with 'sdpa' until"), compressor()(model):
+    before = attentions(model)
+    with pytest.warns(UserWarning, match=f"'{implementation}' has no mask .* with 'sdpa' until") as caught:
+        session = compressor()(model).__enter__()
+    assert caught[0].filename == __file__
+    assert {before[name] for name, now in attentions(model).items() if now != before[name]} == {implementation}
+    assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+    session.__exit__()
+    assert attentions(model) == before
+    with pytest.raises(KeyError), pytest.warns(UserWarning, match=implementation), compressor()(model):
+        raise KeyError
+    assert attentions(model) == before
+
+
+def test_a_decoder_that_sdpa_cannot_serve_is_switched_to_eager() -> None:
+    """Gemma 2 caps its attention logits, which sdpa cannot."""
+    torch.manual_seed(0)
+    layers = {"layer_types": ["full_attention"] * 3, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}
+    config = Gemma2Config(**TEXT, **layers, head_dim=16)
+    model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval()
+    ids = torch.arange(10, 34)[None]
+    inputs = {"input_ids": ids, "modality_ids": torch.where((ids > 12) & (ids < 29), 1, 0)}
+    with compressor()(model):
+        expected = model.generate(**inputs, **GREEDY)
+    config._attn_implementation_internal = "flash_attention_2"
+    with pytest.warns(UserWarning, match="with 'eager' until the session is closed"), compressor()(model):
         assert torch.equal(model.generate(**inputs, **GREEDY), expected)
-    assert model.get_decoder().config._attn_implementation == implementation
+
+
+def test_attention_changed_in_a_session_is_noticed() -> None:
+    """What is not seen is not compressed: neither a prompt, nor a step on a compressed cache."""
+    family = FAMILIES["videollama2"]
+    model = family.build()
+    with compressor()(model) as session, torch.no_grad():
+        expected = model.generate(**family.clip(model), **GREEDY)
+        cache = session.compress(**family.context(model))
+        model.set_attn_implementation("eager")
+        with pytest.raises(InputError, match="model: attended by another function than when its session was opened"):
+            model.generate(**family.clip(model), **GREEDY)
+        with pytest.raises(InputError, match="model: attended by another function"):
+            model(input_ids=torch.tensor([[20]]), cache=cache.branch())
+        model.set_attn_implementation("sdpa")
+        assert torch.equal(model.generate(**family.clip(model), **GREEDY), expected)
