@@ -16,6 +16,7 @@ from acckv.attention import Tap
 from acckv.cache import compressed_layers, sliding_layers
 from acckv.cache_layer import settle_window
 from acckv.errors import InputError
+from acckv.heard import Heard
 from acckv.modality import ModalityMap
 from acckv.outputs import join_outputs, wants_records
 from acckv.ragged import DecoderInputs, next_position, packed, take, window, window_labels
@@ -154,14 +155,15 @@ class PromptRun:
             real = torch.cat([real, torch.ones_like(probe_ids, dtype=torch.bool)], dim=1)
         inputs["attention_mask"] = self.adapter.mask(real, inputs, self.cache, self._types(probe_ids))
         flags = record_past(self.cache) if probe_ids is not None else {}
-        self.tap.listener = listener
+        heard = None if listener is None else Heard(self.adapter, self.cache, listener)
+        self.tap.listener = heard
         try:
             output = self.original(**inputs)
         finally:
             self.tap.listener = None
             restore_past(self.cache, flags)
-        if listener is not None:
-            listener.finish()
+        if heard is not None:
+            heard.finish()
         return output
 
     def _rest(self) -> Any:

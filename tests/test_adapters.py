@@ -96,8 +96,8 @@ def tiny(kind: str, **options: Any) -> Any:
     [
         ("base", "is no causal language model; pass the class that generates text"),
         ("encoder_decoder", "is no causal language model"),
-        ("state_space", r"no `layers\[i\].self_attn`; write an acckv.adapters.ModelAdapter"),
-        ("other_layers", r"no `layers\[i\].self_attn`"),
+        ("state_space", "it has layers of type linear_attention; only attention caches can be compressed"),
+        ("other_layers", "its decoder has no `layers`; write an acckv.adapters.ModelAdapter"),
         ("windows_only", "no full-attention layer with a cache of its own"),
     ],
 )

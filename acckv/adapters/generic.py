@@ -13,16 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from acckv.adapters.base import ModelAdapter
 from acckv.adapters.placeholders import label_placeholders
 from acckv.errors import InputError
 from acckv.modality import ModalityMap
+from acckv.ragged import covers, take
 
 #: Arguments of a forward that bring media, by their names in transformers.
 MEDIA_INPUTS = re.compile("pixel_values|image|video|audio|speech|input_features|input_values|mm_encoder_outputs")
+
+
+#: The decoder's tensors that every adapter knows.
+KNOWN_INPUTS = ("inputs_embeds", "position_ids", "attention_mask")
 
 
 class GenericAdapter(ModelAdapter):
@@ -70,6 +75,29 @@ class GenericAdapter(ModelAdapter):
             )
         return super().prompt_positions(inputs, real, start)
 
+    def cut(self, arguments: dict[str, Any], columns: Tensor) -> dict[str, Any]:
+        inside = super().cut(arguments, columns)
+        by_token = self.by_token(arguments)
+        whole = covers(columns, arguments["inputs_embeds"].shape[1])
+        for name, value in arguments.items():
+            listed = isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value)
+            other = isinstance(value, Tensor) and value.ndim > 1 and name not in (*by_token, *KNOWN_INPUTS)
+            if other or (listed and not whole):
+                raise InputError(
+                    f"hands its decoder {name}, which the generic adapter does not know; "
+                    "write an acckv.adapters.ModelAdapter for it",
+                    field="model",
+                )
+        return {**inside, **{name: take(value, columns, 1) for name, value in by_token.items()}}
+
+    def by_token(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        shape = arguments["inputs_embeds"].shape[:2]
+        return {
+            name: value
+            for name, value in arguments.items()
+            if name not in KNOWN_INPUTS and isinstance(value, Tensor) and value.shape[:2] == shape
+        }
+
     def mask(self, real: Tensor, arguments: dict[str, Any], cache: Cache, token_types: Tensor | None) -> Any:
         _check_causal(arguments.get("attention_mask"))
         return super().mask(real, arguments, cache, token_types)
@@ -101,16 +129,24 @@ def _missing(model: Any) -> str | None:
         return "it is no transformers model; pass the decoder, such as a Qwen2ForCausalLM"
     if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
         return "it is no causal language model; pass the class that generates text"
+    if type(model)._sample is not GenerationMixin._sample:  # type: ignore[attr-defined]
+        return f"it does not generate tokens of text: it has a loop of its own; {own}"
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
-    if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
+    if layers is None:
+        return f"its decoder has no `layers`; {own}"
+    types, _ = get_layer_types_and_kwargs(decoder.config)
+    if not set(types) - {"dummy"}:
+        return "it has no cache of its own; pass the model whose entries it reads"
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention", "dummy"})
+    if unknown:
+        return f"it has layers of type {', '.join(unknown)}; only attention caches can be compressed"
+    if not all(hasattr(layer, "self_attn") for layer in layers):
         return f"its decoder has no `layers[i].self_attn`; {own}"
     if not getattr(type(decoder), "_supports_attention_backend", False):
         return f"its attention does not go through transformers' attention interface; {own}"
     if not all(hasattr(layer.self_attn, "num_key_value_groups") for layer in layers):
         return f"its attention has no `num_key_value_groups`; {own}"
-    types, _ = get_layer_types_and_kwargs(decoder.config)
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention", "dummy"})
-    if unknown:
-        return f"it has layers of type {', '.join(unknown)}; only attention caches can be compressed"
+    if any(getattr(layer.self_attn, "is_causal", True) is False for layer in layers):
+        return f"its attention is not causal: tokens of a prompt see later ones; {own}"
     return None
