@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
+from acckv.errors import InputError
 from lightning_modules.calibration import CalibrationModule
 from lightning_modules.calibration_report import CalibrationReport
 from lightning_modules.calibration_trainer import CalibrationTrainer
@@ -125,6 +126,17 @@ class CalibrationCLI(LightningCLI):
         ]
         if changed:
             rank_zero_only(print)(f"Other options than the checkpoint's: {', '.join(changed)}.")
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, ModuleNotFoundError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise InputError(f"{cause} (a logger or callback needs a package)", field="trainer") from error
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.config.subcommand]

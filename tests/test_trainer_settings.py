@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +57,11 @@ def test_half_precision_is_that_of_the_frozen_model(
     [
         (("--trainer.precision=64-true",), "trainer.precision: is 64-true; take 32-true, "),
         (("--trainer.max_steps=0",), "no step was trained; raise trainer.max_steps"),
+        pytest.param(
+            ("--trainer.logger=WandbLogger",),
+            "error: trainer: Requirement 'wandb",
+            marks=pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is there"),
+        ),
     ],
 )
 def test_settings_that_would_train_otherwise_than_asked_are_refused(
