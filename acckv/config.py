@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -182,6 +181,3 @@ class CompressionConfig:
             return cls(**values)
         except InputError as error:
             raise InputError(str(error), source=source) from error
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)

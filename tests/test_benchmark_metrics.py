@@ -14,10 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import multiprocessing
 
-from acckv.data.benchmarks import load_benchmark
 from acckv.errors import InputError
 from acckv.metrics import GroupedAccuracy, bootstrap_mean, clustered_standard_error
-from acckv.metrics.benchmark import BenchmarkScores
 from acckv.metrics.captions import CaptionScores, caption_tokens, rouge_l
 from acckv.metrics.yes_no import YesNoScores
 
@@ -29,26 +27,6 @@ TEXTS = [
     ("no , i hear no music at all", ["no , there is no music at all", "i hear no music", "no music"]),
     ("yes", ["yes , it does ."]),
 ]
-
-
-def test_benchmark_scores_by_hand() -> None:
-    records = load_benchmark("avhbench", FIXTURES / "avhbench")
-    metric = BenchmarkScores("avhbench", records)
-    metric.add(records[:3], AVHBENCH_ANSWERS[:3])
-    metric.add(records[3:], AVHBENCH_ANSWERS[3:])
-    result = {name: value.item() for name, value in metric.compute().items()}
-    caption = 0.3773196
-    assert result["n"] == 7 and result["accuracy"] == pytest.approx((2 + caption) / 7)
-    assert result["Video-driven Audio Hallucination/accuracy"] == 0.5
-    assert result["AV Matching/accuracy"] == 0.5 and result["AV Matching/n"] == 2
-    assert result["unparsed"] == pytest.approx(2 / 7)  # "The answer is no." for the official parser, and "Nobody"
-    # Two videos, 5 questions with 2 right and 2 with a sum of 0.377: the residuals of both have the same size.
-    residual = 2 - 5 * (2 + caption) / 7
-    assert result["standard_error"] == pytest.approx(math.sqrt(2 * 2 * residual**2) / 7)
-    assert math.isnan(result["Video-driven Audio Hallucination/standard_error"])  # one video only
-    robust = BenchmarkScores("avhbench", records, "robust")
-    robust.add(records, AVHBENCH_ANSWERS)
-    assert robust.compute()["unparsed"].item() == pytest.approx(1 / 7)
 
 
 @given(
@@ -161,17 +139,13 @@ def test_cider_without_its_library_says_what_to_install(monkeypatch: pytest.Monk
 
 def all_scores(part: slice) -> dict[str, float]:
     """Every metric on part of the items, computed over all processes there are."""
-    records = load_benchmark("avhbench", FIXTURES / "avhbench")
-    scores = BenchmarkScores("avhbench", records)
     accuracy, words, yes_no = GroupedAccuracy(["g"]), CaptionScores(), YesNoScores()
-    if records[part]:
-        scores.add(records[part], AVHBENCH_ANSWERS[part])
-        count = len(records[part])
+    if count := len(range(7)[part]):
         accuracy.update(torch.arange(7)[part] / 7, torch.arange(7)[part] // 2, torch.ones(count, 1))
     if TEXTS[part]:
         words.update([text for text, _ in TEXTS[part]], [right for _, right in TEXTS[part]])
         yes_no.update(["yes"] * len(TEXTS[part]), ["yes"] * len(TEXTS[part]))
-    results = {"scores": scores, "accuracy": accuracy, "words": words, "yes_no": yes_no}
+    results = {"accuracy": accuracy, "words": words, "yes_no": yes_no}
     return {f"{name} {key}": v.item() for name, metric in results.items() for key, v in metric.compute().items()}
 
 

@@ -102,16 +102,6 @@ class Row:
             raise self.error(field, f"expected one of {', '.join(letters)}, got {self.values[field]!r}")
         return value
 
-    def file_at(self, field: str, path: Path) -> Path:
-        """A path that a field stands for.
-
-        Raises:
-            InputError: there is no such file.
-        """
-        if not path.is_file():
-            raise self.error(field, f"no such file {path}")
-        return path
-
     def _list_of_texts(self, field: str, value: Any, length: int | None, expected: str) -> list[str]:
         if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
             raise self.error(field, f"expected {expected}, got {value!r}")

@@ -1,4 +1,8 @@
-"""Read parquet files of questions a few records at a time; every complaint names file, record and field."""
+"""Read parquet files of questions a few records at a time; every complaint names file, record and field.
+
+Read with pyarrow's file reader. The library `datasets` streams parquet files through Arrow's dataset scanner, whose
+threads can abort or hang a process that ends (apache/arrow#45214), after all its work was done.
+"""
 
 from __future__ import annotations
 

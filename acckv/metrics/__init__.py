@@ -10,10 +10,9 @@ from acckv.metrics.intervals import (
     wilson,
 )
 from acckv.metrics.relative import PairedComparison
-from acckv.metrics.words import DescriptionWordAccuracy, word_accuracy
+from acckv.metrics.words import word_accuracy
 
 __all__ = [
-    "DescriptionWordAccuracy",
     "GroupedAccuracy",
     "Interval",
     "PairedComparison",
