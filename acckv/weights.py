@@ -204,16 +204,18 @@ class CalibratedWeights(nn.Module):
         """
         parameters = list(self.parameters())
         if any(parameter.requires_grad for parameter in parameters):
-            return self._cut(index, device)
+            return self._cut(index, device, copy=False)
         changes = sum(parameter._version for parameter in parameters), parameters[0].device
         if self._copies_of != changes:
             self._copies, self._copies_of = {}, changes
         if (index, device) not in self._copies:
-            self._copies[index, device] = self._cut(index, device)
+            self._copies[index, device] = self._cut(index, device, copy=True)
         return self._copies[index, device]
 
-    def _cut(self, index: int, device: torch.device) -> LayerWeights:
-        return LayerWeights(**{part.name: getattr(self, part.name)[index].to(device) for part in fields(LayerWeights)})
+    def _cut(self, index: int, device: torch.device, copy: bool) -> LayerWeights:
+        """Kept views would be references, with which torch cannot swap parameters when a module moves."""
+        parts = {part.name: getattr(self, part.name)[index] for part in fields(LayerWeights)}
+        return LayerWeights(**{name: part.to(device, copy=copy) for name, part in parts.items()})
 
 
 def log_ratio(ratio: float) -> float:
