@@ -226,7 +226,7 @@ class EvaluateExport(Callback):
             overwrite=True,
             dtype=module.options.dtype,
             accelerator=type(trainer.accelerator).name(),  # type: ignore[attr-defined]
-            data=EvaluationData(**data.media.limits()),
+            data=EvaluationData(num_workers=data.options.num_workers, **data.media.limits()),
         )
         # An answer without words cannot be scored word by word.
         records = [record for record in data.records("validation") if record.answer.strip()]

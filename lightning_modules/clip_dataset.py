@@ -136,7 +136,23 @@ class ClipDataset(Dataset[CalibrationItem]):
         ids = tokenizer(record.answer, add_special_tokens=False)["input_ids"]
         return torch.tensor([*ids, tokenizer.eos_token_id])
 
-    def collate(self, items: list[CalibrationItem]) -> CalibrationBatch:
+    def has_kept(self, indices: list[int]) -> bool:
+        """Whether clips need not be read again."""
+        clips = [self.clips[index][0].clip for index in indices]
+        return self._has("prefills", clips) or self._has("embeddings", clips)
+
+    def inputs(self, items: list[CalibrationItem]) -> dict[str, Any]:
+        """Read and encode the clips of a batch; nothing of the dataset changes.
+
+        Raises:
+            InputError: a clip cannot be read; it names the file.
+        """
+        questions = [item.record.question for item in items if item.asked]
+        media, systems = [self.read(item.record) for item in items], [item.record.system_prompt for item in items]
+        return encode(self.processor, media, questions or None, systems)
+
+    def collate(self, items: list[CalibrationItem], inputs: dict[str, Any] | None = None) -> CalibrationBatch:
+        """A batch, of what was kept of its clips, or of their inputs, which are read here where they are not given."""
         turns, number = pack_turns([[item.turns[place] for place in item.drawn] for item in items]), items[0].number
         clips = [item.record.clip for item in items]
         if self._has("prefills", clips):
@@ -147,9 +163,7 @@ class ClipDataset(Dataset[CalibrationItem]):
         if self._has("embeddings", clips):
             embedded = DecoderInputs.stack(self._kept("embeddings", clips))
             return CalibrationBatch({}, turns, number, embedded)
-        questions = [item.record.question for item in items if item.asked]
-        media, systems = [self.read(item.record) for item in items], [item.record.system_prompt for item in items]
-        inputs = encode(self.processor, media, questions or None, systems)
+        inputs = self.inputs(items) if inputs is None else inputs
         keep = None if self.keep == "nothing" else partial(self._keep, clips)
         pending = self._pending(items) if self.keep == "prefill" else None
         return CalibrationBatch(inputs, turns, number, keep=keep, pending=pending)

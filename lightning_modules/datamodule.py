@@ -23,7 +23,8 @@ from acckv.data.records import Record, with_system_prompt
 from acckv.data.video_folder import hold_out, list_videos
 from acckv.errors import InputError
 from lightning_modules.clip_dataset import CalibrationBatch, ClipDataset, Keep
-from lightning_modules.step_sampler import NumberedLoader, StepSampler
+from lightning_modules.clip_loader import ClipLoader
+from lightning_modules.step_sampler import StepSampler
 from lightning_modules.teacher_answers import FILE as ANSWERS_FILE
 from lightning_modules.teacher_answers import PROMPTS, AnswerFile, AnswerSettings, answer_clips
 from lightning_modules.teacher_cache import TeacherCache
@@ -74,6 +75,7 @@ class AVDataModule(LightningDataModule):
             vocabularies of up to 1024.
         seed: of the order, and of the questions drawn.
         clips_seed: of the generated clips.
+        num_workers: processes that read clips ahead, for each process that trains; 0 reads them when they are due.
         system_prompt: what the model is told before the media; None leaves that to its chat template.
         fps: pictures a second that are sampled.
         max_seconds: longest clip; a longer one is refused, or cut where `cut_long` is set.
@@ -108,6 +110,7 @@ class AVDataModule(LightningDataModule):
         teacher_top_p: float = 0.999,
         seed: int = 0,
         clips_seed: int = 0,
+        num_workers: int = 0,
         system_prompt: str | None = None,
         fps: float = MediaOptions.fps,
         max_seconds: float = MediaOptions.max_seconds,
@@ -130,6 +133,7 @@ class AVDataModule(LightningDataModule):
             ("batch_size", batch_size, 1),
             ("turns", turns, 0),
             ("max_new_tokens", max_new_tokens, 1),
+            ("num_workers", num_workers, 0),
         ):
             if value < least:
                 raise InputError(f"{value} is less than {least}", field=f"data.{name}")
@@ -164,7 +168,8 @@ class AVDataModule(LightningDataModule):
         """On one process of each machine: write the clips, or let the model answer about the videos."""
         if self.options.source == "folder":
             batch_size, device = self.options.batch_size, self._trainer.strategy.root_device
-            answer_clips(self._answers(), [*self.videos("train"), *self.videos("validation")], batch_size, device)
+            videos = [*self.videos("train"), *self.videos("validation")]
+            answer_clips(self._answers(), videos, batch_size, device, self.options.num_workers)
         else:
             for split in ("train", "validation"):
                 self.records(split)
@@ -302,7 +307,7 @@ class AVDataModule(LightningDataModule):
             trainer.world_size,
             accumulate,
         )
-        return NumberedLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate)
+        return ClipLoader(dataset, sampler, options.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
         dataset = self.datasets["validation"]
@@ -311,7 +316,7 @@ class AVDataModule(LightningDataModule):
             [(index, 0) for index in range(start * self.options.batch_size, len(dataset))][: self.options.batch_size]
             for start in range(batches)
         ]
-        return DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate)
+        return ClipLoader(dataset, order, self.options.num_workers)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if not isinstance(batch, CalibrationBatch):

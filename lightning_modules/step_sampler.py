@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -49,13 +48,3 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     def _clip(self, place: int) -> int:
         passed, index = divmod(place, self.clips)
         return int(np.random.default_rng((self.seed, passed)).permutation(self.clips)[index])
-
-
-class NumberedLoader(DataLoader[Any]):
-    """A loader whose place is the trainer's global step: :class:`StepSampler` starts there, nothing else is saved."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.adapters import load_model
@@ -123,7 +124,9 @@ class AnswerFile:
             self.clips = values["clips"]
 
 
-def answer_clips(file: AnswerFile, videos: Sequence[Path], batch_size: int, device: torch.device | str) -> None:
+def answer_clips(
+    file: AnswerFile, videos: Sequence[Path], batch_size: int, device: torch.device | str, num_workers: int = 0
+) -> None:
     """Let the frozen model answer every prompt about every clip that has no answers yet, greedily, with its full cache.
 
     The file is saved after each batch.
@@ -141,21 +144,44 @@ def answer_clips(file: AnswerFile, videos: Sequence[Path], batch_size: int, devi
     )
     _warn_of_unknown_words(processor, settings.prompts)
     batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
+    cut, asked = 0, len(waiting) * len(settings.prompts)
     seen = Progress("answering about clips", len(waiting), "clips")
     with seen, KVCompressor(CompressionConfig(policy="full"))(model) as session:
-        for batch in batches:
-            media = [read_media(video, **settings.media) for video in batch]
+        for media in DataLoader(_Videos(batches, settings.media), batch_size=None, num_workers=num_workers):
+            if isinstance(media, InputError):
+                raise media
             for kind in KINDS:
                 chosen = [clip for clip in media if clip.kind == kind]
                 if chosen:
-                    for clip, answers in zip(chosen, _answers(session, processor, chosen, settings), strict=True):
+                    answered, ended = _answers(session, processor, chosen, settings)
+                    cut += ended
+                    for clip, answers in zip(chosen, answered, strict=True):
                         file.add(clip.path, clip.audio is not None, answers)
             file.save()
-            seen.advance(len(batch))
+            seen.advance(len(media))
+    if cut:
+        limit = f"max_new_tokens={settings.max_new_tokens}"
+        _log.warning("data.%s ended %d of %d answers, which are learned as they are", limit, cut, asked)
 
 
-def _answers(session: Any, processor: Any, clips: list[Media], settings: AnswerSettings) -> list[list[str]]:
-    """By clip and prompt."""
+class _Videos(Dataset[list[Media] | InputError]):
+    """Batches of videos, read; or why one of a batch cannot be read."""
+
+    def __init__(self, batches: list[list[Path]], options: dict[str, Any]) -> None:
+        self.batches, self.options = batches, options
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> list[Media] | InputError:
+        try:
+            return [read_media(video, **self.options) for video in self.batches[number]]
+        except InputError as error:
+            return error
+
+
+def _answers(session: Any, processor: Any, clips: list[Media], settings: AnswerSettings) -> tuple[list[list[str]], int]:
+    """By clip and prompt, and how many of them the limit of tokens ended."""
     device = session.model.device
     inputs = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
@@ -174,7 +200,10 @@ def _answers(session: Any, processor: Any, clips: list[Media], settings: AnswerS
     )
     texts = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
     count = len(settings.prompts)
-    return [texts[start : start + count] for start in range(0, len(texts), count)]
+    ends = session.model.generation_config.eos_token_id
+    ended = torch.isin(new, torch.as_tensor([] if ends is None else ends, device=new.device)).any(-1)
+    cut = int((~ended).sum()) if new.shape[1] >= settings.max_new_tokens else 0
+    return [texts[start : start + count] for start in range(0, len(texts), count)], cut
 
 
 def _warn_of_unknown_words(processor: Any, prompts: Sequence[str]) -> None:

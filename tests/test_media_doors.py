@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.adapters import load_model
+from acckv.data.benchmarks import load_benchmark
 from acckv.data.encoding import encode
 from acckv.data.media import MediaOptions, read_media
+from acckv.data.video_folder import hold_out, list_videos
 from acckv.errors import InputError
 from acckv.plugins.answering import Answerer
 from acckv.plugins.media_store import MediaStore
 from acckv.plugins.requests import ClipRef, Generation, Prompt, read_prompt
 from lightning_modules.ask import AskOptions, run_ask
+from lightning_modules.cli import main
+from lightning_modules.clip_dataset import ClipDataset
+from lightning_modules.clip_loader import ClipLoader
 from lightning_modules.datamodule import AVDataModule
 from lightning_modules.evaluation_data import EvaluationData
 from lightning_modules.evaluation_run import EvaluationOptions, run_evaluation
@@ -124,3 +132,63 @@ def test_the_plug_in_takes_system_messages_and_limits(folder: Path, tiny: tuple[
     for messages in ([user, user], [user, {"role": "system", "content": "?"}], [{**user, "role": "system"}, user]):
         with pytest.raises(InputError, match="task: messages"):
             read_prompt(messages, "task", store)
+
+
+def train(folder: Path, root: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> Any:
+    words = [
+        *("train.py", "--data.source=folder", f"--data.folder={folder}", f"--trainer.default_root_dir={root}"),
+        *("--trainer.max_steps=3", "--trainer.accelerator=cpu", "--data.batch_size=1", "--data.max_new_tokens=4"),
+        *("--data.prompts=[Describe the clip.]", "--trainer.enable_progress_bar=false", "--evaluation.clips=0"),
+        *("--export.new_tokens=2", "--model.lora_rank=2", "--data.validation_share=0.5", "--data.max_frames=4", *more),
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    main()
+    return KVCompressor.from_pretrained(root / "export").weights
+
+
+@pytest.mark.parametrize("when", ["context", "prompt"])
+def test_workers_give_the_batches_of_a_calibration(folder: Path, tiny: tuple[Any, Any], when: str) -> None:
+    """The slow test below trains on them."""
+    records = load_benchmark("custom", folder)
+    order = [[(2, 0), (0, 0)], [(1, 1)], [(0, 2), (1, 2)]]  # clips a, b, the broken one, and a with a system prompt
+    good = [record for record in records if record.video.name != "broken.mp4"]
+    batches = [
+        list(ClipLoader(ClipDataset(good, tiny[1], when, 0, 0, "nothing"), order, workers))  # type: ignore[arg-type]
+        for workers in (0, 2)
+    ]
+    for one, other in zip(*batches, strict=True):
+        assert one.number == other.number and torch.equal(one.turns.ids, other.turns.ids)
+        assert one.inputs.keys() == other.inputs.keys()
+        for name, value in one.inputs.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.inputs[name])), name
+    broken = ClipDataset(records, tiny[1], when, 0, 0, "nothing")  # type: ignore[arg-type]
+    for workers in (0, 2):
+        with pytest.raises(InputError, match=r"broken\.mp4: not a readable media file") as caught:
+            list(ClipLoader(broken, [[(0, 0)], [(2, 0)]], workers))
+        assert len(str(caught.value).splitlines()) == 1 and str(caught.value.source).endswith("broken.mp4")
+
+
+@pytest.mark.slow
+def test_a_calibration_is_the_same_with_worker_processes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4"):
+        shutil.copy(folder / f"{'ab'[ord(name[0]) % 2]}.mp4", videos / name)
+    assert 0 < len(hold_out(videos, list_videos(videos), 0.5)[1]) < 4
+    for keep in ("nothing", "prefill"):
+        none, two = (
+            train(
+                videos, tmp_path / f"{keep}{count}", monkeypatch, f"--data.num_workers={count}", f"--data.keep={keep}"
+            )
+            for count in (0, 2)
+        )
+        for name, tensor in none.state_dict().items():
+            assert torch.equal(tensor, two.state_dict()[name]), name
+    assert (tmp_path / "nothing0" / "answers.json").read_text() == (tmp_path / "nothing2" / "answers.json").read_text()
+    (train_video, *_), _ = hold_out(videos, list_videos(videos), 0.5)
+    train_video.write_text("no media")
+    with pytest.raises(InputError, match=r"\.mp4: not a readable media file") as caught:
+        train(videos, tmp_path / "broken", monkeypatch, "--data.num_workers=2")
+    assert len(str(caught.value).splitlines()) == 1

@@ -20,6 +20,7 @@ from tests.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PAGES = ("sessions.md", "media.md")
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -39,6 +40,8 @@ def test_python_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     names: dict[str, Any] = {
         "model": model,
         "processor": processor,
+        "encode": encode,
+        "clip": read_media("clip.mp4"),
         "inputs": encode(processor, [read_media("clip.mp4")], ["what colour ?"]),
         "decoder": decoder,
         "embed": decoder.get_input_embeddings(),
@@ -47,8 +50,8 @@ def test_python_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "video_features": torch.randn(1, 30, 64),
         "audio_features": torch.randn(1, 10, 64),
     }
-    blocks = [block for page in (README, ROOT / "docs" / "sessions.md") for block in python_blocks(page)]
-    assert len(blocks) == 7
+    blocks = [block for page in (README, *map((ROOT / "docs").joinpath, PAGES)) for block in python_blocks(page)]
+    assert len(blocks) == 8
     for number, block in enumerate(blocks):
         exec(compile(block, f"README block {number}", "exec"), names)
         if "budget=64" in block:
