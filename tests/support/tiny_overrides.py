@@ -117,7 +117,18 @@ OVERRIDES: dict[str, Any] = {
     "GlmImageConfig": {"text_config.vision_vocab_size": 128},
     "Dots3NoteTextConfig": lambda: _dots3_note(),
     "Dots3NoteConfig": lambda: transformers.Dots3NoteConfig(
-        text_config=_dots3_note(), vision_config={"adapter_out_dim": 64}, audio_config={"adapter_out_dim": 64}
+        text_config=_dots3_note(),
+        vision_config={
+            **{
+                "adapter_in_dim": 64,
+                "adapter_out_dim": 64,
+                "pyramid_num_routed": [-1, 4],
+                "num_hidden_layers": 2,
+                "intermediate_size": 64,
+            },
+            **{"hidden_size": 64, "num_attention_heads": 4, "moe_intermediate_size": 64},
+        },
+        audio_config={"adapter_out_dim": 64, "num_hidden_layers": 1},
     ),
     "Gemma4AssistantConfig": lambda: transformers.Gemma4AssistantConfig(text_config=ASSISTANT),
     "Gemma4UnifiedAssistantConfig": lambda: transformers.Gemma4UnifiedAssistantConfig(text_config=ASSISTANT),
