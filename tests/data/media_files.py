@@ -92,7 +92,7 @@ def write_tracks(
             for number, (stream, _) in enumerate(group):
                 if default is not None:
                     chosen = number == default[place]
-                    stream.disposition = av.stream.Disposition.default if chosen else av.stream.Disposition(0)
+                    stream.disposition = av.stream.Disposition.default.value if chosen else 0
         for video, shown in videos:
             for picture in shown:
                 container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

@@ -102,7 +102,7 @@ def test_a_cover_is_named(tmp_path: Path) -> None:
     with av.open(str(path), "w", format="mp4") as container, av.open(str(cover)) as picture:
         sound = container.add_stream("aac", rate=16_000, layout="mono")
         shown = container.add_stream_from_template(picture.streams.video[0])
-        shown.disposition = av.stream.Disposition.attached_pic
+        shown.disposition = av.stream.Disposition.attached_pic.value
         for packet in picture.demux(video=0):
             if packet.dts is not None:
                 packet.stream = shown
