@@ -134,7 +134,7 @@ class ClipDataset(Dataset[CalibrationItem]):
     def _answer(self, record: Record) -> Tensor:
         tokenizer = self.processor.tokenizer
         ids = tokenizer(record.answer, add_special_tokens=False)["input_ids"]
-        return torch.tensor([*ids, tokenizer.eos_token_id])
+        return torch.tensor([*ids, tokenizer.eos_token_id] if record.complete else ids, dtype=torch.long)
 
     def has_kept(self, indices: list[int]) -> bool:
         """Whether clips need not be read again."""

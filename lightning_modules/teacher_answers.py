@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from acckv.progress import Progress
 from acckv.ragged import left_padded
 from acckv.report.files import whole_file
 
-FORMAT = 1
+FORMAT = 2
 FILE = "answers.json"
 PROMPTS = (
     "Describe what is seen and heard in this clip, in order.",
@@ -77,8 +77,10 @@ class AnswerFile:
         """Those that have no answers yet."""
         return [video for video in videos if not self._has(video)]
 
-    def add(self, video: Path, sound: bool, answers: list[str]) -> None:
-        self.clips[str(video)] = {**_stamp(video), "sound": sound, "answers": answers}
+    def add(self, video: Path, sound: bool, answers: list[str], cut: list[bool] | None = None) -> None:
+        """Keep the answers to the prompts, and of each whether the limit of tokens ended it."""
+        ended = [False] * len(answers) if cut is None else cut
+        self.clips[str(video)] = {**_stamp(video), "sound": sound, "answers": answers, "cut": ended}
 
     def save(self) -> None:
         values = {"format": FORMAT, "settings": self._settings(), "clips": self.clips}
@@ -95,11 +97,13 @@ class AnswerFile:
         for video in videos:
             if not self._has(video):
                 raise InputError("was added or changed since its answers were made; start anew", source=video)
-            for number, (prompt, answer) in enumerate(
-                zip(self.settings.prompts, self.clips[str(video)]["answers"], strict=True)
+            found = self.clips[str(video)]
+            for number, (prompt, answer, cut) in enumerate(
+                zip(self.settings.prompts, found["answers"], found["cut"], strict=True)
             ):
                 groups = (f"prompt {number + 1}",)
-                records.append(Record(f"{video}#{number}", video, None, prompt, None, answer, groups, "description"))
+                record = Record(f"{video}#{number}", video, None, prompt, None, answer, groups, "description")
+                records.append(replace(record, complete=not cut))
         return records
 
     def sounds(self, videos: Sequence[Path]) -> list[bool]:
@@ -153,15 +157,15 @@ def answer_clips(
             for kind in KINDS:
                 chosen = [clip for clip in media if clip.kind == kind]
                 if chosen:
-                    answered, ended = _answers(session, processor, chosen, settings)
-                    cut += ended
-                    for clip, answers in zip(chosen, answered, strict=True):
-                        file.add(clip.path, clip.audio is not None, answers)
+                    answered = _answers(session, processor, chosen, settings)
+                    for clip, (answers, ended) in zip(chosen, answered, strict=True):
+                        file.add(clip.path, clip.audio is not None, answers, ended)
+                        cut += sum(ended)
             file.save()
             seen.advance(len(media))
     if cut:
         limit = f"max_new_tokens={settings.max_new_tokens}"
-        _log.warning("data.%s ended %d of %d answers, which are learned as they are", limit, cut, asked)
+        _log.warning("data.%s ended %d of %d answers; how they would have ended is not learned", limit, cut, asked)
 
 
 class _Videos(Dataset[list[Media] | InputError]):
@@ -180,8 +184,10 @@ class _Videos(Dataset[list[Media] | InputError]):
             return error
 
 
-def _answers(session: Any, processor: Any, clips: list[Media], settings: AnswerSettings) -> tuple[list[list[str]], int]:
-    """By clip and prompt, and how many of them the limit of tokens ended."""
+def _answers(
+    session: Any, processor: Any, clips: list[Media], settings: AnswerSettings
+) -> list[tuple[list[str], list[bool]]]:
+    """By clip, for each prompt the answer and whether the limit of tokens ended it."""
     device = session.model.device
     inputs = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
@@ -202,8 +208,9 @@ def _answers(session: Any, processor: Any, clips: list[Media], settings: AnswerS
     count = len(settings.prompts)
     ends = session.model.generation_config.eos_token_id
     ended = torch.isin(new, torch.as_tensor([] if ends is None else ends, device=new.device)).any(-1)
-    cut = int((~ended).sum()) if new.shape[1] >= settings.max_new_tokens else 0
-    return [texts[start : start + count] for start in range(0, len(texts), count)], cut
+    cut = [not end and new.shape[1] >= settings.max_new_tokens for end in ended.tolist()]
+    starts = range(0, len(texts), count)
+    return [(texts[start : start + count], cut[start : start + count]) for start in starts]
 
 
 def _warn_of_unknown_words(processor: Any, prompts: Sequence[str]) -> None:

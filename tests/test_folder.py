@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from acckv import InputError, KVCompressor
-from acckv.adapters import load_model
+from acckv.adapters import load_model, load_processor
 from acckv.data.clips import video_folder, write_clips
 from acckv.data.encoding import encode
 from acckv.data.media import read_media
 from acckv.data.video_folder import hold_out, list_videos
 from acckv.report.results import CONTROLS
 from lightning_modules.cli import main
+from lightning_modules.clip_dataset import ClipDataset
 from lightning_modules.datamodule import AVDataModule
 from lightning_modules.teacher_answers import PROMPTS, AnswerFile, AnswerSettings, answer_clips
 
@@ -209,3 +210,18 @@ def test_a_folder_is_calibrated_on_from_end_to_end(
     assert history.splitlines()[0] == "step,temperature,ratio,layer,modality,share"
     assert len(history.splitlines()) == 1 + 5 * 5 * 6 * 2
     assert history.splitlines()[1].endswith(",1") and (resumed / "budgets.csv").read_text() == history
+
+
+def test_a_cut_answer_is_learned_without_an_end(clips: Path, tmp_path: Path) -> None:
+    """The limit ended it, not the model, which is not to learn to stop there."""
+    settings = AnswerSettings("tiny", "float32", ASKED[:2], 2)
+    file = AnswerFile(tmp_path / "answers.json", settings)
+    answer_clips(file, list_videos(clips)[:1], 1, "cpu")
+    processor = load_processor("tiny")
+    records = AnswerFile(file.path, settings).records(list_videos(clips)[:1])
+    assert [record.complete for record in records] == [False, True], "a list of shapes, and one shape"
+    turns = ClipDataset(records, processor, "context", 0, 0, "nothing")[(0, 0)].turns
+    for record, turn in zip(records, turns, strict=True):
+        ids = processor.tokenizer(record.answer, add_special_tokens=False)["input_ids"]
+        end = [processor.tokenizer.eos_token_id] if record.complete else []
+        assert turn.ids[turn.first + 1 :].tolist() == [*ids, *end]

@@ -32,6 +32,7 @@ class Record:
         start, end: seconds of `video` that the question is about; None for the whole.
         attachments: further pictures and sounds, in the order in which the question names them.
         system_prompt: what the model is told before the media; None leaves that to its chat template.
+        complete: whether the answer ends where its text does; False for a model's answer that a limit ended.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Record:
     end: float | None = None
     attachments: tuple[Path, ...] = ()
     system_prompt: str | None = None
+    complete: bool = True
 
     @property
     def clip(self) -> ClipKey:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from acckv import CompressionConfig, KVCompressor
@@ -217,7 +218,12 @@ class Answerer:
         """Model inputs of a prompt without media."""
         told = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
         conversation = [*told, {"role": "user", "content": [{"type": "text", "text": question}]}]
-        text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        try:
+            text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise InputError(f"the model's chat template takes none ({error})", field="system_prompt") from error
+        if system is not None and system.strip() not in text:
+            raise InputError("the model's chat template does not write it; leave it out", field="system_prompt")
         ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         return self._moved({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
