@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -19,15 +21,47 @@ class CompressedCache(DynamicCache):
     """A cache that holds a compressed prompt, as :meth:`Session.compress` returns it.
 
     Attributes:
-        labels: modality map of every token seen up to the last compression.
-        next_position: int64 ``[B, 1]``, where text after these tokens goes on. It is kept with the cache: the model's
-            own record belongs to the last forward that was run, and media positions need not be monotone.
+        labels: modality map of every token seen up to the last forward of several tokens.
     """
 
     def __init__(self, layers: list[Any], labels: ModalityMap, next_position: Tensor) -> None:
         Cache.__init__(self, layers=layers)
         self.labels = labels
-        self.next_position = next_position
+        self._next_position = next_position
+
+    @property
+    def _later(self) -> int:
+        """Tokens of text that came one by one since `labels`; below zero where guesses were taken back."""
+        return self.get_seq_length() - self.labels.labels.shape[1]
+
+    @property
+    def next_position(self) -> Tensor:
+        """``[B, 1]``, where text goes on: int64, or float32 where a family's media stand at fractions.
+
+        It is kept with the cache: the model's own record belongs to the last forward that was run, and media positions
+        need not be monotone.
+        """
+        return self._next_position + self._later
+
+    def check_rows(self, rows: int) -> None:
+        """Refuse to be read by another number of rows.
+
+        Raises:
+            InputError: says how many there are.
+        """
+        held = self.labels.labels.shape[0]
+        if rows != held:
+            raise InputError(
+                f"holds {held} rows and is read by {rows}; give cache.branch(n) with n copies of each row",
+                field="cache",
+            )
+
+    def note(self, labels: ModalityMap, next_position: Tensor) -> None:
+        """Take down what one forward has just brought: tokens of these labels, after which text goes on there."""
+        before = self._later - labels.labels.shape[1]
+        held = F.pad(self.labels.labels, (0, before), value=Modality.TEXT)
+        self.labels = ModalityMap(torch.cat([held, labels.labels.to(held.device)], dim=1))
+        self._next_position = next_position
 
     def branch(self, repeats: int = 1) -> CompressedCache:
         """A cache that goes on from here without changing this one; with one repeat the entries are shared.
@@ -35,15 +69,23 @@ class CompressedCache(DynamicCache):
         Args:
             repeats: rows made of each row, side by side (several questions about each clip).
         """
-        labels = self.labels.labels
-        later = self.get_seq_length() - labels.shape[1]  # text that was generated since
-        labels = torch.nn.functional.pad(labels, (0, later), value=Modality.TEXT)
-        cache = CompressedCache(branch_layers(self.layers), ModalityMap(labels), self.next_position + later)
+        labels = F.pad(self.labels.labels, (0, self._later), value=Modality.TEXT)
+        cache = CompressedCache(branch_layers(self.layers), ModalityMap(labels), self.next_position)
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
-            cache.next_position = cache.next_position.repeat_interleave(repeats, dim=0)
-            cache.labels = ModalityMap(labels.repeat_interleave(repeats, dim=0))
         return cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices.to(rows.device)])
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.labels = ModalityMap(change(self.labels.labels))
+        self._next_position = change(self._next_position)
 
     def kept_entries(self) -> Tensor:
         """float ``[layers, 2]``: video and audio entries held by each compressed layer, merged ones included; mean
@@ -69,6 +111,20 @@ class CompressedCache(DynamicCache):
 
 def compressed_layers(cache: Cache) -> list[CompressedLayer]:
     return [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+
+
+def as_compressed(cache: Cache, labels: ModalityMap, next_position: Tensor) -> CompressedCache:
+    """A cache that has taken in its first media, with what it is to know of them.
+
+    A plain dynamic one becomes it in place, since its holder goes on with the object; of another class, which may do
+    more, the layers are shared.
+    """
+    if type(cache) is DynamicCache:
+        vars(cache).update(labels=labels, _next_position=next_position)
+        cache.__class__ = CompressedCache
+    if isinstance(cache, CompressedCache):
+        return cache
+    return CompressedCache(cache.layers, labels, next_position)
 
 
 def sliding_layers(cache: Cache) -> list[DynamicSlidingWindowLayer]:

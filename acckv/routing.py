@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from acckv.adapters.base import ModelAdapter
 from acckv.attention import SIMULATION, Tap
-from acckv.cache import CompressedCache, adopt, compressed_layers
+from acckv.cache import CompressedCache, adopt, as_compressed, compressed_layers
 from acckv.compressor import KVCompressor
 from acckv.errors import InputError
 from acckv.eviction import Eviction
@@ -112,10 +112,18 @@ class Router:
             return self._run_task(self._task, original, cache, turn, arguments)
         if turn.has_media and self._compresses():
             return self._compress_prompt(original, cache, turn, arguments)
+        return self._read_on(original, cache, turn, arguments)
+
+    def _read_on(self, original: Decoder, cache: Cache, turn: Turn, arguments: dict[str, Any]) -> Any:
+        """Tokens that nothing of is compressed."""
         if self.adapter.has_windows and compressed_layers(cache) and turn.labels.is_padded:
             run = PromptRun(self.adapter, self.tap, original, cache, turn.uncompressed(), arguments)
-            return run.run(None, None, nullcontext())
-        return original(**arguments)
+            output = run.run(None, None, nullcontext())
+        else:
+            output = original(**arguments)
+        if isinstance(cache, CompressedCache) and arguments.get("position_ids") is not None:
+            cache.note(turn.labels, next_position(arguments["position_ids"]))
+        return output
 
     def _compresses(self) -> bool:
         """Whether media under the user's own call are compressed, or read with an adapter."""
@@ -151,11 +159,15 @@ class Router:
         run = PromptRun(self.adapter, self.tap, original, cache, turn, arguments)
         listener, probe = self._eviction(run, cache, turn, None)
         output = run.run(listener, probe, self.prompt_adapters())
-        labels = turn.labels
-        if turn.seen:
-            past = torch.zeros_like(turn.past, dtype=torch.long).masked_fill(~turn.past, Modality.PADDING)
-            labels = ModalityMap(torch.cat([past, labels.labels], dim=1))
-        self.last_cache = CompressedCache(cache.layers, labels, next_position(run.arguments["position_ids"]))
+        labels, start = turn.labels, next_position(run.arguments["position_ids"])
+        if isinstance(cache, CompressedCache):
+            cache.note(labels, start)
+            self.last_cache = cache
+        else:
+            if turn.seen:
+                past = torch.zeros_like(turn.past, dtype=torch.long).masked_fill(~turn.past, Modality.PADDING)
+                labels = ModalityMap(torch.cat([past, labels.labels], dim=1))
+            self.last_cache = as_compressed(cache, labels, start)
         return output
 
     def _eviction(

@@ -280,10 +280,7 @@ class Session:
         ids = torch.cat([context, input_ids], dim=1)
         # generate repeats each row for its beams, but not the cache, which therefore comes with all of them.
         mask = torch.cat([branch.labels.real[::copies].to(attention_mask.dtype), attention_mask], dim=1)
-        place = branch.next_position[::copies] + (attention_mask.cumsum(-1) - 1).clamp_min(0)
-        positions = self.adapter.text_positions(place)
-        positions = torch.nn.functional.pad(positions, (context.shape[1], 0))
-        out = self.model.generate(input_ids=ids, attention_mask=mask, position_ids=positions, cache=branch, **options)
+        out = self.model.generate(input_ids=ids, attention_mask=mask, cache=branch, **options)
         out = out if isinstance(out, Tensor) else out.sequences
         return out[:, ids.shape[1] :]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
@@ -15,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 from acckv.adapters.base import ModelAdapter
 from acckv.cache import CompressedCache, compressed_layers
 from acckv.config import When
-from acckv.continuation import positions_after
+from acckv.continuation import following_positions, generated_positions
 from acckv.errors import InputError
 from acckv.patching import patch_method
 from acckv.ragged import packed
@@ -50,7 +51,7 @@ class Wiring:
         self._expected = False
         self._given: Tensor | None = None
         self._prompt_length: int | None = None
-        self._counts_positions = False
+        self._takes_positions = "position_ids" in inspect.signature(adapter.model.forward).parameters
         self._stack = ExitStack()
 
     def __enter__(self) -> Wiring:
@@ -59,6 +60,8 @@ class Wiring:
             stack.enter_context(patch_method(self.adapter.model, "forward", self._model_forward))
             stack.enter_context(patch_method(self.adapter.model, "generate", self._generate))
             stack.enter_context(patch_method(self.adapter.model, "init_continuous_batching", _refuse_batching))
+            name = "_prepare_position_ids_for_generation"
+            stack.enter_context(patch_method(self.adapter.model, name, self._generated_positions))
             self._stack = stack.pop_all()
         self.is_open = True
         return self
@@ -92,15 +95,13 @@ class Wiring:
                     "was taken from a session that is closed by now; join its threads first", field="generate"
                 )
             self._check_whole({**kwargs, "modality_ids": modality_ids})
-            before = self._given, self._prompt_length, self._counts_positions
+            before = self._given, self._prompt_length
             self._given, self.reached = modality_ids, False
-            # What generate counts by itself are the positions of text, whatever the cache holds.
-            self._counts_positions = kwargs.get("position_ids") is None
             self._prompt_length = whole.shape[1] if isinstance(whole, Tensor) else None
             try:
                 output = original(*args, **kwargs)
             finally:
-                self._given, self._prompt_length, self._counts_positions = before
+                self._given, self._prompt_length = before
             if not self.reached and self.compresses():
                 raise InputError(
                     "generated without its decoder's own forward, so that nothing was compressed; replace no part of "
@@ -108,6 +109,13 @@ class Wiring:
                     field="model",
                 )
             return output
+
+    def _generated_positions(self, original: Callable[..., Tensor], tokens: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Positions of a call of generate that gave none."""
+        cache = renamed(inputs).get("cache")
+        if self.is_open and isinstance(cache, CompressedCache):
+            return generated_positions(self.adapter, cache, inputs, tokens)
+        return original(tokens, inputs)
 
     def _check_whole(self, options: dict[str, Any]) -> None:
         """Refuse media in a prompt that generate would cut up: each part would be compressed for itself."""
@@ -158,6 +166,10 @@ class Wiring:
                 "the new ones with an attention_mask of its whole length",
                 field="input_ids",
             )
+        if isinstance(cache, CompressedCache):
+            cache.check_rows(tokens.shape[0])
+            if self._takes_positions and kwargs.get("position_ids") is None and len(args) < 2:
+                kwargs["position_ids"] = following_positions(self.adapter, cache, inputs, tokens)
         candidates = 0
         if self._prompt_length is not None:
             candidates = max(seen + length - self._prompt_length, 0) % length
@@ -167,8 +179,6 @@ class Wiring:
             raise InputError("cannot be given for assisted decoding; use plain generation", field="modality_ids")
         if length > 1 or modality_ids is not None:
             self._turn = _read_eagerly(self.adapter, inputs, self.when, modality_ids, seen, candidates)
-        if isinstance(cache, CompressedCache) and (self._counts_positions or kwargs.get("position_ids") is None):
-            kwargs["position_ids"] = positions_after(self.adapter, cache, inputs, tokens, self._turn)
         mask = kwargs.get("attention_mask")
         if self.adapter.has_windows and compressed_layers(cache) and isinstance(mask, Tensor) and mask.ndim == 2:
             # Sliding windows count columns: gaps inside rows were closed when they came.

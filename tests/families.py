@@ -84,6 +84,10 @@ class Family(ABC):
             name: ids if name == "input_ids" else torch.full_like(ids, int(fill)) for name, fill in self.plain.items()
         }
 
+    def positions(self, model: Any, inputs: dict[str, Any]) -> Tensor | None:
+        """Position ids of a whole prompt, by the model's own function; None where they count tokens."""
+        return None
+
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Rows of different length as one left-padded batch."""
         batch: dict[str, Any] = {}
@@ -181,6 +185,16 @@ class Qwen25Omni(Family):
             video_token_index=VIDEO,
             **QWEN_TOKENS,
         )
+
+    def positions(self, model: Any, inputs: dict[str, Any]) -> Tensor | None:
+        return model.get_rope_index(
+            inputs["input_ids"],
+            video_grid_thw=inputs["video_grid_thw"],
+            attention_mask=inputs["attention_mask"],
+            use_audio_in_video=inputs["use_audio_in_video"],
+            audio_seqlens=inputs["feature_attention_mask"].sum(-1),
+            second_per_grids=inputs["video_second_per_grid"],
+        )[0]
 
     def mel_frames(self, sounds: int) -> int:
         """Spectrogram frames that give so many tokens."""

@@ -86,8 +86,7 @@ def test_caches_by_turns_move_no_values(monkeypatch: pytest.MonkeyPatch) -> None
         said: list[list[int]] = [[], []]
         for _ in range(GREEDY["max_new_tokens"]):
             for turn, branch in enumerate(branches):
-                place = branch.next_position + branch.get_seq_length() - caches[turn].get_seq_length()
-                positions = session.adapter.text_positions(place + torch.arange(tokens[turn].shape[1]))
+                positions = session.adapter.text_positions(branch.next_position + torch.arange(tokens[turn].shape[1]))
                 with torch.no_grad():
                     out = model(
                         input_ids=tokens[turn],
