@@ -64,7 +64,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluate(questions: Path, output: Path, **changes: object) -> tuple[list[dict], str]:
     console = Console(file=io.StringIO(), width=140)
     data = EvaluationData(benchmark="custom", root=str(questions))
-    options = {"policies": "keydiff", "ratios": 0.5, "strips": 0, "accelerator": "cpu", "output": str(output)}
+    options = {"policies": "full", "ratios": 0.5, "strips": 0, "accelerator": "cpu", "output": str(output)}
     run_evaluation(EvaluationOptions(data=data, **{**options, **changes}), console=console)  # type: ignore[arg-type]
     lines = (output / "predictions.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], console.file.getvalue()  # type: ignore[attr-defined]

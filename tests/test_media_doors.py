@@ -54,11 +54,11 @@ def tiny() -> tuple[Any, Any]:
     return load_model("tiny")
 
 
-def evaluate(folder: Path, output: Path, **changes: Any) -> dict[str, str]:
+def evaluate(folder: Path, output: Path, policies: str = "full", **changes: Any) -> dict[str, str]:
     """The full cache's answers by the number of their question."""
     data = EvaluationData(benchmark="custom", root=str(folder), **changes)
     options = EvaluationOptions(
-        policies="keydiff", ratios=0.5, strips=1, batch_size=1, accelerator="cpu", output=str(output), data=data
+        policies=policies, ratios=0.5, strips=1, batch_size=1, accelerator="cpu", output=str(output), data=data
     )
     run_evaluation(options, console=Console(file=io.StringIO(), width=140))
     lines = map(json.loads, (output / "predictions.jsonl").read_text().splitlines())
@@ -74,15 +74,15 @@ def plain(tiny: tuple[Any, Any], video: Path, system: str | None, limit: int = 6
 
 def test_an_evaluation_reads_and_tells_as_it_is_asked_to(folder: Path, tiny: tuple[Any, Any], tmp_path: Path) -> None:
     options = {"max_frames": 4, "max_pixels": 24 * 16}
-    answers = evaluate(folder, tmp_path / "one", system_prompt=SYSTEM, **options)
+    answers = evaluate(folder, tmp_path / "one", "keydiff", system_prompt=SYSTEM, **options)
     told = {"0": ("a.mp4", SYSTEM), "1": ("b.mp4", SYSTEM), "3": ("a.mp4", OTHER)}
     assert answers == {id: plain(tiny, folder / name, system, **options) for id, (name, system) in told.items()}
     settings = json.loads((tmp_path / "one" / "run.json").read_text())["settings"]
     assert settings["media"] == MediaOptions(max_frames=4, max_pixels=24 * 16).limits()
     with pytest.raises(InputError, match=r"other settings \(.*media"):
-        evaluate(folder, tmp_path / "one", system_prompt=SYSTEM)
+        evaluate(folder, tmp_path / "one", "keydiff", system_prompt=SYSTEM)
     with pytest.raises(InputError, match=r"other settings \(.*questions"):
-        evaluate(folder, tmp_path / "one", **options)
+        evaluate(folder, tmp_path / "one", "keydiff", **options)
 
 
 def test_worker_processes_change_no_answer(folder: Path, tmp_path: Path) -> None:
