@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import collections
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NoReturn
 
 import psutil
@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from acckv.adapters.base import ModelAdapter
 from acckv.errors import InputError
 from acckv.lora import DEFAULT, TIGHT, AttachedLora, LoraWeights, SessionLora
+from acckv.patching import patch_method
 
 #: How a session applies LoRA: from copies of the weights with it in them, by peft's layers beside them, or whichever
 #: the weights and the free memory allow.
@@ -77,7 +78,12 @@ class MergedLora(SessionLora):
         self._factors = parts
         self._merged: dict[str, list[Any]] = {}
         self._off = 0
-        self._guard = attached.adapter.decoder.register_state_dict_pre_hook(_refuse_to_save)
+        decoder = attached.adapter.decoder
+        self._guards = ExitStack()
+        self._guards.callback(decoder.register_state_dict_pre_hook(_refuse_state).remove)
+        for owner in (attached.adapter.model, decoder):  # before anything of the model is loaded
+            self._guards.callback(owner.register_load_state_dict_pre_hook(_refuse_state).remove)
+        self._guards.enter_context(patch_method(decoder, "_apply", self._move))
         self._select(self.tight)
 
     def select(self, tight: bool) -> None:
@@ -98,6 +104,16 @@ class MergedLora(SessionLora):
             ]
         return self._merged[name]
 
+    def _move(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """To another device or type, as ``model.to`` does: the base weights go, and are merged anew."""
+        self._put(self._base)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._base = [module.weight for module in self._modules]
+            self._merged.clear()
+            self._select(self.tight)
+
     def _put(self, weights: list[Any]) -> None:
         for module, weight in zip(self._modules, weights, strict=True):
             module._parameters["weight"] = weight
@@ -113,15 +129,15 @@ class MergedLora(SessionLora):
             self._select(self.tight)
 
     def remove(self) -> None:
-        self._guard.remove()
+        self._guards.close()
         self._put(self._base)
         self._merged.clear()
 
 
-def _refuse_to_save(*_: Any) -> NoReturn:
+def _refuse_state(*_: Any) -> NoReturn:
     raise InputError(
-        "holds weights with LoRA merged into them while its session is open; save it before or after, or open the "
-        "session with lora_mode='separate'",
+        "holds weights with LoRA merged into them while its session is open; save or load them before or after, or "
+        "open the session with lora_mode='separate'",
         field="model",
     )
 
@@ -133,7 +149,8 @@ def merged_weight(base: Tensor, down: Tensor, up: Tensor, scaling: float) -> Ten
     Args:
         base: ``[out, in]``; down: ``[rank, in]``; up: ``[out, rank]``.
     """
-    return torch.addmm(base.float(), up.float(), down.float(), alpha=scaling).to(base.dtype)
+    up, down = (factor.to(base.device, torch.float32) for factor in (up, down))
+    return torch.addmm(base.float(), up, down, alpha=scaling).to(base.dtype)
 
 
 def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:

@@ -88,8 +88,7 @@ class Router:
         if self._simulation is not None:
             return original(**arguments, **{SIMULATION: self._simulation})
         cache: Cache | None = arguments.get("cache")
-        if cache is not None:
-            self._adapt(any(layer.tight for layer in compressed_layers(cache)))
+        self._adapt(cache is not None and any(layer.tight for layer in compressed_layers(cache)))
         before, self.tap.cache, self.tap.reached = self.tap.cache, cache, False
         try:
             output = self._routed(original, cache, turn, arguments)

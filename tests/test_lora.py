@@ -163,3 +163,34 @@ def test_fresh_lora_is_there_to_be_trained() -> None:
             session.simulate(prefill, None, **inputs)
         loss.backward()
         assert all(parameter.grad is not None for parameter in session.attached.parameters())
+
+
+@pytest.mark.parametrize("mode", ["merged", "separate"])
+def test_a_model_that_is_moved_inside_a_session_stays_whole(mode: Any) -> None:
+    """Its base weights go with it, and LoRA is merged into them anew."""
+    model, moved = tiny_omni.build(), tiny_omni.build()
+    ours, fresh = compressor(model), compressor(tiny_omni.build().double())
+    with ours(moved, lora_mode=mode) as session:
+        moved.double()
+        found = session.answer(session.compress(**in_double(tiny_omni.context())), QUESTION, **GREEDY)
+    assert all(parameter.dtype == torch.float64 for parameter in moved.parameters())
+    assert all(
+        torch.equal(mine, its.double()) for mine, its in zip(moved.parameters(), model.parameters(), strict=True)
+    )
+    with fresh(moved, lora_mode=mode) as session:
+        expected = session.answer(session.compress(**in_double(tiny_omni.context())), QUESTION, **GREEDY)
+    assert torch.equal(found, expected)
+
+
+def in_double(inputs: dict[str, Any]) -> dict[str, Any]:
+    features = ("pixel_values_videos", "input_features")
+    return {name: value.double() if name in features else value for name, value in inputs.items()}
+
+
+def test_text_without_a_cache_is_read_with_the_lora_of_all_ratios() -> None:
+    """Whatever was answered before it."""
+    model = tiny_omni.build()
+    with compressor(model)(model, lora_mode="merged") as session, torch.no_grad():
+        before = model(QUESTION, use_cache=False).logits
+        session.answer(session.compress(ratio=0.05, **tiny_omni.context()), QUESTION, **GREEDY)
+        assert torch.equal(model(QUESTION, use_cache=False).logits, before)

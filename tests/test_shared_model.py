@@ -110,15 +110,17 @@ def test_a_model_in_a_session_is_not_copied() -> None:
         assert other.generate(**tiny_omni.prompt(), **GREEDY)[0, -1] == 0 and not torch.equal(inside, plain)
 
 
-def test_a_model_with_merged_lora_is_not_saved(tmp_path: Path) -> None:
+def test_a_model_with_merged_lora_is_neither_saved_nor_loaded(tmp_path: Path) -> None:
     """Its weights are not its own in the session; layers beside them are."""
     model = tiny_omni.build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     compressor = calibrated(tiny_omni.build(), CompressionConfig.preset("context"), noise=1.0, rank=2)
     with compressor(model, tiny_omni.Tokenizer(), lora_mode="merged"):
         for save in (lambda: model.save_pretrained(tmp_path), lambda: torch.save(model.state_dict(), tmp_path / "w")):
-            with pytest.raises(InputError, match="LoRA merged into them while its session is open; save it before"):
+            with pytest.raises(InputError, match="LoRA merged into them while its session is open; save or load"):
                 save()
+        with pytest.raises(InputError, match="LoRA merged into them"):
+            model.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in before.items()})
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with KEYDIFF(model):
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
