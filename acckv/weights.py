@@ -143,7 +143,7 @@ class CalibratedWeights(nn.Module):
         self.alignment_weight = zeros(layers)
         self.alignment_threshold = zeros(layers)
         self._copies: dict[tuple[int, torch.device], LayerWeights] = {}
-        self._copies_of: tuple[int, torch.device] | None = None
+        self._copies_of: tuple[list[tuple[int, int]], torch.device] | None = None
 
     def head(self, index: int) -> CalibratedWeights:
         """The weights of one KV head, as those of a model without another; a copy without gradients."""
@@ -203,9 +203,9 @@ class CalibratedWeights(nn.Module):
         what is made of them are kept for each device.
         """
         parameters = list(self.parameters())
-        if any(parameter.requires_grad for parameter in parameters):
+        if any(parameter.requires_grad or parameter.is_inference() for parameter in parameters):  # no count of changes
             return self._cut(index, device, copy=False)
-        changes = sum(parameter._version for parameter in parameters), parameters[0].device
+        changes = [(parameter.data_ptr(), parameter._version) for parameter in parameters], parameters[0].device
         if self._copies_of != changes:
             self._copies, self._copies_of = {}, changes
         if (index, device) not in self._copies:

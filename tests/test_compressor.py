@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,32 @@ def test_every_weight_gets_a_gradient(model: Any) -> None:
 def answers(compressor: KVCompressor, model: Any) -> list[int]:
     with compressor(model, tiny_omni.Tokenizer()):
         return model.generate(**tiny_omni.prompt(), **GREEDY)[0].tolist()
+
+
+def test_weights_that_change_after_use_are_read_anew(model: Any) -> None:
+    """However they do; what a layer read is kept only as long as it holds."""
+    here = torch.device("cpu")
+    first = calibrated(model, CompressionConfig(), noise=0.1).weights
+    other = calibrated(model, CompressionConfig(), noise=0.2).weights.state_dict()
+    first.requires_grad_(False)
+    first.load_state_dict({name: tensor + 1 for name, tensor in other.items()})
+    first.layer(0, here)
+    copied = copy.deepcopy(first)
+    copied.load_state_dict(other)
+    assert torch.equal(copied.layer(0, here).merge_bias, other["merge_bias"][0])
+    first.load_state_dict(other, assign=True)
+    assert torch.equal(first.layer(0, here).merge_bias, other["merge_bias"][0])
+    first.merge_bias.data = other["merge_bias"] + 2
+    assert torch.equal(first.layer(0, here).merge_bias, other["merge_bias"][0] + 2)
+
+
+def test_a_compressor_that_was_made_in_inference_mode(model: Any) -> None:
+    with torch.inference_mode():
+        made = calibrated(model, CompressionConfig.preset("context", ratio=0.3), noise=1.0).requires_grad_(False)
+        with made(model, tiny_omni.Tokenizer()):
+            inside = model.generate(**tiny_omni.prompt(), **GREEDY)
+    with made(model, tiny_omni.Tokenizer()):
+        assert torch.equal(model.generate(**tiny_omni.prompt(), **GREEDY), inside)
 
 
 def test_save_and_load(model: Any, tmp_path: Path) -> None:
