@@ -24,7 +24,8 @@ Every `*ForCausalLM` and `*ForConditionalGeneration` class of transformers {vers
 either compressed **right** or **refused** in one line before anything is answered. Right means: at ratio 1 equal to the
 plain model; at ratio 0.3, with `when: context` and `when: prompt`, equal to 1e-5 of the largest logit (float32) to an
 eager copy of the model whose later tokens do not see what was evicted. The prompts are embeddings (or token ids) with
-`modality_ids`; towers are built and do not run. `python -m benchmarks.sweep_models` makes this table anew.
+`modality_ids`; towers are built and do not run. `python -m benchmarks.sweep_models` makes this table anew; a few towers
+need timm and scipy to be built.
 
 | right | refused | neither | not built |
 |---|---|---|---|
