@@ -14,6 +14,7 @@ import yaml
 
 from acckv import KVCompressor
 from acckv.adapters import ADAPTERS, load_model
+from acckv.adapters.loading import MODEL_CLASSES
 from tests import checkpoints
 from tests.test_family_runs import TURNS, encoded_folder
 
@@ -62,7 +63,9 @@ def test_every_family_has_a_config() -> None:
         config = yaml.safe_load((ROOT / "configs" / name).read_text())
         assert config["model"]["base_model"] == base
         assert config["trainer"]["default_root_dir"] == f"runs/{name.removesuffix('.yaml')}"
-    kinds = {kind.removesuffix("_thinker") for adapter in ADAPTERS for kind in adapter.model_types}
+    # Families that are served in a session and cannot be loaded by their name have no sound to calibrate on.
+    kinds = {kind.removesuffix("_thinker") for kind in MODEL_CLASSES}
+    assert kinds <= {kind.removesuffix("_thinker") for adapter in ADAPTERS for kind in adapter.model_types}
     assert {f"{kind}.yaml" for kind in kinds} < set(FAMILIES)
 
 
