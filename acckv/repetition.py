@@ -83,7 +83,8 @@ def chunks(labels: ModalityMap, chunk: int = CHUNK) -> Iterator[Tensor]:
         first = torch.minimum(starts + offset, stops)
         last = torch.minimum(first + chunk, stops)
         lead = torch.maximum(first - LEAD_IN, starts)
-        yield window(torch.where(last > first, lead, first), last)
+        # Sliding windows count columns, so what is missing of a shorter row comes after it.
+        yield window(torch.where(last > first, lead, first), last, align="left")
 
 
 def moved_positions(position_ids: Tensor, columns: Tensor, start: Tensor) -> Tensor:

@@ -284,3 +284,14 @@ def test_a_block_moves_by_fractions() -> None:
     assert moved[:, 0].tolist() == [[0, 9.5, 9.75, 11], [0, 10, 10.5, 11], [0, 11, 11, 12]]
     whole = moved_positions(positions.long(), torch.tensor([[-1, 1, 2, 3]]), torch.tensor([[9]]))
     assert whole.dtype == torch.int64 and whole[0, 0].tolist() == [0, 9, 9, 11]
+
+
+def test_a_shorter_clip_is_repeated_as_it_is_alone() -> None:
+    """With sliding windows, which count columns: a gap before what KVzip repeats would shorten their reach."""
+    family = FAMILIES["gemma4"]
+    model = family.build()
+    rows = [family.clip(model, seed=1, frames=1, sounds=4), family.clip(model, seed=2, frames=3, sounds=9)]
+    with compressor(0.4, "kvzip")(model, Tokenizer()):
+        alone = torch.cat([generated(model, row, max_new_tokens=1) for row in rows], dim=1)
+        together = generated(model, family.collate(rows), max_new_tokens=1)
+    assert float((together - alone).abs().max()) < 1e-4 * float(alone.abs().max())
