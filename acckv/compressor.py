@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from acckv.calibration_record import CalibrationRecord
-from acckv.config import CompressionConfig, LoraScope
+from acckv.config import CompressionConfig, LoraScope, check_ratio
 from acckv.errors import InputError
 from acckv.focusing import allocate, share_out, split_layer, total_budget
 from acckv.lora import LoraWeights
@@ -117,7 +117,12 @@ class KVCompressor(nn.Module):
         return KVCompressor(self.config, self.weights.head(index))
 
     def keeps_all(self, ratio: float | None = None) -> bool:
-        """Whether nothing would ever be evicted."""
+        """Whether nothing would ever be evicted.
+
+        Raises:
+            InputError: the ratio is no number from 0 to 1.
+        """
+        check_ratio(ratio)
         ratio = self.config.ratio if ratio is None else ratio
         return self.config.policy == "full" or (ratio >= 1 and self.config.budget is None)
 
@@ -158,7 +163,12 @@ class KVCompressor(nn.Module):
         )
 
     def ratio_of(self, labels: ModalityMap, layers: int, ratio: float | None = None) -> float:
-        """The ratio that is asked for, or what the config's absolute budget comes to."""
+        """The ratio that is asked for, or what the config's absolute budget comes to.
+
+        Raises:
+            InputError: the ratio is no number from 0 to 1.
+        """
+        check_ratio(ratio)
         if ratio is not None or self.config.budget is None:
             return self.config.ratio if ratio is None else ratio
         counts = labels.counts()

@@ -181,3 +181,9 @@ class CompressionConfig:
             return cls(**values)
         except InputError as error:
             raise InputError(str(error), source=source) from error
+
+
+def check_ratio(ratio: float | None) -> None:
+    """Refuse a ratio that is given in place of the config's, and is no number from 0 to 1."""
+    if ratio is not None and not 0 <= ratio <= 1:
+        raise InputError(f"{ratio!r} is not a number from 0 to 1", field="ratio")

@@ -268,6 +268,10 @@ class Session:
             the new tokens ``[rows, new]``, or ``[rows * returns, new]``.
         """
         batch = cache.labels.labels.shape[0]
+        if input_ids.ndim != 2 or not input_ids.shape[1]:
+            raise InputError(f"needs ids [rows, tokens] of a question, not {list(input_ids.shape)}", field="input_ids")
+        if attention_mask is not None and not bool((attention_mask[:, -1] > 0).all()):
+            raise InputError("ends with padding in some row; pad questions on the left", field="attention_mask")
         if input_ids.shape[0] % batch:
             raise InputError(f"{input_ids.shape[0]} rows do not divide over {batch} clips", field="input_ids")
         copies = _copies(options, self.model.generation_config)

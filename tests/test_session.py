@@ -197,3 +197,33 @@ def test_errors_name_the_remedy(sdpa: Any) -> None:
         KVCompressor()(torch.nn.Linear(2, 2))
     with KVCompressor(CompressionConfig(policy="keydiff"))(sdpa), pytest.raises(InputError, match="dynamic cache"):
         sdpa.generate(**tiny_omni.prompt(), **GREEDY, cache_implementation="static")
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.5, float("nan")])
+def test_no_ratio_outside_0_to_1(sdpa: Any, ratio: float) -> None:
+    """As in the config, wherever one may stand in its place."""
+    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.5))(sdpa) as session:
+        prefill = session.prefill(**tiny_omni.context())
+        for call in (
+            lambda: session.compress(prefill, ratio),
+            lambda: session.compress(ratio=ratio, **tiny_omni.context()),
+            lambda: session.extend(tiny_omni.context(), ratio=ratio),
+            lambda: session.plan(prefill, ratio),
+        ):
+            with pytest.raises(InputError, match=r"ratio: .* is not a number from 0 to 1"):
+                call()
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([[20, 21, 0]], [[1, 1, 0]], "attention_mask: ends with padding in some row"),
+        ([[]], None, r"needs ids \[rows, tokens\] of a question"),
+        ([20, 21], None, r"needs ids \[rows, tokens\] of a question"),
+    ],
+)
+def test_questions_that_generate_would_misread(sdpa: Any, ids: list[Any], mask: Any, message: str) -> None:
+    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.5))(sdpa) as session:
+        cache = session.compress(**tiny_omni.context())
+        with pytest.raises(InputError, match=message):
+            session.answer(cache, torch.tensor(ids, dtype=torch.long), None if mask is None else torch.tensor(mask))
