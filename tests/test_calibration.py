@@ -68,9 +68,8 @@ def fit(
         cache_dir=str(cache),
     )
     checkpoint = ModelCheckpoint(dirpath=folder, filename="step-{step}", every_n_train_steps=2, save_top_k=-1)
-    callbacks: list[Callback] = [checkpoint, ExportCompressor(str(folder / "export"), new_tokens=4), *also]
-    if stop is not None:
-        callbacks.append(StopAfter(stop))
+    end = ExportCompressor(str(folder / "export"), new_tokens=4) if stop is None else StopAfter(stop)
+    callbacks: list[Callback] = [checkpoint, end, *also]
     trainer = Trainer(
         max_steps=steps,
         max_epochs=1,  # as in configs/calib.yaml; the loader is then built before a checkpoint is restored

@@ -69,7 +69,16 @@ def options_of(name: str, folder: Path, question_file: Path) -> tuple[dict[str, 
     return train, EvaluationData(question_file=file, video_root=videos)
 
 
-@pytest.mark.parametrize("name", ["gemma4", "gemma4_unified", "videollama2", "avicuna"])
+# One of a kind by default: a model with towers, and a decoder that is given embeddings.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("gemma4", marks=pytest.mark.slow),
+        "gemma4_unified",
+        "videollama2",
+        pytest.param("avicuna", marks=pytest.mark.slow),
+    ],
+)
 def test_calibrated_and_evaluated(name: str, question_file: Path, tmp_path: Path) -> None:
     base = (checkpoints.decoder if name in TURNS else checkpoints.gemma4)(tmp_path / "model", name)
     train, data = options_of(name, tmp_path, question_file)
