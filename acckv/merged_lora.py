@@ -159,11 +159,16 @@ def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
 
 def _obstacle(attached: AttachedLora) -> str | None:
     """Why the weights cannot be merged, or None."""
+    places = collections.Counter(
+        id(module) for _, module in attached.adapter.decoder.named_modules(remove_duplicate=False)
+    )
     for layer in attached.layers:
         module, weight = layer.get_base_layer(), layer.get_base_layer().weight
         plain = type(layer) is LoraLinear and type(module).forward is nn.Linear.forward
         if not plain or layer.lora_variant or layer.fan_in_fan_out:
             return f"{type(module).__name__} layers keep weights that cannot be added to"
+        if places[id(module)] > 1:  # LoRA acts in one of them alone
+            return "layers of the decoder share a module"
         of_its_device = type(weight.data) is type(torch.empty(0, device=weight.device))
         if not of_its_device or weight.device.type == "meta" or not weight.is_floating_point():
             return "the weights are quantised, offloaded or split over processes"

@@ -223,6 +223,8 @@ class Session:
         turn = self._read({**inputs, "attention_mask": new_mask(inputs, seen)}, seen)
         real, labels = turn.labels.real, turn.labels.labels
         inputs.pop("modality_ids", None)
+        if cache is not None and len(labels) != len(cache.labels.labels):
+            raise InputError(f"{len(labels)} rows cannot go on from {len(cache.labels.labels)}", field="input_ids")
         if cache is None:
             branch, start = fresh_cache(self.adapter), labels.new_zeros(labels.shape[0], 1)
         else:

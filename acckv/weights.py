@@ -213,9 +213,13 @@ class CalibratedWeights(nn.Module):
         return self._copies[index, device]
 
     def _cut(self, index: int, device: torch.device, copy: bool) -> LayerWeights:
-        """Kept views would be references, with which torch cannot swap parameters when a module moves."""
+        """Kept views would be references, with which torch cannot swap parameters when a module moves.
+
+        What is computed with them is float32 at least, whatever type a user has put the weights in.
+        """
         parts = {part.name: getattr(self, part.name)[index] for part in fields(LayerWeights)}
-        return LayerWeights(**{name: part.to(device, copy=copy) for name, part in parts.items()})
+        kind = torch.promote_types(self.merge_bias.dtype, torch.float32)
+        return LayerWeights(**{name: part.to(device, kind, copy=copy) for name, part in parts.items()})
 
 
 def log_ratio(ratio: float) -> float:

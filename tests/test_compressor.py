@@ -192,6 +192,17 @@ def test_a_compressor_that_was_made_in_inference_mode(model: Any) -> None:
         assert torch.equal(model.generate(**tiny_omni.prompt(), **GREEDY), inside)
 
 
+def test_a_compressor_in_half_precision(model: Any) -> None:
+    """As one whose weights were rounded so: what is computed with them is float32."""
+    config = CompressionConfig.preset("context", ratio=0.3)
+    half, rounded = (calibrated(model, config, noise=1.0).requires_grad_(False).half() for _ in range(2))
+    found = []
+    for one in (half, rounded.float()):
+        with one(model, tiny_omni.Tokenizer()):
+            found.append(model.generate(**tiny_omni.prompt(), **GREEDY))
+    assert torch.equal(*found)
+
+
 def test_save_and_load(model: Any, tmp_path: Path) -> None:
     compressor = calibrated(model, CompressionConfig.preset("context", ratio=0.3), noise=1.0, rank=4)
     compressor.calibration = CalibrationRecord("generated clips of seed 0", 2, 6, {"Visual/Colour": 6}, 0.02, 0.5, 9)

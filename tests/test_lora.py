@@ -194,3 +194,15 @@ def test_text_without_a_cache_is_read_with_the_lora_of_all_ratios() -> None:
         before = model(QUESTION, use_cache=False).logits
         session.answer(session.compress(ratio=0.05, **tiny_omni.context()), QUESTION, **GREEDY)
         assert torch.equal(model(QUESTION, use_cache=False).logits, before)
+
+
+def test_a_module_that_layers_share_is_not_merged() -> None:
+    """LoRA acts in the layer that it was put on; merged it would act in all of them."""
+    model = tiny_omni.build()
+    layers = find_adapter(model).decoder.layers
+    layers[2].self_attn.q_proj = layers[1].self_attn.q_proj
+    shared = KVCompressor(CONFIG, None, weights(model, 1, ("q_proj",)))
+    with shared(model) as session:
+        assert session.attached is not None
+    with pytest.raises(InputError, match="lora_mode: is 'merged', but layers of the decoder share a module"):
+        shared(model, lora_mode="merged").__enter__()

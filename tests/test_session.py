@@ -227,3 +227,10 @@ def test_questions_that_generate_would_misread(sdpa: Any, ids: list[Any], mask: 
         cache = session.compress(**tiny_omni.context())
         with pytest.raises(InputError, match=message):
             session.answer(cache, torch.tensor(ids, dtype=torch.long), None if mask is None else torch.tensor(mask))
+
+
+def test_a_chunk_goes_on_row_by_row(sdpa: Any) -> None:
+    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.5))(sdpa) as session:
+        cache = session.compress(**tiny_omni.context())
+        with pytest.raises(InputError, match="input_ids: 2 rows cannot go on from 1"):
+            session.extend({"input_ids": torch.tensor([[20, 21], [22, 23]])}, cache)
