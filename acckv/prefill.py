@@ -152,13 +152,20 @@ class Prefill:
         return replace(self, observations=all_shared(self.observations), probes=probes)
 
     def watched(self, rows: Rows, config: CompressionConfig) -> list[Observation]:
-        """The rows that a policy reads, out of all that were recorded."""
+        """The rows that a policy reads, out of all that were recorded.
+
+        Raises:
+            InputError: some were not.
+        """
         if rows == "text" and config.when == "context":
             if self.probes is None:
                 raise InputError(PROBE_REMEDY, field="processor")
             return self.probes
         mask = watched_rows(self.labels, rows, config.window)
         # Recorded rows end where the prompt ends.
+        recorded = self.observations[0].row_valid
+        if bool((mask & ~F.pad(recorded, (mask.shape[1] - recorded.shape[1], 0))).any()):
+            raise InputError("recorded other rows than this policy reads; run it with rows='all'", field="prefill")
         return [seen.rows(mask[:, mask.shape[1] - seen.row_valid.shape[1] :]) for seen in self.observations]
 
 

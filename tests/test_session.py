@@ -234,3 +234,16 @@ def test_a_chunk_goes_on_row_by_row(sdpa: Any) -> None:
         cache = session.compress(**tiny_omni.context())
         with pytest.raises(InputError, match="input_ids: 2 rows cannot go on from 1"):
             session.extend({"input_ids": torch.tensor([[20, 21], [22, 23]])}, cache)
+
+
+@pytest.mark.parametrize(("recorded", "policy"), [("none", "h2o"), ("text", "snapkv"), ("none", "expected_attention")])
+def test_a_prefill_that_recorded_too_little(sdpa: Any, recorded: Any, policy: Any) -> None:
+    """Scores of rows that are not there would rank by nothing."""
+    with KVCompressor(CompressionConfig(policy=policy, ratio=0.4))(sdpa, tiny_omni.Tokenizer()) as session:
+        prefill = session.prefill(rows=recorded, **tiny_omni.context())
+        with pytest.raises(InputError, match="prefill: recorded other rows than this policy reads"):
+            session.compress(prefill)
+        whole = session.compress(session.prefill(**tiny_omni.context()))
+        alone = session.compress(session.prefill(rows=session.compressor.policy.rows, **tiny_omni.context()))
+    for one, other in zip(compressed_layers(whole), compressed_layers(alone), strict=True):
+        assert torch.equal(one.keys, other.keys)
