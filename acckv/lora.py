@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
@@ -36,7 +37,7 @@ class LoraWeights:
         """Read a peft folder.
 
         Raises:
-            InputError: a file is missing or cut off.
+            InputError: a file is missing or cut off, or holds values that are not finite.
         """
         file = folder / "adapter_model.safetensors"
         if not (folder / "adapter_config.json").is_file():
@@ -44,9 +45,13 @@ class LoraWeights:
         if not file.is_file():
             raise InputError("is missing; the export is incomplete", source=file)
         try:
-            return cls(LoraConfig.from_pretrained(str(folder)), load_file(file))
+            weights = cls(LoraConfig.from_pretrained(str(folder)), load_file(file))
         except (SafetensorError, ValueError, TypeError) as error:
             raise InputError(f"cannot be read: {error}", source=folder) from error
+        for name, tensor in weights.tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise InputError("holds values that are not finite", source=file, field=name)
+        return weights
 
 
 def lora_config(adapter: ModelAdapter, rank: int, alpha: float, targets: tuple[str, ...], base: str) -> LoraConfig:

@@ -272,6 +272,10 @@ def wrong_shape(file: Path) -> None:
     save_file(tensors, file)
 
 
+def no_number(file: Path) -> None:
+    save_file({name: tensor / 0 for name, tensor in load_file(file).items()}, file)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -291,6 +295,10 @@ def wrong_shape(file: Path) -> None:
         (lambda e: (e / "adapter" / "adapter_config.json").unlink(), r"adapter_config\.json: is missing"),
         (lambda e: (e / "adapter" / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors: is missing"),
         (lambda e: truncate(e / "adapter" / "adapter_model.safetensors"), r"adapter: cannot be read"),
+        (
+            lambda e: no_number(e / "adapter" / "adapter_model.safetensors"),
+            r"lora_A\.weight: holds values that are not",
+        ),
     ],
 )
 def test_damaged_exports(export: Path, damage: Any, message: str) -> None:
@@ -304,6 +312,11 @@ def test_wrong_base_model(export: Path) -> None:
     other = tiny_omni.build(layers=2)
     with pytest.raises(InputError, match="layers: was calibrated for tiny with layers 3; this model has 2"):
         KVCompressor.from_pretrained(export)(other)
+
+
+def test_learned_weights_serve_their_own_policy_alone(export: Path) -> None:
+    with pytest.raises(InputError, match="policy: is 'snapkv', and learned weights go with 'acckv' alone"):
+        KVCompressor.from_pretrained(export, policy="snapkv")
 
 
 def test_no_such_export(tmp_path: Path) -> None:

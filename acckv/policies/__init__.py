@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from acckv.config import CompressionConfig
+from acckv.errors import InputError
 from acckv.policies.acckv import AccKV
 from acckv.policies.base import Policy
 from acckv.policies.expected_attention import ExpectedAttention
@@ -44,7 +45,14 @@ __all__ = ["POLICIES", "AccKV", "Policy", "build_policy"]
 
 
 def build_policy(config: CompressionConfig, weights: CalibratedWeights | None = None) -> Policy:
-    """The policy that a config names; only AccKV has learned weights."""
+    """The policy that a config names; only AccKV has learned weights.
+
+    Raises:
+        InputError: there are weights, and the policy is another one that would score.
+    """
+    if weights is not None and config.policy not in ("acckv", "full"):
+        message = f"is {config.policy!r}, and learned weights go with 'acckv' alone; leave it out"
+        raise InputError(message, field="policy")
     if weights is not None:
         return AccKV(config, weights)
     return POLICIES[config.policy](config)
