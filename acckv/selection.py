@@ -10,20 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def hard_gates(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
-    """1 for the `budget` best members, else 0.
+def kept(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
+    """The `budget` best members.
 
     Args:
-        score: ``[..., N]``; members: bool ``[..., N]``; budget: ``[...]`` whole numbers.
+        score: ``[..., N]``; members: bool ``[..., N]``; budget: ``[...]`` whole numbers, on any device, of no more than
+            there are members.
 
     Returns:
-        float ``[..., N]``. Equal scores keep the earlier entry.
+        bool ``[..., N]``. Equal scores keep the earlier entry.
     """
-    return (kept(score, members, budget) & members).to(score.dtype)
-
-
-def kept(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
-    """The same as bool ``[..., N]``, for a budget of no more than there are members; it may be on the CPU."""
     masked = torch.where(members, score.detach(), -torch.inf)
     # A stable order keeps the earlier of two that are equal; where an entry stands in it decides.
     order = masked.argsort(dim=-1, descending=True, stable=True)

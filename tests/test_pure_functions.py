@@ -14,7 +14,7 @@ from acckv.cross_calibration import alignment, integrate, rebalance
 from acckv.focusing import allocate, focus, round_exactly, share_out, split_layer, total_budget, water_fill
 from acckv.modality import ModalityMap, label_tokens
 from acckv.scoring import Observation, heavy_hitter_score, inverse_norm, key_diversity, redundancy, standardise
-from acckv.selection import hard_gates, soft_log_gates
+from acckv.selection import kept, soft_log_gates
 
 SEEDS = st.integers(0, 10_000)
 
@@ -162,12 +162,12 @@ def test_absolute_budget() -> None:
 
 @given(seed=SEEDS)
 @settings(max_examples=30, deadline=None)
-def test_hard_gates_are_the_top_k(seed: int) -> None:
+def test_kept_are_the_top_k(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     score = torch.randn(2, 2, 11, generator=generator)
     members = torch.rand(2, 1, 11, generator=generator) < 0.7
     budget = torch.stack([torch.randint(0, int(row.sum()) + 1, (2,), generator=generator) for row in members])
-    gates = hard_gates(score, members, budget)
+    gates = kept(score, members, budget)
     for b in range(2):
         for k in range(2):
             inside = [j for j in range(11) if bool(members[b, 0, j])]
@@ -176,7 +176,7 @@ def test_hard_gates_are_the_top_k(seed: int) -> None:
 
 
 def test_equal_scores_keep_the_earlier_entry() -> None:
-    gates = hard_gates(torch.zeros(1, 1, 6), torch.ones(1, 1, 6, dtype=torch.bool), torch.tensor([[2]]))
+    gates = kept(torch.zeros(1, 1, 6), torch.ones(1, 1, 6, dtype=torch.bool), torch.tensor([[2]]))
     assert gates.tolist() == [[[1, 1, 0, 0, 0, 0]]]
 
 
@@ -289,9 +289,9 @@ def test_redundancy_leaves_one_of_each_event() -> None:
     labels = ModalityMap(torch.ones(1, 6, dtype=torch.long))
     values = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 3)[None, None]
     score = torch.tensor([[[2.0, 1.9, 1.8, 1.0, 0.9, 0.8]]])
-    assert hard_gates(score, labels.media, torch.tensor([[2]])).tolist() == [[[1, 1, 0, 0, 0, 0]]]
+    assert kept(score, labels.media, torch.tensor([[2]])).tolist() == [[[1, 1, 0, 0, 0, 0]]]
     less = score - 2 * redundancy(score, values, labels, width=4, softness=0.01)
-    assert hard_gates(less, labels.media, torch.tensor([[2]])).tolist() == [[[1, 0, 0, 1, 0, 0]]]
+    assert kept(less, labels.media, torch.tensor([[2]])).tolist() == [[[1, 0, 0, 1, 0, 0]]]
 
 
 @given(st.lists(st.sampled_from("tva"), min_size=1, max_size=12), st.integers(0, 3))
