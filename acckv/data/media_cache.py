@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -22,7 +23,7 @@ from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.report.files import whole_file
 
-FORMAT = 2
+FORMAT = 3
 """Of the cached files; to be raised when the reader gives something else for the same file."""
 _log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class MediaCache:
     A clip is known by the path, size and time of the last change of each of its files, and by the options it was read
     with; a file that has changed is decoded anew. Cached files are written as a whole and checked by a checksum when
     they are read: one that is damaged is decoded anew and replaced. Several processes may share a folder. Errors are
-    not cached.
+    not cached; warnings are, and come again with the clip.
 
     Args:
         folder: made when the first clip is written.
@@ -67,14 +68,20 @@ class MediaCache:
         place = self.file(files, options)
         if place.exists():
             try:
-                clip = _load(place, key)
+                clip, said = _load(place, key)
                 os.utime(place)
-                return clip
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 _log.warning("%s: damaged (%s); decoding %s anew", place, error, files[0])
-        clip = read()
+            else:
+                _repeat(said)
+                return clip
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            clip = read()
+        said = [str(each.message) for each in caught if each.category is UserWarning]
+        _repeat(said)
         with whole_file(place) as temporary:
-            _save(temporary, key, clip)
+            _save(temporary, key, clip, said)
         self._shrink()
         return clip
 
@@ -105,16 +112,21 @@ def _key(files: Sequence[Path], options: dict[str, Any]) -> str:
     return json.dumps([FORMAT, stamps, sorted(options.items())])
 
 
-def _save(path: Path, key: str, clip: Media) -> None:
+def _repeat(said: Sequence[str]) -> None:
+    for message in said:
+        warnings.warn(message, stacklevel=4)
+
+
+def _save(path: Path, key: str, clip: Media, said: Sequence[str]) -> None:
     tensors = {name: value.contiguous() for name, value in vars(clip).items() if isinstance(value, Tensor)}
     values = {name: value for name, value in vars(clip).items() if name not in tensors and value is not None}
-    about = json.dumps({**values, "path": str(clip.path)})
+    about = json.dumps({**values, "path": str(clip.path), "warnings": said})
     metadata = {"key": key, "clip": about, "checksum": str(_checksum(about, tensors))}
     save_file(tensors, path, metadata=metadata)
 
 
-def _load(path: Path, key: str) -> Media:
-    """The clip in a file.
+def _load(path: Path, key: str) -> tuple[Media, list[str]]:
+    """The clip in a file, and the warnings that it was read with.
 
     Raises:
         ValueError, KeyError, SafetensorError, TypeError: it is damaged, or holds something else.
@@ -128,7 +140,7 @@ def _load(path: Path, key: str) -> Media:
         raise ValueError("its checksum is wrong")
     values = {**dict.fromkeys(("frames", "audio")), **json.loads(metadata["clip"]), **tensors}
     values["path"] = Path(values["path"])
-    return Media(**{field.name: values[field.name] for field in fields(Media)})
+    return Media(**{field.name: values[field.name] for field in fields(Media)}), values["warnings"]
 
 
 def _checksum(text: str, tensors: dict[str, Tensor]) -> int:

@@ -132,6 +132,15 @@ def test_errors_are_not_kept(cache: MediaCache, video: Path, tmp_path: Path) -> 
     assert len(cache.read_media(video).frames) == 4
 
 
+def test_warnings_come_again_with_the_clip(cache: MediaCache, video: Path) -> None:
+    """What was cut off of a clip is said each time that it is read."""
+    clips = []
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="is longer than max_seconds; its first 1 s are read"):
+            clips.append(cache.read_media(video, max_seconds=1, cut_long=True))
+    assert same(*clips) and len(files(cache)) == 1
+
+
 def test_the_clips_unused_for_longest_go_first(video: Path, tmp_path: Path) -> None:
     size = MediaCache(tmp_path / "one")
     size.read_media(video)
