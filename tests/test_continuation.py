@@ -16,6 +16,7 @@ from acckv.cache import CompressedCache, compressed_layers
 from acckv.ragged import rope_positions
 from acckv.repetition import moved_positions
 from tests.families import FAMILIES, Family, Tokenizer
+from tests.support.model_sweep import build
 
 OMNI = ["qwen2_5_omni", "qwen2_5_omni_interleaved", "qwen3_omni_moe"]
 QUESTION = (20, 21, 22, 23)
@@ -295,3 +296,25 @@ def test_a_shorter_clip_is_repeated_as_it_is_alone() -> None:
         alone = torch.cat([generated(model, row, max_new_tokens=1) for row in rows], dim=1)
         together = generated(model, family.collate(rows), max_new_tokens=1)
     assert float((together - alone).abs().max()) < 1e-4 * float(alone.abs().max())
+
+
+def test_a_later_clip_whose_positions_nobody_knows_is_refused() -> None:
+    """Under generate a first clip is the model's own affair; text after it goes on, a second clip does not."""
+    model = build("Glm4vForConditionalGeneration")
+    ids = torch.arange(10, 22)[None]
+    kinds = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 0, 0]])
+    with compressor(0.5)(model) as session, watched(model) as seen:
+        model.generate(input_ids=ids, modality_ids=kinds, max_new_tokens=1)
+        cache = session.last_cache
+        assert cache is not None
+        session.answer(cache, ASKED, **GREEDY)
+        stood = torch.cat([positions[0, 0] for positions in seen])
+        assert stood.tolist() == list(range(12 + len(QUESTION) + STEPS - 1))
+        clip = {"input_ids": torch.full((1, 4), model.config.image_token_id), "pixel_values": torch.zeros(1)}
+        for go_on in (
+            lambda: session.extend(clip, cache),
+            lambda: model(**clip, cache=cache.branch()),
+            lambda: model.generate(**clip, attention_mask=torch.ones(1, 16), cache=cache.branch()),
+        ):
+            with pytest.raises(InputError, match=r"positions of their own; .*, one clip a conversation"):
+                go_on()

@@ -70,7 +70,7 @@ class GenericAdapter(ModelAdapter):
         if self.brings_media(inputs) and hasattr(self.backbone, "get_rope_index"):
             raise InputError(
                 f"{type(self.model).__name__} has no adapter, and its media have positions of their own; "
-                "compress under model.generate",
+                "compress under model.generate, one clip a conversation",
                 field="model",
             )
         return super().prompt_positions(inputs, real, start)
