@@ -45,7 +45,7 @@ class Heard:
         if missing:
             raise InputError(
                 f"{self._name} cannot be compressed: the attention of {len(missing)} of its layers does not go through "
-                "transformers' attention interface",
+                "transformers' attention interface, or was changed while the session was open",
                 field="model",
             )
         self.listener.finish()
