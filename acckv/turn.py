@@ -89,12 +89,15 @@ def read_turn(
             that were repeated since; None reads them off the placeholder tokens.
         seen: tokens that the cache has seen.
         candidates: tokens at the end that are guesses of assisted decoding, not part of the prompt.
+
+    Raises:
+        InputError: the labels do not fit, or media come with a mask that is not of their tokens.
     """
     ids = inputs.get("input_ids")
     tokens = ids if isinstance(ids, Tensor) else inputs["inputs_embeds"]
     batch, length = tokens.shape[:2]
-    mask = inputs.get("attention_mask")
-    mask = mask.cpu() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    given = inputs.get("attention_mask")
+    mask = given.cpu() if isinstance(given, Tensor) and given.ndim == 2 else None
     if modality_ids is not None:
         labels = _given_labels(modality_ids.cpu(), mask, batch, length, seen)
     elif adapter.brings_media(inputs) and isinstance(ids, Tensor):
@@ -105,6 +108,8 @@ def read_turn(
         labels = _text(batch, mask, length)
     else:
         labels = adapter.label(tokens, mask)
+    if isinstance(given, Tensor) and mask is None and bool(labels.host.media.any()):
+        raise InputError(f"of media needs shape [rows, tokens], not {list(given.shape)}", field="attention_mask")
     past = torch.ones(batch, seen, dtype=torch.bool, device=tokens.device)
     if mask is not None and mask.shape[1] == seen + length:
         past = mask[:, :seen].bool().to(tokens.device)

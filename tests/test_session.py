@@ -247,3 +247,16 @@ def test_a_prefill_that_recorded_too_little(sdpa: Any, recorded: Any, policy: An
         alone = session.compress(session.prefill(rows=session.compressor.policy.rows, **tiny_omni.context()))
     for one, other in zip(compressed_layers(whole), compressed_layers(alone), strict=True):
         assert torch.equal(one.keys, other.keys)
+
+
+def test_no_option_and_no_mask_of_media_is_passed_over(sdpa: Any) -> None:
+    """A model takes any keyword; one that nobody reads would change nothing, without a word."""
+    mask = {"attention_mask": torch.ones(1, 1, 9, 9)}
+    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.5))(sdpa) as session:
+        for call in (session.compress, session.prefill, lambda **options: session.extend(options)):
+            with pytest.raises(InputError, match="rato: is neither an option here nor an input of Qwen2_5Omni"):
+                call(**tiny_omni.context(), rato=0.3)
+            with pytest.raises(InputError, match="attention_mask: of media needs shape"):
+                call(**{**tiny_omni.context(), **mask})
+        with pytest.raises(InputError, match="attention_mask: of media needs shape"):
+            sdpa(**{**tiny_omni.prompt(), **mask})

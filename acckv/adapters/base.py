@@ -163,7 +163,15 @@ class ModelAdapter:
         return any(value is not None and not (isinstance(value, dict) and not value) for value in given)
 
     def placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Model inputs where the model takes them; a user's may come as a processor made them."""
+        """Model inputs where the model takes them; a user's may come as a processor made them.
+
+        Raises:
+            InputError: a name of an option is among them that neither a session nor the model knows.
+        """
+        known = inspect.signature(self.model.forward).parameters
+        for name, value in inputs.items():
+            if isinstance(value, bool | int | float | str) and name not in known:
+                raise InputError(f"is neither an option here nor an input of {type(self.model).__name__}", field=name)
         device = self.device
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
