@@ -10,6 +10,8 @@ import av
 import numpy as np
 
 GREYS = (40, 90, 140, 190)
+#: The FFmpeg of earlier wheels ends the process at a whole FLV file, and loses when Matroska pictures start.
+EARLIER_FFMPEG = int(av.__version__.split(".")[0]) < 18
 OPTIONS = {
     "libx264": {"preset": "ultrafast", "crf": "10", "threads": "1", "g": "15"},
     "libvpx": {"deadline": "realtime"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.data.broken_media import SECONDS_PER_FILE, Case, Outcome, make, read_all
-from tests.data.media_files import GREYS
+from tests.data.media_files import EARLIER_FFMPEG, GREYS
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +15,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Case, Outcom
     return list(zip(cases, read_all(folder, [case.name for case in cases]), strict=True))
 
 
+@pytest.mark.skipif(EARLIER_FFMPEG, reason="PyAV before 18 ends the process at a whole FLV file")
 def test_each_is_read_or_refused(results: list[tuple[Case, Outcome]]) -> None:
     assert len(results) >= 50
     assert [case.name for case, _ in results] == [outcome.name for _, outcome in results]

@@ -17,7 +17,7 @@ from acckv.data.media_options import MediaOptions
 from acckv.data.records import Record
 from acckv.data.tracks import Wanted, read_tracks
 from acckv.errors import InputError
-from tests.data.media_files import GREYS, burst, write_picture, write_sound, write_video
+from tests.data.media_files import EARLIER_FFMPEG, GREYS, burst, write_picture, write_sound, write_video
 
 
 def onset(audio: torch.Tensor) -> float:
@@ -70,6 +70,7 @@ def test_sound_that_starts_late(tmp_path: Path, steady: tuple) -> None:
     assert float(media.audio[-8_000:].abs().max()) < 1e-3, "after the track's end there is silence"
 
 
+@pytest.mark.skipif(EARLIER_FFMPEG, reason="PyAV before 18 loses when pictures of Matroska files start")
 def test_pictures_that_start_late(tmp_path: Path) -> None:
     times = [1.0 + k / 30 for k in range(90)]
     path = write_video(tmp_path / "a.mkv", times, [GREYS[k // 30] for k in range(90)], audio=burst(4, 2.5)[None])
