@@ -33,7 +33,7 @@ def find_layouts(adapter: ModelAdapter, tap: Tap) -> list[RotaryLayout]:
     Raises:
         InputError: no layout does, so that positions cannot be taken off.
     """
-    device = adapter.model.get_input_embeddings().weight.device
+    device = adapter.device
     positions = adapter.text_positions(torch.tensor([_POSITIONS], device=device))
     if positions.ndim == 3:  # three axes that differ, so that a mistaken one shows
         positions = positions + 2 * torch.arange(len(positions), device=device)[:, None, None]
