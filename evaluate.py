@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 from jsonargparse import ArgumentParser
 
-from lightning_modules.ask import AskOptions, run_ask
-from lightning_modules.doors import quiet_libraries, run_door
-from lightning_modules.evaluation_options import EvaluationOptions
-from lightning_modules.evaluation_run import merge_evaluations, run_evaluation
+from lightning_modules.cli.ask import AskOptions, run_ask
+from lightning_modules.cli.errors import quiet_libraries, run_door
+from lightning_modules.evaluation.options import EvaluationOptions
+from lightning_modules.evaluation.run import merge_evaluations, run_evaluation
 
 _DOORS = (
     "`evaluate.py ask VIDEO QUESTION` answers one question about one clip, and `evaluate.py merge FOLDER ... --output "

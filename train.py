@@ -2,11 +2,11 @@
 
 import sys
 
-from lightning_modules.doors import run_door
+from lightning_modules.cli.errors import run_door
 
 
 def _main() -> None:
-    from lightning_modules.cli import main
+    from lightning_modules.cli.train import main
 
     main()
 

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from acckv.calibration_record import CalibrationRecord
 from acckv.config import CompressionConfig, LoraScope, check_ratio
+from acckv.data.calibration_record import CalibrationRecord
 from acckv.errors import InputError
-from acckv.focusing import allocate, share_out, split_layer, total_budget
-from acckv.lora import LoraWeights
-from acckv.modality import ModalityMap
-from acckv.pipeline import AlignmentRule, LayerPlan, LayerScore, LogGates, MergeRule, hard, plan_layer, soft
+from acckv.method.budgets import allocate, share_out, split_layer, total_budget
+from acckv.method.modality import ModalityMap
+from acckv.method.plan import AlignmentRule, LayerPlan, LayerScore, LogGates, MergeRule, hard, plan_layer, soft
+from acckv.method.scoring import Observation
+from acckv.method.weights import CalibratedWeights, LayerWeights
 from acckv.policies import build_policy
-from acckv.scoring import Observation
-from acckv.weights import CalibratedWeights, LayerWeights
+from acckv.runtime.lora import LoraWeights
 
 if TYPE_CHECKING:
-    from acckv.session import Session
+    from acckv.runtime.session import Session
 
 
 class KVCompressor(nn.Module):
@@ -78,7 +78,7 @@ class KVCompressor(nn.Module):
             model: a loaded AV-LLM of a supported family.
             processor: needed only where a probe prompt must be tokenised (`when: context` with observed attention).
         """
-        from acckv.session import Session
+        from acckv.runtime.session import Session
 
         return Session(self, model, processor, **options)
 
@@ -286,8 +286,8 @@ class KVCompressor(nn.Module):
         return AlignmentRule(learned, weights.alignment_weight, drop, softness=temperature / 3)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors, adapter/ and the model card; see :mod:`acckv.checkpoint`."""
-        from acckv.checkpoint import save
+        """Write config.json, model.safetensors, adapter/ and the model card; see :mod:`acckv.export`."""
+        from acckv.export import save
 
         save(self, Path(folder))
 
@@ -298,6 +298,6 @@ class KVCompressor(nn.Module):
         Raises:
             InputError: a file is missing, truncated or of an unknown format version.
         """
-        from acckv.checkpoint import load
+        from acckv.export import load
 
         return load(name, options)

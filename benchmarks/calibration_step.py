@@ -32,12 +32,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from acckv.data.clips import VARIANTS, ClipSettings, default_root, video_folder, write_clips
-from acckv.report.files import whole_file
+from acckv.data.synthetic.clips import VARIANTS, ClipSettings, default_root, video_folder, write_clips
+from acckv.io.files import whole_file
 from benchmarks.study_variants import KL_ALONE, SHORT, STUDIES
-from lightning_modules.calibration import CalibrationModule
-from lightning_modules.clip_dataset import CalibrationBatch
-from lightning_modules.datamodule import AVDataModule
+from lightning_modules.calibration.datamodule import AVDataModule
+from lightning_modules.calibration.dataset import CalibrationBatch
+from lightning_modules.calibration.module import CalibrationModule
 
 FORMAT = 4
 FINE_TUNING = "LoRA fine-tuning"

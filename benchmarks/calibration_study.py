@@ -26,18 +26,18 @@ import yaml
 from lightning import Trainer, seed_everything
 from rich.console import Console
 
-from acckv.report.files import whole_file
-from acckv.report.results import FULL, PREDICTIONS_FILE, RESULTS_FILE
+from acckv.evaluation.results import FULL, PREDICTIONS_FILE, RESULTS_FILE
+from acckv.io.files import whole_file
 from benchmarks.generalisation import read_scores
 from benchmarks.study_results import RATIOS, TIMES_FILE, lines_of, mean_score, with_earlier
 from benchmarks.study_tables import markdown, plot, table, write_section
 from benchmarks.study_variants import STUDIES, Variant
-from lightning_modules.calibration import CalibrationModule
-from lightning_modules.callbacks import ExportCompressor
-from lightning_modules.datamodule import AVDataModule
-from lightning_modules.doors import quiet_libraries
-from lightning_modules.evaluation_data import EvaluationData
-from lightning_modules.evaluation_run import CALIBRATED, POLICIES, EvaluationOptions, run_evaluation
+from lightning_modules.calibration.callbacks import ExportCompressor
+from lightning_modules.calibration.datamodule import AVDataModule
+from lightning_modules.calibration.module import CalibrationModule
+from lightning_modules.cli.errors import quiet_libraries
+from lightning_modules.evaluation.datamodule import EvaluationData
+from lightning_modules.evaluation.run import CALIBRATED, POLICIES, EvaluationOptions, run_evaluation
 
 FORMAT = 1
 FILE, TEXT_FILE, PLOT = "study.json", "study.md", "study.png"

@@ -22,13 +22,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from acckv.data.clips import VARIANTS
+from acckv.data.synthetic.clips import VARIANTS
+from acckv.evaluation.results import PREDICTIONS_FILE, Results
+from acckv.io.files import whole_file
 from acckv.metrics import PairedComparison
-from acckv.report.files import whole_file
-from acckv.report.results import PREDICTIONS_FILE, Results
-from lightning_modules.doors import quiet_libraries
-from lightning_modules.evaluation_data import EvaluationData
-from lightning_modules.evaluation_run import CALIBRATED, EvaluationOptions, run_evaluation
+from lightning_modules.cli.errors import quiet_libraries
+from lightning_modules.evaluation.datamodule import EvaluationData
+from lightning_modules.evaluation.run import CALIBRATED, EvaluationOptions, run_evaluation
 
 FORMAT = 1
 FILE, PLOT = "generalisation.json", "generalisation.png"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from acckv.cache_layer import CompressedLayer
+from acckv.cache.layer import CompressedLayer
 
 
 class PrefillWatch:

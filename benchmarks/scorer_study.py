@@ -24,13 +24,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from acckv.modality import Modality, ModalityMap
-from acckv.report.files import whole_file
-from acckv.weights import WEIGHT_GROUPS, CalibratedWeights
+from acckv.io.files import whole_file
+from acckv.method.modality import Modality, ModalityMap
+from acckv.method.weights import WEIGHT_GROUPS, CalibratedWeights
 from benchmarks.calibration_study import plain_trainer
-from lightning_modules.calibration import CalibrationModule
-from lightning_modules.datamodule import AVDataModule
-from lightning_modules.doors import quiet_libraries
+from lightning_modules.calibration.datamodule import AVDataModule
+from lightning_modules.calibration.module import CalibrationModule
+from lightning_modules.cli.errors import quiet_libraries
 
 RATIOS = (0.2, 0.05, 0.02)
 PLACED = ("saliency_place",)

@@ -44,13 +44,13 @@ from torch import Tensor
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from acckv import CompressionConfig, KVCompressor
-from acckv.adapters import find_adapter
-from acckv.cache import CompressedCache, fresh_cache
-from acckv.lora import AttachedLora, LoraWeights, lora_config
-from acckv.modality import ModalityMap
-from acckv.pipeline import LayerPlan
-from acckv.report.files import whole_file
-from acckv.weights import CalibratedWeights
+from acckv.cache.cache import CompressedCache, fresh_cache
+from acckv.io.files import whole_file
+from acckv.method.modality import ModalityMap
+from acckv.method.plan import LayerPlan
+from acckv.method.weights import CalibratedWeights
+from acckv.models import find_adapter
+from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
 from benchmarks.prefill_watch import PrefillWatch
 from benchmarks.speed_report import MARKS, markdown, plot, table
 from benchmarks.study_tables import write_section

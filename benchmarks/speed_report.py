@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from acckv.report.files import whole_file
+from acckv.io.files import whole_file
 
 #: Around the table that ``--readme`` writes.
 MARKS = ("<!-- speed: written by benchmarks.speed_memory --readme -->", "<!-- end of speed -->")

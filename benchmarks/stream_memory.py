@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from acckv import CompressionConfig, KVCompressor
-from acckv.cache import CompressedCache, compressed_layers
-from acckv.report.files import whole_file
+from acckv.cache.cache import CompressedCache, compressed_layers
+from acckv.io.files import whole_file
 
 FORMAT = 1
 #: glibc keeps freed blocks below a threshold that it raises itself, and a cache that grows by concatenation never fits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from acckv.weights import WEIGHT_GROUPS
+from acckv.method.weights import WEIGHT_GROUPS
 
 #: Groups of weights in the order in which the ablations add them; places came last and have lines of their own.
 GROUPS = tuple(name for name in WEIGHT_GROUPS if name != "places")

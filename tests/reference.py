@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from acckv.adapters import AttentionLayer, find_adapter
-from acckv.attention import shadow_attention
-from acckv.cache_layer import CompressedLayer
+from acckv.cache.layer import CompressedLayer
+from acckv.models import AttentionLayer, find_adapter
+from acckv.runtime.attention import shadow_attention
 
 #: For each compressed layer: (logical index from which queries no longer see them, bool [heads, columns] evicted).
 Evictions = list[list[tuple[int, Tensor]]]

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from acckv import CompressionConfig, InputError, KVCompressor
-from acckv.adapters import find_adapter
-from acckv.cache import compressed_layers
-from acckv.calibration_record import CalibrationRecord
-from acckv.lora import AttachedLora, LoraWeights, lora_config
-from acckv.weights import CalibratedWeights
+from acckv.cache.cache import compressed_layers
+from acckv.data.calibration_record import CalibrationRecord
+from acckv.method.weights import CalibratedWeights
+from acckv.models import find_adapter
+from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
 from tests import tiny_omni
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}

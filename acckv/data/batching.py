@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from acckv.modality import ModalityMap
+from acckv.method.modality import ModalityMap
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from acckv.data.media import Media, read_media, read_record_media
 from acckv.data.records import Record
 from acckv.errors import InputError
-from acckv.report.files import whole_file
+from acckv.io.files import whole_file
 
 FORMAT = 3
 """Of the cached files; to be raised when the reader gives something else for the same file."""

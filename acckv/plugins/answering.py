@@ -12,14 +12,14 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from acckv import CompressionConfig, KVCompressor
-from acckv.cache import CompressedCache
+from acckv.cache.cache import CompressedCache
 from acckv.data.encoding import encode, encode_context, question_suffix
 from acckv.data.media import Media, MediaOptions, join_media, read_media
 from acckv.errors import InputError
-from acckv.logits import chosen_logits
+from acckv.models.batching import left_padded
 from acckv.plugins.requests import ClipRef, Generation
-from acckv.ragged import left_padded
-from acckv.session import Session
+from acckv.runtime.logits import chosen_logits
+from acckv.runtime.session import Session
 
 Clip = tuple[ClipRef, ...]
 """What a question is about, read as one clip."""

@@ -21,9 +21,9 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from tqdm import tqdm
 
-from acckv.adapters import load_model
 from acckv.data.media import MediaOptions
 from acckv.errors import InputError
+from acckv.models import load_model
 from acckv.plugins.answering import Answerer, build_compressor
 from acckv.plugins.media_store import MediaStore
 from acckv.plugins.requests import Generation, Prompt, read_prompt

@@ -12,7 +12,7 @@ import av
 import numpy as np
 from PIL.Image import Image
 
-from acckv.report.files import whole_file
+from acckv.io.files import whole_file
 
 
 class MediaStore:

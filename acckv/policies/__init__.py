@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from acckv.config import CompressionConfig
 from acckv.errors import InputError
+from acckv.method.weights import CalibratedWeights
 from acckv.policies.acckv import AccKV
 from acckv.policies.base import Policy
 from acckv.policies.expected_attention import ExpectedAttention
@@ -19,7 +20,6 @@ from acckv.policies.pyramidkv import PyramidKV
 from acckv.policies.random import Random
 from acckv.policies.snapkv import SnapKV
 from acckv.policies.streaming_llm import StreamingLLM
-from acckv.weights import CalibratedWeights
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy

@@ -6,12 +6,19 @@ import torch
 from torch import Tensor
 
 from acckv.config import CompressionConfig
-from acckv.focusing import focus
-from acckv.modality import ModalityMap
-from acckv.pipeline import LayerScore
+from acckv.method.budgets import focus
+from acckv.method.modality import ModalityMap
+from acckv.method.plan import LayerScore
+from acckv.method.scoring import (
+    Observation,
+    heavy_hitter_score,
+    key_diversity,
+    redundancy,
+    standardise,
+    standardised_sum,
+)
+from acckv.method.weights import CalibratedWeights, LayerWeights
 from acckv.policies.base import Policy, Rows
-from acckv.scoring import Observation, heavy_hitter_score, key_diversity, redundancy, standardise, standardised_sum
-from acckv.weights import CalibratedWeights, LayerWeights
 
 
 class AccKV(Policy):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from acckv.config import CompressionConfig
-from acckv.modality import ModalityMap
-from acckv.pipeline import LayerPlan, LayerScore
-from acckv.scoring import Observation
+from acckv.method.modality import ModalityMap
+from acckv.method.plan import LayerPlan, LayerScore
+from acckv.method.scoring import Observation
 
 Rows = Literal["none", "window", "text", "all", "repetition"]
 
@@ -23,7 +23,7 @@ class Policy(ABC):
     Attributes:
         rows: the rows whose attention it reads. 'text' are the text rows after the media, or the rows of a probe
             prompt where no text has been seen yet (`when: context`). 'repetition' are rows of no prompt but of the
-            context fed in again (see :mod:`acckv.repetition`).
+            context fed in again (see :mod:`acckv.runtime.context_reconstruction`).
         rotated: whether it needs the rotary embedding of its rows.
         cross_layer: whether a layer's score or budget depends on other layers' scores. Then nothing can be evicted
             before the last layer has run, and a prefill's peak is the full cache.

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from acckv.errors import InputError
-from acckv.modality import ModalityMap
-from acckv.pipeline import LayerScore
+from acckv.method.modality import ModalityMap
+from acckv.method.plan import LayerScore
+from acckv.method.rotary import Rotation, rotate, unrotate
+from acckv.method.scoring import Observation
 from acckv.policies.base import Policy
-from acckv.rotary import Rotation, rotate, unrotate
-from acckv.scoring import Observation
 
 #: First entries of a prompt, attention sinks: they stay, and count neither in the statistics nor in the softmax.
 SINKS = 4

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from acckv.modality import ModalityMap
-from acckv.pipeline import LayerScore
+from acckv.method.modality import ModalityMap
+from acckv.method.plan import LayerScore
+from acckv.method.scoring import Observation, heavy_hitter_score
 from acckv.policies.base import Policy
-from acckv.scoring import Observation, heavy_hitter_score
 
 
 class FastV(Policy):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from acckv.modality import ModalityMap
-from acckv.pipeline import LayerScore
+from acckv.method.modality import ModalityMap
+from acckv.method.plan import LayerScore
+from acckv.method.scoring import Observation, key_diversity
 from acckv.policies.base import Policy
-from acckv.scoring import Observation, key_diversity
 
 
 class KeyDiff(Policy):

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from acckv.errors import InputError
-from acckv.modality import ModalityMap
-from acckv.pipeline import LayerScore
+from acckv.method.modality import ModalityMap
+from acckv.method.plan import LayerScore
+from acckv.method.scoring import Observation
 from acckv.policies.base import Policy
-from acckv.scoring import Observation
 
 
 class KVzip(Policy):
     """The score is the most attention that an entry receives while the context is fed in again behind a repeat prompt.
 
-    It asks for no question, with `when: prompt` too. How the context is repeated: :mod:`acckv.repetition`.
+    It asks for no question, with `when: prompt` too. How the context is repeated:
+    :mod:`acckv.runtime.context_reconstruction`.
 
     Deviation. The paper ranks the pairs of all layers and heads together; here that ranking sets the budget of each
     layer, and the KV heads of a layer keep equally many, so that its storage stays rectangular.

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acckv.modality import ModalityMap
-from acckv.pipeline import LayerPlan, Pivots
+from acckv.method.modality import ModalityMap
+from acckv.method.plan import LayerPlan, Pivots
+from acckv.method.scoring import ROW_CHUNK
 from acckv.policies.h2o import H2O
-from acckv.scoring import ROW_CHUNK
 
 
 class LookM(H2O):

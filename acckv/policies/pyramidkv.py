@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from acckv.modality import ModalityMap
-from acckv.pipeline import LayerScore
+from acckv.method.modality import ModalityMap
+from acckv.method.plan import LayerScore
 from acckv.policies.snapkv import SnapKV
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from acckv.modality import ModalityMap
-from acckv.pipeline import LayerScore
+from acckv.method.modality import ModalityMap
+from acckv.method.plan import LayerScore
+from acckv.method.scoring import Observation, heavy_hitter_score
 from acckv.policies.base import Policy
-from acckv.scoring import Observation, heavy_hitter_score
 
 
 class SnapKV(Policy):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from acckv.errors import InputError
+from acckv.evaluation.results import FULL
 from acckv.metrics.intervals import Interval, bootstrap_ratio
-from acckv.report.results import FULL
 
 RIGHT = 0.5
 """Least score that counts as right where an answer is right or wrong; one-word answers score 0 or 1."""

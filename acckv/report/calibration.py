@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from acckv.report.files import whole_file
-from acckv.report.results import REFERENCE_NAMES, Results
+from acckv.evaluation.results import REFERENCE_NAMES, Results
+from acckv.io.files import whole_file
 from acckv.report.table import control_warning
 
 MODALITIES = ("video", "audio")

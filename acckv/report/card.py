@@ -8,10 +8,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from acckv.calibration_record import FIELD, CalibrationRecord
+from acckv.data.calibration_record import FIELD, CalibrationRecord
 from acckv.errors import InputError
-from acckv.report.files import whole_file
-from acckv.report.results import Results, Row
+from acckv.evaluation.results import Results, Row
+from acckv.io.files import whole_file
 from acckv.report.table import control_warning
 
 CARD_FILE = "README.md"

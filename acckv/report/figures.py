@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from acckv.evaluation.results import FULL, REFERENCE_NAMES, Results, Row
 from acckv.metrics.intervals import Interval
 from acckv.report.plots import line_style, spread
-from acckv.report.results import FULL, REFERENCE_NAMES, Results, Row
 
 _COLUMNS = 2  # of the legend
 INK, MUTED, LINE = "#010101", "#020202", "#030303"

@@ -16,13 +16,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from acckv.benchmarks.answers import UNPARSED
 from acckv.errors import InputError
-from acckv.metrics.answers import UNPARSED
-from acckv.metrics.intervals import Interval
-from acckv.report import figures, tracks
-from acckv.report.answers import Answers, Flip, read_answers
-from acckv.report.files import whole_file
-from acckv.report.results import (
+from acckv.evaluation.results import (
     CONTROLS,
     FULL,
     PREDICTIONS_FILE,
@@ -32,9 +28,13 @@ from acckv.report.results import (
     Row,
     read_results,
 )
+from acckv.io.files import whole_file
+from acckv.metrics.intervals import Interval
+from acckv.report import figures, tracks
+from acckv.report.answers import Answers, Flip, read_answers
 from acckv.report.run_record import FAILURES_FILE, RUN_FILE, Budget, RunRecord, read_failures, read_run
-from acckv.report.strip import STRIPS_FILE, Strip, load_strips
 from acckv.report.table import control_warning, metric_names
+from acckv.report.timeline import STRIPS_FILE, Strip, load_strips
 
 REPORT_FILE = "report.html"
 MOST_FLIPS = 25

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
-from acckv.report.files import whole_file
-from acckv.report.results import CONTROLS, FULL, Results, Row
+from acckv.evaluation.results import CONTROLS, FULL, Results, Row
+from acckv.io.files import whole_file
 
 _DPI = 150
 _COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b4c9a", "#8c564b", "#7f7f00")

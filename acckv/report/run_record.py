@@ -12,7 +12,7 @@ from typing import Any
 
 import acckv
 from acckv.errors import InputError
-from acckv.report.files import whole_file
+from acckv.io.files import whole_file
 
 RUN_FILE = "report.json"
 FAILURES_FILE = "failures.json"

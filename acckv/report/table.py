@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from rich import box
 from rich.table import Table
 
-from acckv.metrics.answers import UNPARSED
-from acckv.report.results import AUDIO_EVICTED, CONTROL, CONTROLS, FULL, VIDEO_EVICTED, Results, Row
+from acckv.benchmarks.answers import UNPARSED
+from acckv.evaluation.results import AUDIO_EVICTED, CONTROL, CONTROLS, FULL, VIDEO_EVICTED, Results, Row
 
 Paired = Mapping[tuple[str, float], tuple[float, float]]
 """(policy, ratio) -> 95 % interval of the share of the full cache, paired by clip."""

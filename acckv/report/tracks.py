@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from acckv.report.strip import KeptEntries, Strip
+from acckv.report.timeline import KeptEntries, Strip
 
 COLOURS = {"video": (47, 129, 214), "audio": (209, 107, 31)}
 """Seen on light and on dark ground; the share of kept entries is the opacity."""

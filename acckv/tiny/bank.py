@@ -19,10 +19,10 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from acckv.data.clip_events import CELLS, COLOURS, PITCHES, SHAPES, TIMBRES, ClipScript
-from acckv.data.clip_render import render_audio, render_frames, write_mp4
 from acckv.data.encoding import encode_context
 from acckv.data.media import read_media
+from acckv.data.synthetic.events import CELLS, COLOURS, PITCHES, SHAPES, TIMBRES, ClipScript
+from acckv.data.synthetic.render import render_audio, render_frames, write_mp4
 from acckv.tiny.build import build_processor
 
 NOTHING = -1

@@ -20,8 +20,8 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from acckv.data.clip_events import COLOURS, PITCHES, SHAPES, TEMPLATES, TIMBRES
-from acckv.data.clip_render import SIDE
+from acckv.data.synthetic.events import COLOURS, PITCHES, SHAPES, TEMPLATES, TIMBRES
+from acckv.data.synthetic.render import SIDE
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",

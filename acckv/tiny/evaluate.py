@@ -22,15 +22,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from acckv.data.clip_events import DESCRIPTION_TYPES
-from acckv.data.clips import video_folder, write_clips
+from acckv.benchmarks.music_avqa_questions import load_music_avqa
 from acckv.data.encoding import encode_context, question_suffix
 from acckv.data.media import Media, read_media
-from acckv.data.music_avqa import load_music_avqa
 from acckv.data.records import Record
+from acckv.data.synthetic.clips import video_folder, write_clips
+from acckv.data.synthetic.events import DESCRIPTION_TYPES
 from acckv.errors import InputError
 from acckv.metrics.words import word_hits
-from acckv.tiny import TINY_MODEL, load_tiny
+from acckv.models.embedded import TINY_MODEL, load_tiny
 
 WORD_TOKENS = 3
 DESCRIPTION_TOKENS = 64

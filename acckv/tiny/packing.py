@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
-from acckv.data.clip_events import DESCRIPTION_TYPES, SINGLE_TYPES, ClipScript, ask, draw_script
-from acckv.data.clip_render import SIDE
 from acckv.data.encoding import encode_context, question_suffix
 from acckv.data.media import Media
+from acckv.data.synthetic.events import DESCRIPTION_TYPES, SINGLE_TYPES, ClipScript, ask, draw_script
+from acckv.data.synthetic.render import SIDE
 from acckv.tiny.bank import SlotBank
 
 KINDS = (*SINGLE_TYPES, *DESCRIPTION_TYPES)

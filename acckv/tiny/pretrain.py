@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from acckv.data.clip_events import DESCRIPTION_TYPES, SINGLE_TYPES
+from acckv.data.synthetic.events import DESCRIPTION_TYPES, SINGLE_TYPES
 from acckv.tiny.bank import SlotBank, load_bank
 from acckv.tiny.build import POSITION_IDS_PER_SECOND, build_model, build_processor, save
 from acckv.tiny.encoders import unit_rms, warm_up

@@ -6,10 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-from acckv.data.clip_events import COLOURS, PITCHES, SHAPES, TIMBRES
-from acckv.data.clips import video_folder, write_clips
-from acckv.data.music_avqa import load_music_avqa
-from acckv.report.files import whole_file
+from acckv.benchmarks.music_avqa_questions import load_music_avqa
+from acckv.data.synthetic.clips import video_folder, write_clips
+from acckv.data.synthetic.events import COLOURS, PITCHES, SHAPES, TIMBRES
+from acckv.io.files import whole_file
 
 FOLDER = Path("runs/lmms_eval")
 QUESTIONS = "questions.jsonl"

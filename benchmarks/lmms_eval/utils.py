@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from acckv.data.clip_events import COLOURS, PITCHES, SHAPES, TIMBRES
-from acckv.data.music_avqa import VOCABULARY, robust_match
+from acckv.benchmarks.music_avqa_questions import VOCABULARY, robust_match
+from acckv.data.synthetic.events import COLOURS, PITCHES, SHAPES, TIMBRES
 
 WORDS = {*VOCABULARY, *COLOURS, *SHAPES, *TIMBRES, *PITCHES}
 

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from tests.data.media_files import GREYS, burst, write_picture, write_sound, write_video
+from tests.paths import ROOT
 
 SECONDS_PER_FILE = 20
 MEGABYTES = 1024
@@ -283,7 +284,7 @@ def read_all(folder: Path, names: list[str]) -> list[Outcome]:
             command,
             capture_output=True,
             text=True,
-            cwd=Path(__file__).resolve().parents[2],
+            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             timeout=60 + SECONDS_PER_FILE * len(waiting),
         )

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from acckv.data.clip_events import (
+from acckv.benchmarks.music_avqa_questions import load_music_avqa
+from acckv.data.media import read_media
+from acckv.data.synthetic.clips import ClipSettings, default_root, make_questions, video_folder, write_clips
+from acckv.data.synthetic.events import (
     DESCRIPTION_TYPES,
     PITCHES,
     SHAPES,
@@ -20,10 +23,7 @@ from acckv.data.clip_events import (
     ask,
     draw_script,
 )
-from acckv.data.clip_render import CELL, PITCH_HZ, RGB, render_audio, render_frames
-from acckv.data.clips import ClipSettings, default_root, make_questions, video_folder, write_clips
-from acckv.data.media import read_media
-from acckv.data.music_avqa import load_music_avqa
+from acckv.data.synthetic.render import CELL, PITCH_HZ, RGB, render_audio, render_frames
 from acckv.errors import InputError
 
 SETTINGS = ClipSettings("test", n_clips=3, seed=5)

@@ -10,10 +10,10 @@ import torch
 from transformers.video_utils import VideoMetadata
 
 from acckv import CompressionConfig, KVCompressor
-from acckv.adapters import find_adapter, load_model
 from acckv.data.encoding import encode, encode_context, encode_media, question_suffix
 from acckv.data.media import Media
 from acckv.errors import InputError
+from acckv.models import find_adapter, load_model
 from tests import checkpoints
 from tests.data.test_encoding import QUESTIONS, clip
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from acckv.data.clip_events import SHAPES, TIMBRES, ClipScript
-from acckv.data.clips import VARIANTS, ClipSettings, is_complete, make_questions, video_folder, write_clips
+from acckv.benchmarks.music_avqa_questions import fill_template
 from acckv.data.media import read_media
-from acckv.data.music_avqa import fill_template
+from acckv.data.synthetic.clips import VARIANTS, ClipSettings, is_complete, make_questions, video_folder, write_clips
+from acckv.data.synthetic.events import SHAPES, TIMBRES, ClipScript
 from acckv.errors import InputError
-from lightning_modules.evaluation_data import EvaluationData
+from lightning_modules.evaluation.datamodule import EvaluationData
 
 CLIPS = 12
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from acckv import CompressionConfig, KVCompressor
-from acckv.adapters import find_adapter
 from acckv.config import PolicyName
-from acckv.lora import AttachedLora, LoraWeights, lora_config
-from acckv.tiny import load_tiny
-from acckv.weights import CalibratedWeights
+from acckv.method.weights import CalibratedWeights
+from acckv.models import find_adapter
+from acckv.models.embedded import load_tiny
+from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
 from tests.families import Tokenizer
 from tests.support.simulated_accelerator import SimulatedAccelerator, on_device, place
 

@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 
 from acckv import CompressionConfig, InputError, KVCompressor
-from acckv.cache_layer import CompressedLayer
+from acckv.cache.layer import CompressedLayer
 from tests.support.tiny_configs import tiny_config
 from tests.support.tiny_overrides import MORE_INPUTS
 

@@ -17,12 +17,12 @@ from transformers import (
     Qwen3OmniMoeProcessor,
 )
 
-from acckv.adapters.processors import TextProcessor
 from acckv.data.encoding.base import Encoder
 from acckv.data.encoding.embeddings import EmbeddingsEncoder
 from acckv.data.encoding.gemma4 import Gemma4Encoder
 from acckv.data.encoding.qwen_omni import QwenOmniEncoder, timing
 from acckv.errors import InputError
+from acckv.models.processors import TextProcessor
 
 ENCODERS: dict[type, type[Encoder]] = {
     Qwen2_5OmniProcessor: QwenOmniEncoder,
@@ -44,9 +44,9 @@ def encode(
     """Model inputs of a batch of clips, each with its question.
 
     Args:
-        processor: as `acckv.adapters.load_model` gives it.
+        processor: as `acckv.models.load_model` gives it.
         clips: :class:`acckv.data.media.Media`, all of one `kind`; for a plain decoder
-            :class:`acckv.data.encoded.EncodedClip`.
+            :class:`acckv.data.precomputed.EncodedClip`.
         questions: one question a clip. None: each prompt ends with the end-of-media tokens (see `encode_context`).
         system_prompt: what the model is told before the media: one text for all clips, or one a clip. None is what the
             chat template says by itself.
@@ -83,7 +83,7 @@ def encode_media(processor: Any, clip: Any) -> dict[str, Any]:
     """Model inputs of the media of one clip and of their begin and end tokens alone, batch of one.
 
     There is no system prompt among them. They go on after a conversation or after the clip before:
-    :meth:`acckv.session.Session.extend`.
+    :meth:`acckv.runtime.session.Session.extend`.
     """
     return _encoder(processor, [clip]).encode_media(clip)
 

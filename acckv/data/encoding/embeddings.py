@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acckv.data.encoded import EMBEDS, KINDS, EncodedClip
 from acckv.data.encoding.base import Encoder
+from acckv.data.precomputed import EMBEDS, KINDS, EncodedClip
 from acckv.errors import InputError
-from acckv.modality import Modality
+from acckv.method.modality import Modality
 
 
 class EmbeddingsEncoder(Encoder):

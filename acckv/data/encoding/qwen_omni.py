@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 from acckv.data.encoding.base import ChatEncoder
 from acckv.data.media import Media
 from acckv.errors import InputError
-from acckv.ragged import left_padded
+from acckv.models.batching import left_padded
 
 MEL = ("input_features", "feature_attention_mask")
 _CUTS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()

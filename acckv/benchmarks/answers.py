@@ -1,0 +1,59 @@
+"""Score one answer by the protocol of its question."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from acckv.benchmarks.music_avqa_questions import VOCABULARY, official_match, robust_answer, robust_match
+from acckv.data.records import Record
+from acckv.metrics.words import word_accuracy
+
+SINGLE, DESCRIPTIONS = "single questions", "descriptions"
+"""Groups of all questions with a one-word answer, and of all free-text tasks."""
+OFFICIAL = "single questions, official parser"
+"""The one-word questions once more, scored by the data set's own rule."""
+UNPARSED = "unparsed"
+"""Group of the one-word questions whose answer held no known word; they count as wrong."""
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """How right an answer is.
+
+    Attributes:
+        score: 0..1, what accuracies are means of. One word: by the robust parser. Description: share of right words.
+        official: score by the data set's own rule, None where there is none (descriptions).
+        parsed: whether a known word was found; always true for descriptions.
+    """
+
+    score: float
+    official: float | None
+    parsed: bool
+
+
+def answer_vocabulary(records: Iterable[Record]) -> frozenset[str]:
+    """Words that a one-word answer is looked for in: MUSIC-AVQA's and every reference answer."""
+    return frozenset(VOCABULARY) | {record.answer for record in records if record.protocol == "word"}
+
+
+def score_answer(record: Record, prediction: str, vocabulary: Collection[str]) -> AnswerScore:
+    """Score a prediction.
+
+    Args:
+        record: the question.
+        prediction: text as generated.
+        vocabulary: see `answer_vocabulary`.
+    """
+    if record.protocol == "description":
+        return AnswerScore(word_accuracy(prediction, record.answer), None, True)
+    return AnswerScore(
+        float(robust_match(prediction, record.answer, vocabulary)),
+        float(official_match(prediction, record.answer)),
+        robust_answer(prediction, vocabulary) is not None,
+    )
+
+
+def question_groups(record: Record) -> tuple[str, ...]:
+    """The groups a question is reported in: its protocol's and its types'."""
+    return (SINGLE if record.protocol == "word" else DESCRIPTIONS, *record.groups)

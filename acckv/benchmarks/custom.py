@@ -1,0 +1,134 @@
+"""Your own data: `questions.jsonl` (or `<split>.jsonl`: test, validation, train), one JSON object a line.
+
+| field | |
+|---|---|
+| `video` | media file, relative to the folder of the questions; a picture or a sound will do |
+| `question` | text |
+| `answer` | the right answer: a text, the letter of an option or its text, yes or no |
+| `audio` | sound file, where it is not in `video` |
+| `options` | list of 2 to 10 texts without letters |
+| `protocol` | `word`, `description`, `choice`, `yes_no` or `text`; may be left out, see below |
+| `references` | list of right texts, for `text`; without it the answer alone |
+| `groups` | list of names to report on |
+| `start`, `end` | seconds of the video that the question is about |
+| `attachments` | list of further media files |
+| `system_prompt` | what the model is told before the media |
+| `id` | text, unique; without it the number of the record |
+
+The first three are needed. Without a protocol it is `choice` where there are options, `yes_no` where the answer is yes
+or no, `text` where there are references, and `word` otherwise. How each is scored: `acckv.benchmarks.protocols`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast, get_args
+
+from acckv.benchmarks.base import Benchmark
+from acckv.benchmarks.layout import first_file
+from acckv.benchmarks.letters import LETTERS, exact_letter
+from acckv.benchmarks.options import lettered
+from acckv.benchmarks.protocols import judge_protocol
+from acckv.data.records import Protocol, Record
+from acckv.io.fields import Row, read_rows
+
+FIELDS = (
+    *("video", "question", "answer", "audio", "options", "protocol", "references", "groups", "start", "end"),
+    *("attachments", "system_prompt", "id"),
+)
+
+
+def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
+    """The questions in file order; `subset` is a group."""
+    file = root / f"{split}.jsonl" if split != "test" else first_file(root, "questions.jsonl", "test.jsonl")
+    records: list[Record] = []
+    seen: set[str] = set()
+    for place, row in enumerate(read_rows(file)):
+        record = _record(row, place, root)
+        if record.id in seen:
+            raise row.error("id", f"{record.id} appears twice")
+        seen.add(record.id)
+        records.append(record)
+    return [record for record in records if subset is None or subset in record.groups]
+
+
+def prompt(record: Record) -> str:
+    """The question, and for a choice the options and what to answer with."""
+    if record.options is None:
+        return record.question
+    return "\n".join([record.question, *lettered(record.options), "Answer with the option's letter."])
+
+
+def _record(row: Row, place: int, root: Path) -> Record:
+    unknown = sorted(set(row.values) - set(FIELDS))
+    if unknown:
+        raise row.error(unknown[0], f"unknown; there is {', '.join(FIELDS)}")
+    options = tuple(row.strings("options")) if "options" in row.values else None
+    if options is not None and not 2 <= len(options) <= len(LETTERS):
+        raise row.error("options", f"expected 2 to {len(LETTERS)} options, got {len(options)}")
+    protocol = _protocol(row, options)
+    start, end = row.seconds("start"), row.seconds("end")
+    if end is not None and end <= (start or 0.0):
+        raise row.error("end", f"{end:g} s is not after the start, {start or 0.0:g} s")
+    answer = _answer(row, protocol, options)
+    references = tuple(row.strings("references")) if "references" in row.values else (answer,)
+    if not references or not all(text.strip() for text in references):
+        raise row.error("references", "expected texts")
+    return Record(
+        id=row.string("id", default=str(place)),
+        video=root / row.string("video"),
+        audio=root / row.string("audio") if "audio" in row.values else None,
+        question=row.string("question"),
+        options=options,
+        answer=answer,
+        groups=tuple(row.strings("groups")) if "groups" in row.values else (),
+        protocol=protocol,
+        references=references if protocol == "text" else (),
+        start=start,
+        end=end,
+        attachments=tuple(root / name for name in row.strings("attachments")) if "attachments" in row.values else (),
+        system_prompt=row.string("system_prompt") if "system_prompt" in row.values else None,
+    )
+
+
+def _protocol(row: Row, options: tuple[str, ...] | None) -> Protocol:
+    if options:
+        guess = "choice"
+    elif row.string("answer").strip().lower() in ("yes", "no"):
+        guess = "yes_no"
+    else:
+        guess = "text" if "references" in row.values else "word"
+    protocol = row.string("protocol", default=guess)
+    if protocol not in get_args(Protocol):
+        raise row.error("protocol", f"expected one of {', '.join(get_args(Protocol))}, got {protocol!r}")
+    if (protocol == "choice") != (options is not None):
+        raise row.error("options", "belong to the protocol 'choice', and it needs them")
+    if "references" in row.values and protocol != "text":
+        raise row.error("references", f"belong to the protocol 'text', this is {protocol!r}")
+    return cast(Protocol, protocol)
+
+
+def _answer(row: Row, protocol: Protocol, options: tuple[str, ...] | None) -> str:
+    answer = row.string("answer").strip()
+    if protocol == "yes_no":
+        answer = answer.lower()
+        if answer not in ("yes", "no"):
+            raise row.error("answer", f"expected yes or no, got {row.values['answer']!r}")
+    if options is None:
+        return answer
+    letter = exact_letter(answer, options)
+    if letter is None:
+        raise row.error("answer", f"{answer!r} is none of the options")
+    return letter
+
+
+CUSTOM = Benchmark(
+    name="custom",
+    title="custom",
+    source="your own questions.jsonl, see acckv/benchmarks/custom.py",
+    load=load,
+    judge=judge_protocol,
+    prompt=prompt,
+    splits=("test", "validation", "train"),
+    max_new_tokens=64,
+)

@@ -1,0 +1,63 @@
+"""Daily-Omni in its authors' layout: `qa.json` and `Videos/<video_id>/<video_id>_video.mp4`, which have their sound.
+
+The file is a list of records like
+
+    {"Question": "..", "Choice": ["A. ..", "B. ..", "C. ..", "D. .."], "Answer": "B", "video_id": "Ec_lQgZ9wlg",
+     "Type": "Event Sequence", "video_category": "Howto & Style", "video_duration": "30s"}
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from acckv.benchmarks.base import Benchmark
+from acckv.benchmarks.letters import leading_letter
+from acckv.benchmarks.options import bare_options, in_subset, judge_letters, letter_of, lettered
+from acckv.data.records import Record
+from acckv.io.fields import Row, read_rows
+
+
+def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
+    """The questions; `subset` is a question type, video category or duration."""
+    rows = read_rows(root / "qa.json")
+    return in_subset((_record(root, index, row) for index, row in enumerate(rows)), subset)
+
+
+def _record(root: Path, index: int, row: Row) -> Record:
+    name, options = row.string("video_id"), bare_options(row, "Choice")
+    return Record(
+        id=str(index),
+        video=root / "Videos" / name / f"{name}_video.mp4",
+        audio=None,
+        question=row.string("Question"),
+        options=options,
+        answer=letter_of(row, "Answer", options),
+        groups=(
+            f"type/{row.string('Type')}",
+            f"category/{row.string('video_category')}",
+            f"duration/{row.string('video_duration')}",
+        ),
+        protocol="choice",
+    )
+
+
+def prompt(record: Record) -> str:
+    """The official text, choices as Python writes a list."""
+    return (
+        "\nYour task is to accurately answer multiple-choice questions based on the given video.\n"
+        "Select the single most accurate answer from the given choices.\n"
+        f"Question: {record.question}\nChoices: {lettered(record.options)}\n"
+        "Your answer should be a capital letter representing your choice: A, B, C, or D. "
+        "Don't generate any other text.\n"
+    )
+
+
+DAILY_OMNI = Benchmark(
+    name="daily_omni",
+    title="Daily-Omni",
+    source="Zhou et al., 2025, https://github.com/Lliar-liar/Daily-Omni",
+    load=load,
+    judge=judge_letters(lambda answer, record: leading_letter(answer)),
+    prompt=prompt,
+    max_new_tokens=10,
+)

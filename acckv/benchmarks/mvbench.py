@@ -1,0 +1,121 @@
+"""MVBench, the ten subtasks whose videos have sound: `json/<subtask>.json` and `video/<folder>/<name>`.
+
+A question file is a list of records like
+
+    {"video": "ZS9XR.mp4", "question": "What happened after the person took the food?",
+     "candidates": ["Ate the medicine.", "Tidied up the blanket."], "answer": "Ate the medicine.",
+     "start": 11.3, "end": 17.1}
+
+with seconds that count in the four subtasks whose videos are not cut to the question.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from acckv.benchmarks.base import Benchmark, Mode, Verdict
+from acckv.benchmarks.letters import LETTERS, first_word_matches, robust_letter
+from acckv.benchmarks.options import bare_options, lettered
+from acckv.data.records import Record
+from acckv.io.fields import Row, read_rows
+
+CHARADES = ("star/Charades_v1_480", "data0613/star/Charades_v1_480", "star/Charades_segment")
+PERCEPTION = ("perception/videos",)
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "action_sequence": CHARADES,
+    "action_prediction": CHARADES,
+    "unexpected_action": ("FunQA_test/test",),
+    "object_interaction": CHARADES,
+    "object_shuffle": PERCEPTION,
+    "action_localization": ("sta/sta_video", "sta/sta_video_segment"),
+    "scene_transition": ("scene_qa/video",),
+    "action_count": PERCEPTION,
+    "state_change": PERCEPTION,
+    "character_order": PERCEPTION,
+}
+"""Subtask -> folders that its videos may be in. Those in `..._segment` are cut to the seconds of the question."""
+UNCUT = ("action_sequence", "action_prediction", "object_interaction", "action_localization")
+"""Subtasks whose records have seconds."""
+
+SYSTEM = (
+    "Carefully watch the video and pay attention to the cause and sequence of events, the detail and movement of "
+    "objects, and the action and pose of persons. Based on your observations, select the best option that accurately "
+    "addresses the question.\n"
+)
+
+
+def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
+    """The questions of a subtask, or of all ten."""
+    return [
+        _record(root, subtask, index, row)
+        for subtask in ([subset] if subset else FOLDERS)
+        for index, row in enumerate(read_rows(root / "json" / f"{subtask}.json"))
+    ]
+
+
+def _record(root: Path, subtask: str, index: int, row: Row) -> Record:
+    options, answer = bare_options(row, "candidates"), row.string("answer")
+    candidates = row.strings("candidates")
+    if answer not in candidates:
+        raise row.error("answer", f"{answer!r} is not one of the candidates")
+    video, cut = _video(root, subtask, row.string("video"))
+    start, end = (None, None) if cut else _seconds(row)
+    return Record(
+        id=f"{subtask}/{index}",
+        video=video,
+        audio=None,
+        question=row.string("question"),
+        options=options,
+        # As in the original, the last of equal candidates.
+        answer=LETTERS[len(candidates) - 1 - candidates[::-1].index(answer)],
+        groups=(f"subtask/{subtask}",),
+        protocol="choice",
+        start=start,
+        end=end,
+    )
+
+
+def _seconds(row: Row) -> tuple[float, float]:
+    start, end = row.seconds("start"), row.seconds("end")
+    if start is None or end is None:
+        raise row.error("start" if start is None else "end", "missing")
+    if end <= start:
+        raise row.error("end", f"{end} s is not after the start, {start} s")
+    return start, end
+
+
+def _video(root: Path, subtask: str, name: str) -> tuple[Path, bool]:
+    """The file of a video, and whether it is just what the question is about; where it should be if it is nowhere."""
+    places = [
+        (base / folder / name, subtask not in UNCUT or folder.endswith("_segment"))
+        for folder in FOLDERS[subtask]
+        for base in (root / "video", root)
+    ]
+    return next((place for place in places if place[0].is_file()), places[0])
+
+
+def prompt(record: Record) -> str:
+    """The official text; its start of the answer, "Best option:(", is left to the model."""
+    options = "\n".join(lettered(record.options, "({}) {}"))
+    return f"{SYSTEM}Question: {record.question}\nOptions:\n{options}\nOnly give the best option."
+
+
+def judge(record: Record, answer: str, mode: Mode) -> Verdict:
+    """Official: by the first word, so that an empty answer is right; it is parsed if it fits one option alone."""
+    letters = LETTERS[: len(record.options or ())]
+    if mode == "official":
+        matches = [letter for letter in letters if first_word_matches(answer, letter)]
+        return Verdict(float(record.answer in matches), len(matches) == 1)
+    found = robust_letter(answer, record.options or ())
+    return Verdict(float(found == record.answer), found is not None)
+
+
+MVBENCH = Benchmark(
+    name="mvbench",
+    title="MVBench",
+    source="Li et al., CVPR 2024, https://huggingface.co/datasets/OpenGVLab/MVBench",
+    load=load,
+    judge=judge,
+    prompt=prompt,
+    subsets=tuple(FOLDERS),
+)

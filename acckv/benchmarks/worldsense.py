@@ -1,0 +1,89 @@
+"""WorldSense in its authors' layout: `worldsense_qa.json` and `videos/<video>.mp4`, which have their sound.
+
+The authors' archives hold bare videos, which may lie beside the questions too.
+
+The file maps videos to what is asked of them:
+
+    {"aBcDeFgH": {"duration": "1-2min", "domain": "Music", "sub_category": "Covers", "audio_class": ["Music"],
+                  "video_caption": "..", "task0": {"task_domain": "Recognition", "task_type": "Audio Change",
+                  "question": "..", "candidates": ["A. ..", "B. .."], "answer": "B"}}}
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from acckv.benchmarks.base import Benchmark
+from acckv.benchmarks.layout import video_folder
+from acckv.benchmarks.letters import WORLDSENSE_PREFIXES, first_capital
+from acckv.benchmarks.options import bare_options, in_subset, judge_letters, letter_of, lettered
+from acckv.data.records import Record
+from acckv.errors import InputError
+from acckv.io.fields import Row, read_json
+
+SYSTEM = (
+    "Carefully watch this video and pay attention to every detail. "
+    "Based on your observations, select the best option that accurately addresses the question."
+)
+TASK = (
+    "These are the frames of a video and the corresponding audio. "
+    "Select the best answer to the following multiple-choice question based on the video. "
+    "Respond with only the letter (A, B, C, or D) of the correct option."
+)
+
+
+def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
+    """The questions; `subset` is a task type, task domain, domain, category, duration or audio class."""
+    file = root / "worldsense_qa.json"
+    videos = read_json(file)
+    if not isinstance(videos, dict):
+        raise InputError(f"expected an object with a field for each video, got {type(videos).__name__}", source=file)
+    folder = video_folder(root, "videos")
+    records: list[Record] = []
+    for name, values in videos.items():
+        if not isinstance(values, dict):
+            raise InputError(f"expected an object, got {type(values).__name__}", source=file, field=f"video {name}")
+        video = Row(file, f"video {name}", values)
+        for task in (field for field in values if "task" in field):
+            if not isinstance(values[task], dict):
+                raise video.error(task, f"expected an object, got {values[task]!r}")
+            records.append(_record(folder, name, video, task))
+    return in_subset(records, subset)
+
+
+def _record(folder: Path, name: str, video: Row, task: str) -> Record:
+    row = Row(video.file, f"{video.place}, {task}", video.values[task])
+    options = bare_options(row, "candidates")
+    return Record(
+        id=f"{name}/{task}",
+        video=folder / f"{name}.mp4",
+        audio=None,
+        question=row.string("question"),
+        options=options,
+        answer=letter_of(row, "answer", options),
+        groups=(
+            f"task domain/{row.string('task_domain')}",
+            f"task type/{row.string('task_type')}",
+            f"domain/{video.string('domain')}",
+            f"category/{video.string('sub_category')}",
+            f"duration/{video.string('duration')}",
+            *(f"audio/{kind}" for kind in video.strings("audio_class")),
+        ),
+        protocol="choice",
+    )
+
+
+def prompt(record: Record) -> str:
+    """The official text for video with sound."""
+    question = "\n".join([record.question, *lettered(record.options)])
+    return f"{SYSTEM}\n{TASK}\nQuestion: {question}\nAnswer: "
+
+
+WORLDSENSE = Benchmark(
+    name="worldsense",
+    title="WorldSense",
+    source="Hong et al., ICLR 2026, https://huggingface.co/datasets/honglyhly/WorldSense",
+    load=load,
+    judge=judge_letters(lambda answer, record: first_capital(answer, WORLDSENSE_PREFIXES)),
+    prompt=prompt,
+)

@@ -1,0 +1,1 @@
+"""The compressed KV cache and its layers."""

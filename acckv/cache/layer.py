@@ -1,0 +1,220 @@
+"""One layer of a compressed cache: its logical length (tokens seen) is not its physical length (entries held)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from acckv.errors import InputError
+from acckv.method.modality import COMPRESSED, Modality
+from acckv.method.plan import LayerPlan
+
+
+class CompressedLayer(DynamicLayer):
+    """A compressed region of `region` entries, then every later token uncompressed.
+
+    Attributes:
+        seen: tokens that went through the layer; what generate takes for the length and positions come from.
+        region: entries at the front that were compressed; 0 before compression.
+        bias: added to the attention logits of the region, ``[B, K, region]``: -inf marks the empty places of a row
+            that kept fewer entries than the longest, other values are the log mass of merged entries. None is zero.
+        labels: int8 ``[B, 1 or K, region]`` modality of each entry of the region, by head where heads chose apart.
+        offered: int64 ``[B, 2]`` video and audio entries that were there to choose from, evicted ones included.
+        tight: whether it was compressed, and is to be read, with what the tightest ratios have of their own.
+        lengths: entries held by every compressed layer of the cache, one list for all; slot: this layer's place.
+            Numbers and not the layers themselves: a ring of references would keep dropped caches in memory.
+    """
+
+    keys: Any
+    values: Any
+    _layer_type = None  # keeps transformers from taking this class for its own full-attention layer
+
+    def __init__(self, lengths: list[int]) -> None:
+        super().__init__()
+        self.seen = 0
+        self.region = 0
+        self.bias: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.offered: Tensor | None = None
+        self.tight = False
+        self.slot, self.lengths = len(lengths), lengths
+        lengths.append(0)
+
+    @property
+    def physical(self) -> int:
+        return 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[-2]
+
+    @property
+    def kept(self) -> Tensor | None:
+        """float ``[B, 2]`` video and audio entries of the region, merged ones included; None before compression.
+
+        The mean over KV heads, which hold equally many entries but not always of the same modality.
+        """
+        if self.labels is None:
+            return None
+        held = [(self.labels == modality).sum(-1).float().mean(dim=1) for modality in COMPRESSED]
+        return torch.stack(held, dim=-1)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.seen += key_states.shape[-2]
+        if self.physical and self.keys.device != key_states.device:  # of a prefill that was kept elsewhere
+            self.keys, self.values = self.keys.to(key_states.device), self.values.to(key_states.device)
+            self._map_rows(lambda rows: rows.to(key_states.device))
+        held = super().update(key_states, value_states)
+        self.lengths[self.slot] = self.physical
+        return held
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """One mask serves all layers, so it is as wide as the longest; attention cuts it to each layer's own."""
+        longest = max(self.lengths)
+        return longest + query_length, self.seen - longest
+
+    def crop(self, tokens_to_remove: int) -> None:
+        removed = abs(tokens_to_remove)
+        if removed > self.physical - self.region:
+            raise InputError(
+                f"cannot take back {removed} tokens: only {self.physical - self.region} came after compression",
+                field="crop",
+            )
+        super().crop(tokens_to_remove)
+        self.seen -= removed
+        self.lengths[self.slot] = self.physical
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen, self.region, self.bias, self.labels, self.offered, self.tight = 0, 0, None, None, None, False
+        self.lengths[self.slot] = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        indices = indices.to(self.keys.device)
+        super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices])
+
+    def _map_rows(self, change: Any) -> None:
+        for name in ("bias", "labels", "offered"):
+            if getattr(self, name) is not None:
+                setattr(self, name, change(getattr(self, name)))
+
+    def commit(self, plan: LayerPlan, labels: Tensor, offered: Tensor | None = None, tight: bool = False) -> None:
+        """Evict: hold what the plan keeps, in order of position, merged entries last; all of it is the new region.
+
+        Entries after those that the plan speaks of (a probe prompt's) are dropped; `seen` takes them back.
+
+        Args:
+            plan: hard log gates (0 or -inf) over the first N entries held and over merged ones.
+            labels: integers ``[B, 1 or K, N]``: modality of these entries.
+            offered: int64 ``[B, 2]`` video and audio entries that `labels` brought for the first time.
+            tight: whether the plan is one of the tightest ratios.
+        """
+        self.tight = tight
+        length, merged = labels.shape[-1], plan.bias.shape[-1]
+        labels = labels.to(self.keys.device, torch.int8)
+        if merged:
+            new = torch.tensor(COMPRESSED[:merged], device=labels.device, dtype=labels.dtype)
+            labels = torch.cat([labels, new.expand(*labels.shape[:2], -1)], dim=-1)
+        bias = None
+        if self.bias is not None or (merged and bool((plan.bias != 0).any())):
+            bias = torch.cat([self._region_bias(length).to(plan.bias.dtype), plan.bias], dim=-1)
+        self.seen -= self.physical - length
+        keys, values = self.keys[:, :, :length], self.values[:, :, :length]
+        if plan.pivots is not None:
+            keys, values = plan.pivots.place(keys, values)
+        if offered is not None:
+            offered = offered.to(self.keys.device)
+            self.offered = offered if self.offered is None else self.offered + offered
+        self._hold((keys, plan.keys), (values, plan.values), bias, labels, plan.log_gates, plan.kept)
+
+    def compact(self, valid: Tensor) -> None:
+        """Drop the entries that are no token of their row; what stays becomes the compressed region.
+
+        Args:
+            valid: bool ``[B, tail]`` of the entries after the region.
+        """
+        valid = valid.to(self.keys.device)
+        held = self._region_bias(self.region)
+        tail = torch.where(valid, 0.0, -torch.inf)[:, None].expand(-1, held.shape[1], -1)
+        gates = torch.cat([torch.where(torch.isfinite(held), 0.0, -torch.inf), tail], dim=-1)
+        bias = None if self.bias is None else self._region_bias(self.region + valid.shape[1])
+        new = torch.zeros_like(valid, dtype=torch.int8).masked_fill(~valid, Modality.PADDING)[:, None]
+        labels = new if self.labels is None else torch.cat([self.labels, new.expand(-1, self.labels.shape[1], -1)], -1)
+        self._hold((self.keys,), (self.values,), bias, labels, gates, None)
+
+    def _region_bias(self, length: int) -> Tensor:
+        """``[B, K, length]``, at least the region long."""
+        bias = self.keys.new_zeros(*self.keys.shape[:2], length, dtype=torch.float32)
+        if self.bias is not None:
+            bias[..., : self.region] = self.bias
+        return bias
+
+    def _hold(
+        self,
+        keys: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
+        bias: Tensor | None,
+        labels: Tensor,
+        gates: Tensor,
+        kept: Tensor | None,
+    ) -> None:
+        """Gather the kept entries of each row and head; shorter rows are padded on the left with masked places.
+
+        Args:
+            keys, values: held, then merged: joined where anything was merged.
+            bias: None is zero; gates: ``[B, 1 or K, M]``, 0 or -inf; kept: as in a plan.
+        """
+        counts = kept.view(-1, 1, 1) if kept is not None else (gates > -torch.inf).sum(-1, keepdim=True).cpu()
+        width = int(counts.max())
+        batch, kv_heads = self.keys.shape[:2]
+        # A stable order by gate: what is evicted, then what is kept, in order of position.
+        index = gates.argsort(dim=-1, stable=True)[..., gates.shape[-1] - width :]
+        self.keys, self.values = _gather(keys, index), _gather(values, index)
+        bias = None if bias is None else bias.gather(2, index.expand(-1, kv_heads, -1))
+        heads = max(labels.shape[1], index.shape[1])
+        labels = labels.expand(-1, heads, -1).gather(2, index.expand(-1, heads, -1))
+        if bool((counts < width).any()):
+            empty = torch.arange(width, device=gates.device) < (width - counts).to(gates.device)
+            bias = torch.zeros(batch, kv_heads, width, device=gates.device) if bias is None else bias
+            bias, labels = bias.masked_fill(empty, -torch.inf), labels.masked_fill(empty, Modality.PADDING)
+        self.bias, self.labels = bias, labels
+        self.region = self.lengths[self.slot] = width
+
+
+def _gather(parts: tuple[Tensor, ...], index: Tensor) -> Tensor:
+    """Entries ``[B, K, width, D]`` of parts that follow each other; joined, which is a copy, only if there are two."""
+    parts = tuple(part for part in parts if part.shape[2]) or parts[:1]
+    tensor = parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].dtype) for part in parts], dim=2)
+    return tensor.gather(2, index[..., None].expand(-1, tensor.shape[1], -1, tensor.shape[-1]))
+
+
+def settle_window(layer: DynamicSlidingWindowLayer, valid: Tensor, seen: int) -> None:
+    """Drop the entries of a sliding layer that are no token of their row and move the others to the right.
+
+    Distances in a sliding window are counted in columns, so a gap inside a row would shorten its reach.
+
+    Args:
+        valid: bool ``[B, held]`` of the entries that the layer holds now.
+        seen: columns that the layer has seen when the gaps are not counted.
+    """
+    keys: Any = layer.keys
+    held = keys.shape[-2]
+    width = min(layer.sliding_window - 1, seen)
+    # A stable sort puts gaps first: each row's last `width` places are its latest tokens.
+    index = valid.to(keys.device, torch.uint8).argsort(dim=-1, stable=True)[:, held - width :, None]
+    for name in ("keys", "values"):
+        tensor = getattr(layer, name)
+        place = index[:, None].expand(-1, tensor.shape[1], -1, tensor.shape[-1])
+        setattr(layer, name, tensor.gather(2, place))
+    layer.cumulative_length = seen

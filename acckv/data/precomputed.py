@@ -1,0 +1,203 @@
+"""Clips as embeddings, for a decoder whose towers are not in transformers (VideoLLaMA2, AVicuna).
+
+A folder holds
+
+    clips/<id>.safetensors   inputs_embeds [tokens, width] and modality_ids [tokens]: 0 text, 1 video, 2 audio
+    questions.jsonl          a line a question: {"clip": "<id>", "question": "...", "answer": "...",
+                             "groups": ["Audio"], "split": "train"}, the last two optional
+
+A clip is a prompt up to the end of its media, as it enters the decoder. A question is the text after it, up to the
+start of the answer, with the decoder's own turn markers; it is tokenised as it stands.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from acckv.data.media import Kind, Media, read_record_media
+from acckv.data.records import Record
+from acckv.data.video_folder import hold_out
+from acckv.errors import InputError
+from acckv.io.files import whole_file
+from acckv.method.modality import Modality
+
+CLIPS, QUESTIONS = "clips", "questions.jsonl"
+SUFFIX = ".safetensors"
+EMBEDS, KINDS = "inputs_embeds", "modality_ids"
+
+
+@dataclass(frozen=True)
+class EncodedClip:
+    """A clip as it enters a decoder.
+
+    Attributes:
+        embeds: floating ``[tokens, width]``.
+        modality_ids: int64 ``[tokens]`` of text, video and audio.
+        path: the file.
+    """
+
+    embeds: Tensor
+    modality_ids: Tensor
+    path: Path
+
+    @cached_property
+    def kind(self) -> Kind:
+        """What it holds, as `Media.kind`."""
+        video, audio = (bool((self.modality_ids == kind).any()) for kind in (Modality.VIDEO, Modality.AUDIO))
+        return "audio-video" if video and audio else "audio" if audio else "video"
+
+
+def read_clip(record: Record, read_media: Callable[[Record], Media] = read_record_media) -> Media | EncodedClip:
+    """What a question is about: a file of embeddings, or its media.
+
+    Args:
+        read_media: reads media, such as :meth:`acckv.data.media_cache.MediaCache.read_record_media`.
+
+    Raises:
+        InputError: it cannot be read, or is malformed.
+    """
+    return read_encoded_clip(record.video) if record.video.suffix == SUFFIX else read_media(record)
+
+
+def write_encoded_clip(folder: str | Path, clip: str, inputs_embeds: Tensor, modality_ids: Tensor) -> Path:
+    """Write one clip into a folder of encoded clips; an older one of that name is replaced as a whole.
+
+    Args:
+        clip: its id, which becomes the name of the file.
+        inputs_embeds: floating ``[tokens, width]``, the prompt up to the end of the media.
+        modality_ids: integers ``[tokens]``: 0 text, 1 video, 2 audio.
+
+    Raises:
+        InputError: an id that is no plain file name, or tensors of other shapes or values.
+    """
+    if not clip or clip.startswith(".") or any(letter in clip for letter in "/\\\0"):
+        raise InputError(f"{clip!r} is no plain file name", field="clip")
+    path = Path(folder) / CLIPS / (clip + SUFFIX)
+    checked = _checked({EMBEDS: inputs_embeds, KINDS: modality_ids}, path)
+    tensors = {EMBEDS: checked.embeds, KINDS: checked.modality_ids}
+    with whole_file(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    return path
+
+
+def read_encoded_clip(path: str | Path) -> EncodedClip:
+    """Read what :func:`write_encoded_clip` wrote.
+
+    Raises:
+        InputError: no such file, a file that is cut off, or tensors that are missing or malformed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError("no such file", source=path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"is cut off or no safetensors file: {error}", source=path) from error
+    return _checked(tensors, path)
+
+
+def load_encoded(folder: str | Path, split: str, held_out: float | None = None) -> list[Record]:
+    """The questions of one split, in the order of the file.
+
+    An answer of one word is scored as one, a longer one word by word.
+
+    Args:
+        split: 'train', 'validation' or 'test', as the lines have it. Where no line names a split, it is all of them.
+        held_out: where no line names a split, the share of the clips that is for validation, the others for training.
+
+    Raises:
+        InputError: naming file, line and field, for a missing or malformed file, a clip that is not there, lines of
+            which some name a split and others none, or a split without a question.
+    """
+    folder = Path(folder)
+    file = folder / QUESTIONS
+    rows = list(_rows(file))
+    if not rows:
+        raise InputError("holds no question", source=file)
+    records = [_record(folder, file, number, row) for number, row in rows]
+    splits = [row.get("split") for _, row in rows]
+    if None not in splits:
+        chosen = [record for record, name in zip(records, splits, strict=True) if name == split]
+        if not chosen:
+            found = ", ".join(sorted({str(name) for name in splits}))
+            raise InputError(f"holds no question of the split {split!r}, only of {found}", source=file, field="split")
+        return chosen
+    if any(name is not None for name in splits):
+        number = rows[splits.index(None)][0]
+        raise InputError("is missing, and other lines have it", source=file, field=f"line {number}, split")
+    if held_out is None:
+        return records
+    clips = sorted({record.video for record in records})
+    if len(clips) < 2:
+        raise InputError("asks about one clip, of which none can be held out; give each line a split", source=file)
+    parts = dict(zip(("train", "validation"), hold_out(folder, clips, held_out), strict=True))
+    return [record for record in records if record.video in parts[split]]
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers from 1, and what the lines hold; empty lines are left out."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise InputError("no such file", source=file) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot be read as UTF-8 text ({error})", source=file) from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(
+                f"not valid JSON ({error}); is it cut off?", source=file, field=f"line {number}"
+            ) from error
+        if not isinstance(row, dict):
+            raise InputError(f"expected an object, got {type(row).__name__}", source=file, field=f"line {number}")
+        yield number, row
+
+
+def _record(folder: Path, file: Path, number: int, row: dict[str, Any]) -> Record:
+    for name in ("clip", "question", "answer", "split"):
+        value = row.get(name)
+        if (value is not None or name != "split") and not (isinstance(value, str) and value.strip()):
+            raise InputError(f"expected a text, got {value!r}", source=file, field=f"line {number}, {name}")
+    groups = row.get("groups", [])
+    if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
+        raise InputError(f"expected a list of texts, got {groups!r}", source=file, field=f"line {number}, groups")
+    clip = folder / CLIPS / (row["clip"] + SUFFIX)
+    if not clip.is_file():
+        raise InputError(f"no such clip {clip}", source=file, field=f"line {number}, clip")
+    answer = row["answer"]
+    protocol: Literal["word", "description"] = "word" if len(answer.split()) == 1 else "description"
+    return Record(f"{row['clip']}#{number}", clip, None, row["question"], None, answer, tuple(groups), protocol)
+
+
+def _checked(tensors: dict[str, Tensor], path: Path) -> EncodedClip:
+    def error(field: str, message: str) -> InputError:
+        return InputError(message, source=path, field=field)
+
+    for name in (EMBEDS, KINDS):
+        if name not in tensors:
+            raise error(name, "is missing")
+    embeds, kinds = tensors[EMBEDS], tensors[KINDS]
+    if embeds.ndim != 2 or not embeds.is_floating_point() or embeds.shape[1] == 0:
+        raise error(EMBEDS, f"needs floats of shape [tokens, width], not {embeds.dtype} {list(embeds.shape)}")
+    if kinds.shape != embeds.shape[:1] or kinds.is_floating_point() or kinds.dtype == torch.bool:
+        raise error(KINDS, f"needs integers of shape [{len(embeds)}], not {kinds.dtype} {list(kinds.shape)}")
+    if not bool(torch.isfinite(embeds).all()):
+        raise error(EMBEDS, "holds values that are not finite")
+    if bool((kinds < 0).any() or (kinds > Modality.AUDIO).any()):
+        raise error(KINDS, "holds other values than 0 text, 1 video, 2 audio")
+    if not bool((kinds != Modality.TEXT).any()):
+        raise error(KINDS, "has neither video nor audio")
+    return EncodedClip(embeds, kinds.long(), path)

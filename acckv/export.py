@@ -1,0 +1,168 @@
+"""The export: config.json, model.safetensors, adapter/, the same two in tight/, and a model card. No pickle, no
+half-written file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from acckv.compressor import KVCompressor
+from acckv.config import CompressionConfig, LoraScope
+from acckv.data.calibration_record import FIELD, CalibrationRecord
+from acckv.errors import InputError
+from acckv.io.files import whole_folder
+from acckv.io.hub import download, is_hub_id
+from acckv.method.weights import CalibratedWeights
+from acckv.runtime.lora import LoraWeights
+
+FORMAT = 3
+CONFIG, WEIGHTS, ADAPTER, CARD = "config.json", "model.safetensors", "adapter", "README.md"
+#: Folder of the weights and the adapter of the tightest ratios, where they have their own.
+TIGHT = "tight"
+_REQUIRED = ("format", "compression", "base", "lora_scope", "has_weights", "has_lora")
+_BASE = ("name", "layers", "query_heads", "kv_heads", "head_size")
+
+
+def save(compressor: KVCompressor, folder: Path) -> None:
+    """Write `compressor` to `folder`: into a folder beside it first, then moved, so that a stop leaves no half export.
+
+    Raises:
+        InputError: `folder` holds something that is no export.
+    """
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())):
+        raise InputError("exists and is no export; choose another folder", source=folder)
+    with whole_folder(folder) as staging:
+        _write(compressor, staging)
+
+
+def _write(compressor: KVCompressor, folder: Path) -> None:
+    from acckv.report.card import render_card
+
+    config = {
+        "format": FORMAT,
+        "base": compressor.base,
+        "compression": compressor.config.to_dict(),
+        "lora_scope": compressor.lora_scope,
+        "has_weights": compressor.weights is not None,
+        "has_lora": compressor.lora is not None,
+        "tight_below": compressor.tight_below,
+        FIELD: None if compressor.calibration is None else compressor.calibration.to_dict(),
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    _write_learned(compressor, folder)
+    if compressor.tight is not None:
+        (folder / TIGHT).mkdir()
+        _write_learned(compressor.tight, folder / TIGHT)
+    (folder / CARD).write_text(render_card(config))
+
+
+def _write_learned(compressor: KVCompressor, folder: Path) -> None:
+    if compressor.weights is not None:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compressor.weights.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    if compressor.lora is not None:
+        (folder / ADAPTER).mkdir()
+        compressor.lora.config.save_pretrained(str(folder / ADAPTER))
+        save_file(compressor.lora.tensors, folder / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load(name: str | Path, options: dict[str, Any] | None = None) -> KVCompressor:
+    """Read an export.
+
+    Args:
+        name: a folder, or the id of a hub repository.
+        options: compression options that replace the saved ones.
+
+    Raises:
+        InputError: a missing, truncated or malformed file, or an unknown format version; it names file and field.
+    """
+    folder = _folder(name)
+    config = _read_config(folder / CONFIG)
+    source = folder / CONFIG
+    compression = CompressionConfig.from_dict({**config["compression"], **(options or {})}, source)
+    base, below = config["base"], config.get("tight_below", 0.0)  # earlier exports have nothing of the kind
+    if config["has_weights"] and (not isinstance(base, dict) or not all(key in base for key in _BASE)):
+        raise InputError(f"must hold {', '.join(_BASE)}", source=source, field="base")
+    calibration = CalibrationRecord.from_dict(config.get(FIELD), source)
+    tight = KVCompressor(compression, *_load_learned(config, compression, folder / TIGHT)) if below else None
+    weights, lora = _load_learned(config, compression, folder)
+    scope = config["lora_scope"]
+    compressor = KVCompressor(compression, weights, lora, scope, base, str(name), tight, below, calibration)
+    return compressor.requires_grad_(False).eval()
+
+
+def _load_learned(
+    config: dict[str, Any], compression: CompressionConfig, folder: Path
+) -> tuple[CalibratedWeights | None, LoraWeights | None]:
+    weights, base = None, config["base"]
+    if config["has_weights"]:
+        weights = CalibratedWeights(
+            base["layers"], base["kv_heads"], base["query_heads"], base["head_size"], compression.probe_queries
+        )
+        _load_tensors(weights, folder / WEIGHTS)
+    return weights, LoraWeights.load(folder / ADAPTER) if config["has_lora"] else None
+
+
+def _folder(name: str | Path) -> Path:
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if not is_hub_id(name):
+        raise InputError("is no export folder", source=name)
+    return download(str(name), "a hub repository", allow_patterns=[CONFIG, WEIGHTS, f"{ADAPTER}/*", f"{TIGHT}/*", CARD])
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise InputError("is missing; the folder is no export", source=file)
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"is no JSON: {error}", source=file) from error
+    if not isinstance(config, dict):
+        raise InputError("must hold a JSON object", source=file)
+    for field in _REQUIRED:
+        if field not in config:
+            raise InputError("is missing", source=file, field=field)
+    if config["format"] != FORMAT:
+        raise InputError(
+            f"version {config['format']!r} is unknown; this acckv reads {FORMAT}", source=file, field="format"
+        )
+    if config["lora_scope"] not in get_args(LoraScope):
+        raise InputError(f"{config['lora_scope']!r} is not 'after' or 'all'", source=file, field="lora_scope")
+    below = config.get("tight_below", 0.0)
+    if not isinstance(below, int | float) or not 0 <= below <= 1:
+        raise InputError(f"{below!r} is not 0 to 1", source=file, field="tight_below")
+    if below and config["lora_scope"] == "all":
+        raise InputError("is 'all', which does not go with tight_below", source=file, field="lora_scope")
+    if not isinstance(config["compression"], dict):
+        raise InputError("must be a JSON object", source=file, field="compression")
+    return config
+
+
+def _load_tensors(weights: CalibratedWeights, file: Path) -> None:
+    if not file.is_file():
+        raise InputError("is missing; the export is incomplete", source=file)
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"is truncated or no safetensors file: {error}", source=file) from error
+    expected = weights.state_dict()
+    for name, tensor in expected.items():
+        if name not in tensors:
+            raise InputError("is missing", source=file, field=name)
+        if tensors[name].shape != tensor.shape:
+            raise InputError(
+                f"has shape {list(tensors[name].shape)}, not {list(tensor.shape)}", source=file, field=name
+            )
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise InputError("holds values that are not finite", source=file, field=name)
+    for name in tensors:
+        if name not in expected:
+            raise InputError("is no weight of a compressor", source=file, field=name)
+    weights.load_state_dict(tensors)

@@ -1,0 +1,47 @@
+"""KV heads that hold different entries, each seen by itself: what a policy can score without knowing of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from acckv.method.plan import LayerPlan, Pivots
+from acckv.method.scoring import Observation
+
+
+def one_head(seen: Observation, head: int) -> Observation:
+    """An observation ``[B, K, ...]`` as if the layer had this KV head alone, with the query heads that read it."""
+    group = seen.queries.shape[1] // seen.keys.shape[1]
+
+    def cut(tensor: Tensor, width: int = 1) -> Tensor:
+        return tensor[:, head * width : (head + 1) * width]
+
+    return replace(
+        seen,
+        queries=cut(seen.queries, group),
+        keys=cut(seen.keys),
+        values=cut(seen.values),
+        repetition=None if seen.repetition is None else cut(seen.repetition),
+    )
+
+
+def join_heads(plans: Sequence[LayerPlan]) -> LayerPlan:
+    """The plans of single heads as the plan of their layer."""
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(tensors), dim=1)
+
+    pivots = [plan.pivots for plan in plans if plan.pivots is not None]
+    return LayerPlan(
+        joined([plan.log_gates for plan in plans]),
+        joined([plan.keys for plan in plans]),
+        joined([plan.values for plan in plans]),
+        joined([plan.bias for plan in plans]),
+        Pivots(*(joined([getattr(each, name) for each in pivots]) for name in ("index", "keys", "values")))
+        if pivots
+        else None,
+        plans[0].kept,
+    )

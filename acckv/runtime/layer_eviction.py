@@ -1,0 +1,250 @@
+"""Evicting while a prompt is prefilled: each layer as soon as its attention is done, wherever the policy allows it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from acckv.cache.cache import compressed_layers
+from acckv.errors import InputError
+from acckv.method.budgets import share_out, total_budget
+from acckv.method.heads import join_heads, one_head
+from acckv.method.modality import Modality, ModalityMap
+from acckv.method.plan import LayerPlan
+from acckv.method.scoring import Observation
+from acckv.models.base import AttentionLayer
+from acckv.models.batching import DecoderInputs
+from acckv.runtime.observation import Watch
+from acckv.runtime.policy_inputs import SecondLook, behind
+
+if TYPE_CHECKING:
+    from acckv.compressor import KVCompressor
+
+
+class Eviction:
+    """Scores, budgets and commits the layers of one prefill.
+
+    With a ratio, only the new tokens are compressed: what was kept of earlier clips counts as text, and the whole stays
+    within ``floor(ratio * L * all entries ever offered)``. With an absolute budget, which does not grow, everything
+    held competes anew: that is what bounds a stream.
+
+    A layer's budget needs no score, so each layer is evicted before the next one runs and the peak is one full layer
+    plus the compressed rest. Policies that weigh layers against each other (`Policy.cross_layer`) wait for the last,
+    and look at the new tokens alone.
+
+    Args:
+        embedded: the tokens as they enter the decoder; look: completes what was observed.
+        ratio: kept share, replaces the config's ratio and budget.
+        by_probe: whether the policy reads the probe prompt's rows.
+
+    Raises:
+        InputError: the policy cannot go on from what the cache holds.
+    """
+
+    def __init__(
+        self,
+        compressor: KVCompressor,
+        cache: Cache,
+        watch: Watch,
+        embedded: DecoderInputs,
+        look: SecondLook,
+        ratio: float | None,
+        by_probe: bool,
+    ) -> None:
+        self.cache, self.watch = cache, watch
+        self.embedded, self.look, self.by_probe = embedded, look, by_probe
+        self.config = compressor.config
+        self.layers = compressed_layers(cache)
+        self.before = [layer.physical for layer in self.layers]
+        self.competing = self.config.budget is not None and ratio is None
+        self.ratio = self.config.ratio if ratio is None else ratio
+        self._check(compressor)
+        self.rotations = look.rotations(embedded.position_ids)
+        self.new = watch.labels.counts()
+        self.held = self._held_labels()
+        self.available = torch.stack([held.media_count for held in self.held], dim=1)
+        self.total = self._total()
+        if self.competing:
+            self.ratio = compressor.effective_ratio(self.total, self._offered(), len(self.layers))
+        self.tight = compressor.is_tight(self.ratio)
+        self.compressor = compressor = compressor.at(self.ratio)
+        if not compressor.policy.cross_layer:
+            shares = compressor.layer_shares([None] * len(self.layers), watch.labels, self.total, self.ratio)
+            self.budgets = share_out(self.total, shares, self.available)
+        self.waiting: list[Observation] = []
+        self._new: dict[torch.device, Tensor] = {}
+
+    def _check(self, compressor: KVCompressor) -> None:
+        policy = compressor.policy
+        if not any(self.before):
+            return
+        if policy.rows == "repetition":
+            raise InputError(f"{self.config.policy} repeats a whole context and cannot go on from a compressed one")
+        if policy.cross_layer and self.competing:
+            raise InputError(
+                f"{self.config.policy} weighs layers against each other and cannot go on within an absolute budget; "
+                "set a ratio instead",
+                field="budget",
+            )
+
+    def _held_labels(self) -> list[HeldLabels]:
+        """By compressed layer; one for all of them where none holds anything yet."""
+        if not any(self.before):
+            new = self.watch.labels
+            return [HeldLabels(new.host.labels[:, None], 0, [new])] * len(self.layers)
+        device = self.embedded.embeds.device
+        found = []
+        for layer, before in zip(self.layers, self.before, strict=True):
+            held = self.watch.held_labels(layer, before)
+            planned = held if self.competing else _text_before(held, before)
+            maps = [ModalityMap(planned[:, head]).to(device) for head in range(planned.shape[1])]
+            found.append(HeldLabels(held, before, maps))
+        return found
+
+    def _offered(self) -> Tensor:
+        """int64 ``[B, 2]`` entries that there have been to choose from in a layer, the new ones included."""
+        before = self.layers[0].offered
+        return self.new if before is None else before.cpu() + self.new
+
+    def _total(self) -> Tensor:
+        """int64 ``[B]``: entries that all layers together may keep of those that compete now."""
+        count, most = len(self.layers), self.available.sum(-1)
+        if self.competing:
+            return torch.minimum(torch.full_like(most, (self.config.budget or 0) * count), most)
+        total = total_budget(self.ratio, None, count, self._offered())
+        total = total - torch.stack([held.kept_before for held in self.held]).sum(0)
+        return torch.minimum(total.clamp_min(0), most)
+
+    def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        if layer.owner and layer.slot is not None:
+            real = self.held[layer.slot].real
+            look = self.watch.observe_probe if self.by_probe else self.watch.observe
+            seen = look(real, query, key, value, scaling)
+            rotation = behind(self.rotations[layer.slot], self.before[layer.slot])
+            seen = replace(seen, rotation=rotation and rotation.to(key.device))
+            if self.compressor.policy.cross_layer:
+                self.waiting.append(self._new_alone(layer.slot, seen))
+            else:
+                self._commit(layer.slot, self._plan(layer.slot, seen))
+                return
+        self.watch.forget_probe(self.cache, layer)
+
+    @cached_property
+    def heads(self) -> list[KVCompressor]:
+        """What each KV head is compressed with where heads hold different entries; the same in all layers."""
+        return [self.compressor.head(index) for index in range(max(len(held.planned) for held in self.held))]
+
+    def _plan(self, slot: int, seen: Observation) -> LayerPlan:
+        """What becomes of a layer whose budget is settled."""
+        maps = [labels.to(seen.keys.device) for labels in self.held[slot].planned]
+        if len(maps) == 1:
+            return self._plan_with(self.compressor, slot, seen, maps[0])
+        # Heads hold different entries: each is planned as if the layer had no other.
+        return join_heads(
+            [
+                self._plan_with(self.heads[index], slot, one_head(seen, index), labels)
+                for index, labels in enumerate(maps)
+            ]
+        )
+
+    def _plan_with(self, compressor: KVCompressor, slot: int, seen: Observation, labels: ModalityMap) -> LayerPlan:
+        score = compressor.policy.score(slot, seen, labels).on_host()
+        split = compressor.split(slot, score, self.budgets[:, slot], labels.counts(), self.ratio)
+        return compressor.plan_one(slot, score, seen, labels, split)
+
+    def finish(self) -> None:
+        """Evict what had to wait for the last layer."""
+        if not self.waiting:
+            return
+        compressor, labels = self.compressor, self.watch.labels
+        waiting = self.look.complete(self.waiting, self.cache.layers, self.embedded, [])
+        device = self.embedded.embeds.device
+        scores = [score.to(device).on_host() for score in compressor.scores(waiting, labels)]
+        shares = compressor.layer_shares(scores, labels, self.total, self.ratio)
+        budgets = share_out(self.total, shares, self.available)
+        for slot, seen in enumerate(waiting):
+            split = compressor.split(slot, scores[slot], budgets[:, slot], self.new, self.ratio)
+            plan = compressor.plan_one(slot, scores[slot], seen, labels, split)
+            self._commit(slot, self._behind(slot, plan))
+
+    def _new_alone(self, slot: int, seen: Observation) -> Observation:
+        """An observation of the new entries only, so that all layers have equally many."""
+        first, rotation = self.before[slot], self.rotations[slot]
+        return replace(
+            seen,
+            keys=seen.keys[:, :, first:],
+            values=seen.values[:, :, first:],
+            row_positions=seen.row_positions - first,
+            real=seen.real[:, first:],
+            rotation=rotation and rotation.to(seen.keys.device),
+        )
+
+    def _behind(self, slot: int, plan: LayerPlan) -> LayerPlan:
+        """A plan of the new entries, behind those that stay."""
+        first = self.before[slot]
+        if not first:
+            return plan
+        stays = self.held[slot].planned[0].labels[:, None, :first] != Modality.PADDING
+        stays = torch.where(stays.to(plan.log_gates.device), 0.0, -torch.inf).to(plan.log_gates)
+        gates = torch.cat([stays.expand(-1, plan.log_gates.shape[1], -1), plan.log_gates], dim=-1)
+        pivots = None if plan.pivots is None else replace(plan.pivots, index=plan.pivots.index + first)
+        kept = None if plan.kept is None else plan.kept + self.held[slot].real[:, :first].sum(-1)
+        return replace(plan, log_gates=gates, pivots=pivots, kept=kept)
+
+    def _commit(self, slot: int, plan: LayerPlan) -> None:
+        layer = self.layers[slot]
+        layer.commit(plan, self.held[slot].on(layer.keys.device), self._new_on(layer.keys.device), self.tight)
+
+    def _new_on(self, device: torch.device) -> Tensor:
+        if device not in self._new:
+            self._new[device] = self.new.to(device)
+        return self._new[device]
+
+
+class HeldLabels:
+    """The labels of what a layer holds and of the new tokens behind it.
+
+    Args:
+        labels: int64 ``[B, 1 or K, N]``, on the CPU; before: entries that the layer held before.
+        planned: the labels that the policy sees, of all heads together or one a head.
+    """
+
+    def __init__(self, labels: Tensor, before: int, planned: list[ModalityMap]) -> None:
+        self.labels, self.before, self.planned = labels, before, planned
+        self._on: dict[torch.device, Tensor] = {}
+
+    @cached_property
+    def real(self) -> Tensor:
+        """bool ``[B, N]``, on the CPU: which entries are no padding; the same in all heads."""
+        return self.labels[:, 0] != Modality.PADDING
+
+    @property
+    def media_count(self) -> Tensor:
+        """int64 ``[B]``: audio and video entries that compete; all heads hold equally many."""
+        return self.planned[0].counts().sum(-1)
+
+    @property
+    def kept_before(self) -> Tensor:
+        """int64 ``[B]``: audio and video entries among those that were held before."""
+        return ModalityMap(self.labels[:, 0, : self.before]).counts().sum(-1)
+
+    def on(self, device: torch.device) -> Tensor:
+        """int8 ``[B, 1 or K, N]`` on a device."""
+        if device not in self._on:
+            self._on[device] = self.labels.to(torch.int8).to(device)
+        return self._on[device]
+
+
+def _text_before(labels: Tensor, before: int) -> Tensor:
+    """Labels ``[B, 1, N]`` in which what was held before does not compete: it is text.
+
+    Where only padding and text differ from it, all heads are alike.
+    """
+    old = labels[:, :1, :before]
+    kept = (old == Modality.VIDEO) | (old == Modality.AUDIO)
+    return torch.cat([old.masked_fill(kept, Modality.TEXT), labels[:, :1, before:]], dim=-1)

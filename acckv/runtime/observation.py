@@ -1,0 +1,156 @@
+"""Which rows and entries of a prefill are observed, and what is made of them: records, or evictions layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+
+from acckv.cache.layer import CompressedLayer
+from acckv.method.modality import Modality, ModalityMap
+from acckv.method.scoring import Observation
+from acckv.models.base import AttentionLayer
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A prefill of `labels` tokens behind what a cache holds, followed by the rows of a probe prompt or none.
+
+    Args:
+        labels: modality map ``[B, F]`` of the tokens that stay.
+        rows: bool ``[B, F]``, on the CPU: which of their rows a policy reads.
+        past: bool ``[B, seen]``, which of the tokens seen before are no padding.
+        probe: rows of the probe prompt after them.
+    """
+
+    labels: ModalityMap
+    rows: Tensor
+    past: Tensor
+    probe: int = 0
+
+    @property
+    def width(self) -> int:
+        """Tokens that stay, F."""
+        return self.labels.labels.shape[1]
+
+    @cached_property
+    def _known_past(self) -> Tensor:
+        return self.past.cpu()
+
+    def held_labels(self, layer: CompressedLayer, physical: int) -> Tensor:
+        """int64 ``[B, 1 or K, physical + F]``, on the CPU: modality of what the layer held before, then of the new
+        tokens.
+
+        Args:
+            physical: entries that the layer held before this prefill.
+        """
+        new = self.labels.host.labels[:, None].long()
+        if not physical:
+            return new
+        tail = physical - layer.region
+        after = self._known_past[:, self.past.shape[1] - tail :].long() - 1  # 0 text, -1 padding
+        after = after.masked_fill(after < 0, Modality.PADDING)[:, None]
+        if layer.labels is None:
+            return torch.cat([after, new], dim=-1)
+        held = layer.labels.cpu().long()
+        if bool((held == held[:, :1]).all()):  # heads that came to hold the same are planned as one
+            held = held[:, :1]
+        heads = held.shape[1]
+        return torch.cat([held, after.expand(-1, heads, -1), new.expand(-1, heads, -1)], dim=-1)
+
+    def observe(self, real: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Observation:
+        """The rows of the prompt that the policy reads.
+
+        Args:
+            real: bool ``[B, N]``, on the CPU, of the entries held and new; keys and values may be longer by a probe
+                prompt's.
+        """
+        entries = real.shape[1]
+        positions = torch.arange(entries - self.width, entries).expand_as(self.rows)
+        seen = Observation(
+            query[:, :, : self.width],
+            key[:, :, :entries],
+            value[:, :, :entries],
+            positions,
+            torch.ones_like(positions, dtype=torch.bool),
+            real,
+            scaling,
+        )
+        return seen.rows(self.rows)
+
+    def observe_probe(self, real: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Observation:
+        """The rows of the probe prompt."""
+        entries = real.shape[1]
+        steps = torch.arange(entries, entries + self.probe)
+        positions = steps.expand(real.shape[0], -1)
+        return Observation(
+            query[:, :, self.width :],
+            key[:, :, :entries],
+            value[:, :, :entries],
+            positions,
+            torch.ones_like(positions, dtype=torch.bool),
+            real,
+            scaling,
+        )
+
+    def forget_probe(self, cache: Cache, layer: AttentionLayer) -> None:
+        """Take the probe prompt's entries back out of a layer that owns entries."""
+        if self.probe and layer.owner:
+            held: Any = cache.layers[layer.cache_index]
+            held.crop(-self.probe)
+
+
+class WatchListener(Protocol):
+    """Told about each layer of a watched prefill, then that it is over."""
+
+    watch: Watch
+
+    def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+@dataclass
+class Recorder:
+    """Keeps what every layer showed; nothing is evicted.
+
+    Attributes:
+        observations, probes: one a compressed layer; no probes where none was run.
+    """
+
+    watch: Watch
+    cache: Cache
+    observations: list[Observation] = field(default_factory=list)
+    probes: list[Observation] = field(default_factory=list)
+
+    def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        if layer.owner and layer.slot is not None:
+            real = self.watch.labels.host.real
+            self.observations.append(self.watch.observe(real, query, key, value, scaling))
+            if self.watch.probe:
+                self.probes.append(self.watch.observe_probe(real, query, key, value, scaling))
+        self.watch.forget_probe(self.cache, layer)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+
+def record_past(cache: Cache) -> dict[int, bool]:
+    """Let sliding layers hold all they are given until they are cropped; gives the flags to restore."""
+    before = {}
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            before[index] = layer.record_past
+            layer.record_past = True
+    return before
+
+
+def restore_past(cache: Cache, flags: dict[int, bool]) -> None:
+    """Undo :func:`record_past`; what exceeds a window then is trimmed by the next update."""
+    for index, flag in flags.items():
+        layer: Any = cache.layers[index]
+        layer.record_past = flag

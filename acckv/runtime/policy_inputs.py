@@ -1,0 +1,136 @@
+"""What some policies read besides rows of the prompt: its rotary embedding, or the context fed in again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from acckv.cache.cache import CompressedCache
+from acckv.compressor import KVCompressor
+from acckv.method.modality import ModalityMap
+from acckv.method.rotary import RotaryLayout, Rotation
+from acckv.method.scoring import Observation
+from acckv.models.base import AttentionLayer, ModelAdapter
+from acckv.models.batching import DecoderInputs, next_position, rope_positions
+from acckv.runtime.attention import Tap
+from acckv.runtime.context_reconstruction import REPEAT_PROMPT, Record, watch_repetition
+from acckv.runtime.prefill_run import TOKEN_TYPES, ProbePrompt
+from acckv.runtime.rotary_probe import find_layouts, spread
+
+
+class SecondLook:
+    """Completes observations for the policy of a compressor, with the session's model.
+
+    Args:
+        tap: through which the decoder's attention is watched; processor: tokenises the repeat prompt.
+    """
+
+    def __init__(self, compressor: KVCompressor, adapter: ModelAdapter, tap: Tap, processor: Any) -> None:
+        self.policy, self.config = compressor.policy, compressor.config
+        self.adapter, self.tap = adapter, tap
+        self.prompt = ProbePrompt(processor, REPEAT_PROMPT)
+        self.layouts: list[RotaryLayout] = []
+
+    def prepare(self) -> None:
+        """Find how each layer turns its queries, where the policy takes that off; the session is open.
+
+        Raises:
+            InputError: it cannot be taken off.
+        """
+        if self.policy.rotated:
+            self.layouts = find_layouts(self.adapter, self.tap)
+
+    def rotations(self, position_ids: Tensor) -> list[Rotation | None]:
+        """By compressed layer, the rotary embedding of a prompt and of what comes after it, where the policy takes it
+        off.
+
+        Args:
+            position_ids: of the prompt, as the decoder got them.
+        """
+        layers = [layer for layer in self.adapter.attention_layers if layer.owner and layer.slot is not None]
+        if not self.policy.rotated:
+            return [None] * len(layers)
+        start = next_position(position_ids)
+        later = self.adapter.text_positions(start + torch.arange(self.config.horizon, device=start.device))
+        found: dict[Any, Rotation] = {}
+        kinds = [(layout, self.adapter.rotary_kind(layer)) for layer, layout in zip(layers, self.layouts, strict=True)]
+        for layer, (layout, kind) in zip(layers, kinds, strict=True):
+            if (layout, kind) not in found:  # most models have one for all layers
+                cos, sin = self._spread(layout, layer, rope_positions(position_ids))
+                ahead_cos, ahead_sin = self._spread(layout, layer, later)
+                found[layout, kind] = Rotation(cos, sin, ahead_cos.mean(dim=1), ahead_sin.mean(dim=1), layout)
+        return [found[kind] for kind in kinds]
+
+    def _spread(self, layout: RotaryLayout, layer: AttentionLayer, positions: Tensor) -> tuple[Tensor, Tensor]:
+        like = torch.zeros(*positions.shape[-2:], layout.head_size, device=positions.device)
+        return spread(layout, self.adapter.rotation(positions, layer), like)
+
+    @torch.no_grad()
+    def repetition(self, layers: list[Any], embedded: DecoderInputs) -> list[Tensor]:
+        """By compressed layer ``[B, K, N]``, the most attention that each entry gets while the context is repeated.
+
+        Args:
+            layers: of the context's full cache, which stay as they are.
+        """
+        batch, device = embedded.embeds.shape[0], embedded.embeds.device
+        ids = self.prompt.ids(batch, device)
+        text = self.adapter.embed(ids)
+        positions = self.adapter.text_positions(embedded.next_position + torch.arange(ids.shape[1], device=device))
+        labels = ModalityMap(torch.zeros_like(ids))
+        prompt = DecoderInputs(text.pop("inputs_embeds"), positions, labels, text)
+        return watch_repetition(embedded, layers, prompt, self.feed)
+
+    def feed(self, cache: CompressedCache, tokens: DecoderInputs, real: Tensor, record: Record) -> None:
+        """Run tokens behind what a cache holds, watched by `record` and compressed by nothing.
+
+        Args:
+            real: bool ``[B, tokens of the cache + new]``.
+        """
+        others = {name: tensor for name, tensor in tokens.others.items() if name != TOKEN_TYPES}
+
+        def listen(layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+            if layer.owner and layer.slot is not None:
+                record(layer.slot, query, key, value, scaling)
+
+        before, self.tap.listener = self.tap.listener, listen
+        try:
+            self.adapter.decoder(
+                inputs_embeds=tokens.embeds,
+                position_ids=tokens.position_ids,
+                attention_mask=real.long(),
+                cache=cache,
+                use_cache=True,
+                **self.adapter.from_tokens(others),
+            )
+        finally:
+            self.tap.listener = before
+
+    def complete(
+        self, observations: list[Observation], layers: list[Any], embedded: DecoderInputs, repetition: list[Tensor]
+    ) -> list[Observation]:
+        """The observations of a prefill with what the policy reads besides.
+
+        Args:
+            repetition: filled if it is empty and the policy asks for it.
+        """
+        if self.policy.rows == "repetition":
+            if not repetition:
+                repetition += self.repetition(layers, embedded)
+            return [replace(seen, repetition=peak) for seen, peak in zip(observations, repetition, strict=True)]
+        rotations = self.rotations(embedded.position_ids)
+        return [
+            replace(seen, rotation=rotation and rotation.to(seen.keys.device))
+            for seen, rotation in zip(observations, rotations, strict=True)
+        ]
+
+
+def behind(rotation: Rotation | None, entries: int) -> Rotation | None:
+    """A prompt's rotation as seen from a layer that held `entries` before it; those have none that is known."""
+    if rotation is None or entries == 0:
+        return rotation
+    cos, sin = (F.pad(part, (0, 0, entries, 0)) for part in (rotation.cos, rotation.sin))
+    return replace(rotation, cos=cos, sin=sin)

@@ -1,0 +1,216 @@
+"""Running the decoder over a prompt: what is compressed first, watched, then the rest on what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from acckv.cache.cache import compressed_layers, sliding_layers
+from acckv.cache.layer import settle_window
+from acckv.errors import InputError
+from acckv.method.modality import ModalityMap
+from acckv.models.base import ModelAdapter
+from acckv.models.batching import DecoderInputs, next_position, packed, take, window, window_labels
+from acckv.runtime.attention import Tap
+from acckv.runtime.layer_check import Heard
+from acckv.runtime.model_inputs import Turn
+from acckv.runtime.observation import Watch, WatchListener, record_past, restore_past
+from acckv.runtime.outputs import join_outputs, wants_records
+
+Decoder = Callable[..., Any]
+#: Under this name a family's token types travel with its embeddings.
+TOKEN_TYPES = "mm_token_type_ids"
+
+
+@dataclass(frozen=True)
+class ProbePrompt:
+    """Text that is run after the media and forgotten, whose attention stands for the question's.
+
+    Args:
+        processor: or tokenizer; None where the user gave none.
+    """
+
+    processor: Any
+    text: str
+
+    def ids(self, batch: int, device: torch.device) -> Tensor:
+        """int64 ``[batch, tokens]``.
+
+        Raises:
+            InputError: there is nothing to tokenise it with, or it has no token.
+        """
+        if self.processor is None:
+            raise InputError(PROBE_REMEDY, field="processor")
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        ids = tokenizer(self.text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise InputError(f"{self.text!r} has no token in this vocabulary", field="processor")
+        return torch.tensor(ids, device=device).expand(batch, -1)
+
+
+@dataclass
+class PromptRun:
+    """One forward of the decoder over a turn, in up to two windows.
+
+    Args:
+        original: the decoder's own forward.
+        arguments: it was called with.
+        tap: whose listener watches the front.
+    """
+
+    adapter: ModelAdapter
+    tap: Tap
+    original: Decoder
+    cache: Cache
+    turn: Turn
+    arguments: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        turn = self.turn
+        if self.arguments.get("inputs_embeds") is None:  # a plain decoder that got token ids
+            others = {name: value for name, value in self.arguments.items() if name != "input_ids"}
+            self.arguments = {**others, **self.adapter.embed(self.arguments["input_ids"])}
+        # Where columns are counted, gaps were closed when they came.
+        self.past = packed(turn.past) if self.adapter.has_windows else turn.past
+        if self.arguments.get("position_ids") is None:  # the decoder would count columns
+            columns = torch.arange(turn.seen, turn.seen + turn.length, device=turn.past.device)
+            positions = self.adapter.text_positions(columns.expand(turn.past.shape[0], -1))
+            self.arguments = {**self.arguments, "position_ids": positions}
+        stops = torch.maximum(turn.stop, turn.labels.host.real.long().argmax(dim=1))
+        self.front = window(torch.zeros_like(stops), torch.where(turn.stop > 0, stops, 0))
+        # Left-aligned, so that there is no gap between the two in any row.
+        self.rest = window(stops, torch.full_like(stops, turn.length), align="left")
+        self.front_labels = window_labels(turn.labels, self.front)
+        if self.adapter.has_windows and turn.seen and self.front_labels.is_padded:
+            raise InputError(
+                "brings clips of different length into a later turn of a batch; with sliding-window layers, "
+                "go on with one row at a time",
+                field="input_ids",
+            )
+
+    @property
+    def embedded(self) -> DecoderInputs:
+        """The turn as it enters the decoder."""
+        return self._embedded(self.arguments, self.turn.labels, self.turn.token_types)
+
+    @property
+    def embedded_front(self) -> DecoderInputs:
+        """The front as it enters the decoder."""
+        return self._embedded(self.adapter.cut(self.arguments, self.front), self.front_labels, self._types(None))
+
+    def _embedded(self, arguments: dict[str, Any], labels: ModalityMap, types: Tensor | None) -> DecoderInputs:
+        others = self.adapter.by_token(arguments)
+        if types is not None:
+            others[TOKEN_TYPES] = types[:, self.turn.seen :]
+        others = {name: tensor.detach() for name, tensor in others.items()}
+        return DecoderInputs(arguments["inputs_embeds"].detach(), arguments["position_ids"], labels, others)
+
+    def watch(self, rows: Tensor, probe: int) -> Watch:
+        return Watch(self.front_labels, rows, self.past, probe)
+
+    def run(
+        self,
+        listener: WatchListener | None,
+        probe_ids: Tensor | None,
+        prompt_adapters: AbstractContextManager[Any],
+    ) -> Any:
+        """Front, then rest; the decoder's output with what it tells of every token in the order of the tokens.
+
+        Args:
+            listener: watches the front.
+            probe_ids: ``[batch, tokens]`` run after the front and forgotten.
+            prompt_adapters: open while the front runs.
+        """
+        keep = self.arguments.get("logits_to_keep", 0)
+        lengths = (self.rest >= 0).sum(-1)
+        # Layers that share entries skip rows whose output nobody reads.
+        in_rest = isinstance(keep, int) and 0 < keep <= int(lengths.min())
+        needs_front = not in_rest or wants_records(self.arguments, self.adapter.decoder.config)
+        runs, output = [], None
+        if self.front.shape[1]:
+            with prompt_adapters:
+                output = self._front(listener, probe_ids, needs_front)
+            if needs_front:
+                runs.append((self.front, output))
+        if self.rest.shape[1]:
+            output = self._rest()
+            runs.append((self.rest, output))
+        self._count(self.turn.seen + self.turn.length)
+        if output is None:
+            raise InputError("brings no token", field="input_ids")
+        return join_outputs(runs, output, self.turn.length)
+
+    def _front(self, listener: WatchListener | None, probe_ids: Tensor | None, needs_front: bool) -> Any:
+        inputs = self._cut(self.front, needs_front)
+        real = torch.cat([self.past, self.front_labels.real], dim=1)
+        if probe_ids is not None:
+            after = next_position(inputs["position_ids"]) + torch.arange(probe_ids.shape[1], device=real.device)
+            inputs = self.adapter.append_text(inputs, probe_ids, after)
+            real = torch.cat([real, torch.ones_like(probe_ids, dtype=torch.bool)], dim=1)
+        inputs["attention_mask"] = self.adapter.mask(real, inputs, self.cache, self._types(probe_ids))
+        flags = record_past(self.cache) if probe_ids is not None else {}
+        heard = None if listener is None else Heard(self.adapter, self.cache, listener)
+        self.tap.listener = heard
+        try:
+            output = self.original(**inputs)
+        finally:
+            self.tap.listener = None
+            restore_past(self.cache, flags)
+        if heard is not None:
+            heard.finish()
+        return output
+
+    def _rest(self) -> Any:
+        valid = self.rest >= 0
+        inputs = self._cut(self.rest, whole=True)
+        gaps = not bool(valid.all())
+        real = torch.cat([self.past, self.front_labels.real, valid.to(self.past.device)], dim=1)
+        inputs["attention_mask"] = self.adapter.mask(real, inputs, self.cache, None)
+        flags = record_past(self.cache) if gaps else {}
+        try:
+            output = self.original(**inputs)
+        finally:
+            restore_past(self.cache, flags)
+        if gaps:
+            self._close_gaps(real)
+        return output
+
+    def _close_gaps(self, real: Tensor) -> None:
+        """Move each row's tokens together, as if the rows had been padded on the left."""
+        for layer in compressed_layers(self.cache):
+            layer.compact(real[:, real.shape[1] - (layer.physical - layer.region) :])
+        for short in sliding_layers(self.cache):
+            held = real[:, real.shape[1] - short.keys.shape[-2] :]  # type: ignore[union-attr]
+            settle_window(short, held, self.turn.seen + self.turn.length)
+
+    def _count(self, seen: int) -> None:
+        """Windows of different width may have counted other columns than the caller's."""
+        for layer in compressed_layers(self.cache):
+            layer.seen = seen
+        for window_layer in sliding_layers(self.cache):
+            window_layer.cumulative_length = seen
+
+    def _cut(self, columns: Tensor, whole: bool) -> dict[str, Any]:
+        inputs = self.adapter.cut(self.arguments, columns)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = 0 if whole else 1
+        return inputs
+
+    def _types(self, probe_ids: Tensor | None) -> Tensor | None:
+        """Token types of everything up to the end of the front."""
+        types = self.turn.token_types
+        if types is None:
+            return None
+        parts = [types[:, : self.turn.seen], take(types[:, self.turn.seen :], self.front, 1)]
+        if probe_ids is not None:
+            parts.append(torch.zeros_like(probe_ids, dtype=types.dtype))
+        return torch.cat(parts, dim=1)
+
+
+PROBE_REMEDY = "this policy watches a prompt of its own: pass the processor, `compressor(model, processor)`"

@@ -1,0 +1,349 @@
+"""A session: the scope in which a model's cache is compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acckv.cache.cache import CompressedCache, branch_layers, compressed_layers, fresh_cache
+from acckv.compressor import KVCompressor
+from acckv.errors import InputError
+from acckv.method.modality import ModalityMap
+from acckv.method.plan import LayerPlan
+from acckv.models import find_adapter
+from acckv.models.batching import DecoderInputs, next_position
+from acckv.policies.base import Rows
+from acckv.runtime.attention import attention_of_masks, shadow_attention
+from acckv.runtime.dispatch import Router, Task
+from acckv.runtime.hooks import served
+from acckv.runtime.logits import at_places, chosen_logits, last_position
+from acckv.runtime.lora import AttachedLora
+from acckv.runtime.merged_lora import LoraMode, attach
+from acckv.runtime.model_inputs import Turn, embedded_turn, new_mask, read_turn
+from acckv.runtime.patching import in_use
+from acckv.runtime.prefill import Prefill
+from acckv.runtime.prefill_run import TOKEN_TYPES, ProbePrompt
+from acckv.runtime.simulation import LengthCache, Simulation, without_checkpointing
+
+__all__ = ["Prefill", "Session"]
+
+
+class Session:
+    """Open with ``with compressor(model) as session``; the model is as before on exit.
+
+    Inside, ``model.generate`` and plain forwards with a cache compress on their own. :meth:`compress`, :meth:`extend`
+    and :meth:`answer` are for several questions about one clip, several turns, and streams.
+
+    Args:
+        compressor: what to do; model: of a supported family; processor: tokenises the probe prompt, if one is needed.
+        probe_prompt: text run once after the media and forgotten, whose attention stands for the question's.
+        lora_mode: 'merged' holds copies of the weights with the compressor's LoRA in them, so that an adapted token
+            costs no more than one of the base model; 'separate' runs LoRA beside the weights, which training and
+            quantised weights need; 'auto' merges where the weights are plain and the copies take at most half of the
+            free memory, and warns where they would take more.
+    """
+
+    def __init__(
+        self,
+        compressor: KVCompressor,
+        model: Any,
+        processor: Any = None,
+        probe_prompt: str = "describe the clip",
+        lora_mode: LoraMode = "auto",
+    ) -> None:
+        self.compressor = compressor
+        model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; prompts run uncompiled in a session
+        self.adapter = find_adapter(model)
+        self.model = self.adapter.model
+        self.lora_mode = lora_mode
+        self.router = Router(compressor, self.adapter, ProbePrompt(processor, probe_prompt))
+        self._stack = ExitStack()
+        if compressor.base is not None:
+            self._check_base(compressor.base)
+
+    # ------------------------------------------------------------------ scope
+
+    def _check_base(self, base: dict[str, Any]) -> None:
+        """A calibrated compressor fits one architecture."""
+        for name, size in self.adapter.dimensions.items():
+            if base.get(name) != size:
+                raise InputError(
+                    f"was calibrated for {base.get('name')} with {name} {base.get(name)}; this model has {size}",
+                    source=self.compressor.source,
+                    field=name,
+                )
+
+    def __enter__(self) -> Session:
+        adapter = self.adapter
+        with ExitStack() as stack:
+            stack.enter_context(in_use(adapter.decoder))
+            if self.compressor.lora is not None:
+                tight = None if self.compressor.tight is None else self.compressor.tight.lora
+                self.router.lora = attach(adapter, self.compressor.lora, tight, self.lora_mode)
+                stack.callback(self.router.lora.remove)
+            stack.enter_context(attention_of_masks(adapter))
+            modules = [layer.module for layer in adapter.attention_layers]
+            stack.enter_context(shadow_attention(modules, adapter.attention_implementation, self.router.tap.attend))
+            stack.enter_context(self.router.wiring)
+            self.router.look.prepare()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self.router.wiring.lock:  # another thread may still generate
+            self._stack.close()
+            self.router.lora = None
+
+    @property
+    def last_cache(self) -> CompressedCache | None:
+        """What was compressed last, by generate or by this session's own methods."""
+        return self.router.last_cache
+
+    @property
+    def attached(self) -> AttachedLora | None:
+        """The compressor's LoRA layers while they are on the model; None without any, and where they are merged."""
+        return self.router.lora if isinstance(self.router.lora, AttachedLora) else None
+
+    @property
+    def adapts_prompt(self) -> bool:
+        """Whether LoRA acts on the prompt too, so that a prefill of the base model is of no use here."""
+        return self.router.adapts_prompt
+
+    @contextmanager
+    def base_projections(self) -> Iterator[None]:
+        """The compressor's LoRA, if there is one, is off while the context is open; other threads wait."""
+        with self.router.wiring.lock, self.router.base_projections():
+            yield
+
+    @contextmanager
+    def adapted(self, ratio: float) -> Iterator[None]:
+        """Simulations use the LoRA of a ratio while the context is open, and other threads wait; caches know their
+        own."""
+        with self.router.wiring.lock:
+            lora = self.router.lora
+            with nullcontext() if lora is None else lora.selected(self.compressor.is_tight(ratio)):
+                yield
+
+    # ----------------------------------------------- compressing, and answering
+
+    @served
+    def prefill(
+        self, embedded: DecoderInputs | None = None, rows: Rows = "all", gradients: bool = False, **inputs: Any
+    ) -> Prefill:
+        """Run the model over `inputs` with the full cache, observing; nothing is compressed.
+
+        Args:
+            embedded: of an earlier prefill, instead of `inputs`: the encoders need not run again.
+            rows: rows to record; 'all' serves every policy (the probe prompt's too, where a processor was given).
+            gradients: keep the graph, to train LoRA of scope 'all'.
+            inputs: as for the model, media included; with `when: context` up to the end of the media.
+        """
+        cache, task = fresh_cache(self.adapter), Task(rows)
+        logits = None
+        if embedded is None:
+            inputs = self.adapter.placed(inputs)
+            turn = self._read(inputs)
+            inputs.pop("modality_ids", None)
+            if inputs.get("position_ids") is None:
+                start = turn.labels.labels.new_zeros(turn.stop.shape[0], 1)
+                inputs["position_ids"] = self.adapter.prompt_positions(inputs, turn.labels.real, start)
+        else:
+            embedded = embedded.to(self.adapter.device)
+            turn, inputs = embedded_turn(embedded), self._decoder_arguments(embedded)
+        arguments = {**inputs, "cache": cache, "use_cache": True}
+        run = partial(self.router.run, task=task, turn=turn, arguments=arguments)
+        with torch.set_grad_enabled(gradients), without_checkpointing(self.adapter.decoder):
+            if embedded is None:
+                logits = chosen_logits(self.model, last_position, partial(run, self.model))[:, -1]
+            else:
+                run(self.adapter.decoder)
+        recorder, embedded = task.recorder, task.embedded
+        if recorder is None or embedded is None:
+            raise InputError("brings no token", field="input_ids")
+        return Prefill(
+            cache,
+            embedded.labels,
+            recorder.observations,
+            recorder.probes or None,
+            embedded.next_position,
+            self.adapts_prompt,
+            embedded,
+            logits,
+        )
+
+    @served
+    @torch.no_grad()
+    def compress(self, prefill: Prefill | None = None, ratio: float | None = None, **inputs: Any) -> CompressedCache:
+        """The compressed cache of a prefill, or of model `inputs`, whose layers are evicted as the prefill goes on.
+
+        Args:
+            ratio: kept share, replaces the config's.
+        """
+        if prefill is None:
+            return self.extend(inputs, ratio=ratio)
+        if prefill.adapted != self.adapts_prompt:
+            raise InputError("was made with other LoRA weights; run this session's own prefill", field="prefill")
+        cache = CompressedCache(branch_layers(prefill.cache.layers), prefill.labels, prefill.next_position)
+        if not self.compressor.keeps_all(ratio):
+            labels, offered = prefill.labels.labels[:, None], prefill.labels.counts()
+            tight = self.compressor.is_tight(self._ratio(prefill, ratio))
+            for layer, plan in zip(compressed_layers(cache), self.plan(prefill, ratio), strict=True):
+                layer.commit(plan, labels, offered, tight)
+        self.router.last_cache = cache
+        return cache
+
+    @served
+    @torch.no_grad()
+    def extend(
+        self,
+        chunk: Mapping[str, Any],
+        cache: CompressedCache | None = None,
+        ratio: float | None = None,
+        keep_text: bool = True,
+    ) -> CompressedCache:
+        """Prefill a further chunk and compress it: the next seconds of a stream, a new clip, a turn of text.
+
+        With a ratio only what is new is compressed. With an absolute budget everything held competes, so that a stream
+        of any length never holds more than its budget, its text, and one chunk.
+
+        Args:
+            chunk: model inputs of the new tokens alone, media included.
+            cache: to go on from; it is not consumed. None starts anew.
+            ratio: kept share, replaces the config's ratio or budget.
+            keep_text: False lets the chunk's text (markers, time stamps) age with its media, which keeps an endless
+                stream flat.
+        """
+        inputs = self.adapter.placed(chunk)
+        seen = 0 if cache is None else cache.get_seq_length()
+        turn = self._read({**inputs, "attention_mask": new_mask(inputs, seen)}, seen)
+        real, labels = turn.labels.real, turn.labels.labels
+        inputs.pop("modality_ids", None)
+        if cache is not None and len(labels) != len(cache.labels.labels):
+            raise InputError(f"{len(labels)} rows cannot go on from {len(cache.labels.labels)}", field="input_ids")
+        if cache is None:
+            branch, start = fresh_cache(self.adapter), labels.new_zeros(labels.shape[0], 1)
+        else:
+            branch = cache.branch()
+            start, turn = branch.next_position, turn.after(branch.labels)
+            labels = torch.cat([branch.labels.labels, labels], dim=1)
+        positions = self.adapter.prompt_positions(inputs, real, start)
+        inputs |= {"attention_mask": torch.cat([turn.past, real], dim=1).long(), "position_ids": positions}
+        if turn.token_types is not None:
+            inputs["mm_token_type_ids"] = turn.token_types
+        watched = turn if keep_text else turn.with_text_as_media()
+        with without_checkpointing(self.adapter.decoder):
+            arguments = {**inputs, "cache": branch, "use_cache": True}
+            self.router.run(self.adapter.backbone, Task(ratio=ratio), watched, arguments)
+        self.router.last_cache = CompressedCache(branch.layers, ModalityMap(labels), next_position(positions))
+        return self.router.last_cache
+
+    @served
+    def plan(self, prefill: Prefill, ratio: float | None = None, temperature: float | None = None) -> list[LayerPlan]:
+        """What :meth:`compress` would keep; with a temperature, the differentiable twin of it."""
+        rows = self.compressor.policy.rows
+        seen = prefill.watched(rows, self.compressor.config)
+        with self.router.prompt_adapters() if rows == "repetition" else nullcontext():  # the one that runs the model
+            observations = self.router.look.complete(seen, prefill.cache.layers, prefill.embedded, prefill.repetition)
+        compressor = self.compressor.at(self._ratio(prefill, ratio))
+        scores = compressor.scores(observations, prefill.labels)
+        return compressor.plan(scores, observations, prefill.labels, ratio, temperature)
+
+    @served
+    @torch.no_grad()
+    def answer(
+        self, cache: CompressedCache, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """Continue a compressed context with a question, by ``model.generate``; the cache is not consumed.
+
+        Args:
+            input_ids: ``[rows, length]`` of the question and what opens the answer, padded on the left; `rows` is a
+                multiple n of the cache's batch, with the n questions about one clip side by side.
+            attention_mask: 0 where padded.
+            options: of generate; beams and several returns take as many copies of the cache.
+
+        Returns:
+            the new tokens ``[rows, new]``, or ``[rows * returns, new]``.
+        """
+        batch = cache.labels.labels.shape[0]
+        if input_ids.ndim != 2 or not input_ids.shape[1]:
+            raise InputError(f"needs ids [rows, tokens] of a question, not {list(input_ids.shape)}", field="input_ids")
+        if attention_mask is not None and not bool((attention_mask[:, -1] > 0).all()):
+            raise InputError("ends with padding in some row; pad questions on the left", field="attention_mask")
+        if input_ids.shape[0] % batch:
+            raise InputError(f"{input_ids.shape[0]} rows do not divide over {batch} clips", field="input_ids")
+        copies = _copies(options, self.model.generation_config)
+        branch = cache.branch(input_ids.shape[0] // batch * copies)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        input_ids, attention_mask = input_ids.to(self.adapter.device), attention_mask.to(self.adapter.device)
+        # generate slices what the cache has seen off the front; what stands there does not matter.
+        context = input_ids.new_zeros(input_ids.shape[0], branch.get_seq_length())
+        ids = torch.cat([context, input_ids], dim=1)
+        # generate repeats each row for its beams, but not the cache, which therefore comes with all of them.
+        mask = torch.cat([branch.labels.real[::copies].to(attention_mask.dtype), attention_mask], dim=1)
+        out = self.model.generate(input_ids=ids, attention_mask=mask, cache=branch, **options)
+        out = out if isinstance(out, Tensor) else out.sequences
+        return out[:, ids.shape[1] :]
+
+    @served
+    def simulate(
+        self, prefill: Prefill, plans: list[LayerPlan] | None, places: Tensor | None = None, **inputs: Any
+    ) -> Tensor:
+        """Logits of tokens that follow a prefill, reading it through gates instead of an evicted cache.
+
+        It equals physical eviction where the gates are hard, and passes gradients where they are soft. The prefill is
+        not consumed. Gradient checkpointing may be on: nothing of a simulation is lost before backward, as long as the
+        session stays open.
+
+        Args:
+            plans: None reads the full cache (the teacher).
+            places: int64 ``[wanted]``, tokens whose logits are wanted, counted through all rows; None wants them all.
+            inputs: input_ids, attention_mask (4-D additive, or 2-D) and position_ids of the new tokens.
+
+        Returns:
+            ``[B, tokens, vocabulary]``, or ``[wanted, vocabulary]``.
+        """
+        layers = prefill.cache.layers
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            positions = inputs["position_ids"]
+            positions = positions[-1] if positions.ndim == 3 else positions
+            inputs["attention_mask"] = self.adapter.packed_mask(mask, positions, layers)
+        simulation = Simulation(layers, plans)
+        with self.router.simulating(simulation):
+            run = partial(self.model, cache=LengthCache(layers), use_cache=True, **inputs)
+            logits = run().logits if places is None else chosen_logits(self.model, at_places(places), run)[0]
+        if not simulation.reached:
+            raise InputError("keeps keyword arguments from its attention, so it cannot be simulated", field="model")
+        return logits
+
+    # ------------------------------------------------------------------ inside
+
+    def _ratio(self, prefill: Prefill, ratio: float | None) -> float:
+        return self.compressor.ratio_of(prefill.labels, len(prefill.observations), ratio)
+
+    def _decoder_arguments(self, embedded: DecoderInputs) -> dict[str, Any]:
+        """What the decoder takes for tokens that were embedded before."""
+        others = {name: tensor for name, tensor in embedded.others.items() if name != TOKEN_TYPES}
+        return {
+            "inputs_embeds": embedded.embeds,
+            "position_ids": embedded.position_ids,
+            "attention_mask": embedded.labels.real.long(),
+            **self.adapter.from_tokens(others),
+        }
+
+    def _read(self, inputs: dict[str, Any], seen: int = 0) -> Turn:
+        turn = read_turn(self.adapter, inputs, "prompt", inputs.get("modality_ids"), seen)
+        return turn.compressed_whole()
+
+
+def _copies(options: dict[str, Any], default: Any) -> int:
+    """Rows that generate makes of one: its beams, or the sequences that it returns where those are more."""
+    config = options.get("generation_config") or default
+    counts = (options.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
+    return max(count or 1 for count in counts)

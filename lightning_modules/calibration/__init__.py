@@ -1,0 +1,1 @@
+"""Calibration: the module, its data, and what a run keeps."""

@@ -1,0 +1,225 @@
+"""Answers of the frozen model to generic prompts, for clips that come without questions."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from acckv import CompressionConfig, KVCompressor
+from acckv.data.encoding import encode, question_suffix
+from acckv.data.media import KINDS, Media, MediaOptions, read_media
+from acckv.data.records import Record
+from acckv.errors import InputError
+from acckv.io.files import whole_file
+from acckv.io.progress import Progress
+from acckv.models import load_model
+from acckv.models.batching import left_padded
+
+FORMAT = 2
+FILE = "answers.json"
+PROMPTS = (
+    "Describe what is seen and heard in this clip, in order.",
+    "What happens first, and what happens after it?",
+    "Which objects and people are visible, and what do they look like?",
+    "Which sounds are heard, when, and what makes them?",
+    "What is seen while the loudest sound is heard?",
+    "Summarise the clip in one sentence.",
+)
+"""Asked of every clip unless other prompts are given."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """What answers depend on besides the clip.
+
+    Attributes:
+        model: 'tiny', a folder or a hub id; dtype: that it runs in; load_options: of from_pretrained.
+        prompts: asked of every clip, each in a conversation of its own.
+        max_new_tokens: longest answer.
+        system_prompt: what the model is told before the media.
+        media: options of `read_media`.
+    """
+
+    model: str
+    dtype: str
+    prompts: tuple[str, ...]
+    max_new_tokens: int
+    load_options: dict[str, Any] | None = None
+    system_prompt: str | None = None
+    media: dict[str, Any] = field(default_factory=MediaOptions().limits)
+
+
+class AnswerFile:
+    """Answers by clip in one JSON file, replaced as a whole, so that a run that was cut off goes on where it was.
+
+    A clip that has changed since (size or time of the last change), and all clips under other settings, are answered
+    anew.
+
+    Raises:
+        InputError: the file is there and holds something else.
+    """
+
+    def __init__(self, path: Path, settings: AnswerSettings) -> None:
+        self.path, self.settings = path, settings
+        self.clips: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            self._read()
+
+    def missing(self, videos: Sequence[Path]) -> list[Path]:
+        """Those that have no answers yet."""
+        return [video for video in videos if not self._has(video)]
+
+    def add(self, video: Path, sound: bool, answers: list[str], cut: list[bool] | None = None) -> None:
+        """Keep the answers to the prompts, and of each whether the limit of tokens ended it."""
+        ended = [False] * len(answers) if cut is None else cut
+        self.clips[str(video)] = {**_stamp(video), "sound": sound, "answers": answers, "cut": ended}
+
+    def save(self) -> None:
+        values = {"format": FORMAT, "settings": self._settings(), "clips": self.clips}
+        with whole_file(self.path) as temporary:
+            temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def records(self, videos: Sequence[Path]) -> list[Record]:
+        """A question and answer for every clip and prompt.
+
+        Raises:
+            InputError: a clip has no answers.
+        """
+        records = []
+        for video in videos:
+            if not self._has(video):
+                raise InputError("was added or changed since its answers were made; start anew", source=video)
+            found = self.clips[str(video)]
+            for number, (prompt, answer, cut) in enumerate(
+                zip(self.settings.prompts, found["answers"], found["cut"], strict=True)
+            ):
+                groups = (f"prompt {number + 1}",)
+                record = Record(f"{video}#{number}", video, None, prompt, None, answer, groups, "description")
+                records.append(replace(record, complete=not cut))
+        return records
+
+    def sounds(self, videos: Sequence[Path]) -> list[bool]:
+        """Whether each clip has a sound track."""
+        return [bool(self.clips[str(video)]["sound"]) for video in videos]
+
+    def _has(self, video: Path) -> bool:
+        found = self.clips.get(str(video), {})
+        return {name: found.get(name) for name in ("size", "changed")} == _stamp(video)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**asdict(self.settings), "prompts": list(self.settings.prompts)}
+
+    def _read(self) -> None:
+        try:
+            values = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"holds no answers ({error}); remove it", source=self.path) from error
+        if not isinstance(values, dict) or values.get("format") != FORMAT or not isinstance(values.get("clips"), dict):
+            raise InputError("holds no answers of this version; remove it", source=self.path)
+        if values.get("settings") == self._settings():
+            self.clips = values["clips"]
+
+
+def answer_clips(
+    file: AnswerFile, videos: Sequence[Path], batch_size: int, device: torch.device | str, num_workers: int = 0
+) -> None:
+    """Let the frozen model answer every prompt about every clip that has no answers yet, greedily, with its full cache.
+
+    The file is saved after each batch.
+
+    Raises:
+        InputError: a video cannot be read; it names the file.
+    """
+    waiting = file.missing(videos)
+    if not waiting:
+        return
+    settings = file.settings
+    placed = "device_map" in (settings.load_options or {})
+    model, processor = load_model(
+        settings.model, settings.dtype, None if placed else device, load_options=settings.load_options
+    )
+    _warn_of_unknown_words(processor, settings.prompts)
+    batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
+    cut, asked = 0, len(waiting) * len(settings.prompts)
+    seen = Progress("answering about clips", len(waiting), "clips")
+    with seen, KVCompressor(CompressionConfig(policy="full"))(model) as session:
+        for media in DataLoader(_Videos(batches, settings.media), batch_size=None, num_workers=num_workers):
+            if isinstance(media, InputError):
+                raise media
+            for kind in KINDS:
+                chosen = [clip for clip in media if clip.kind == kind]
+                if chosen:
+                    answered = _answers(session, processor, chosen, settings)
+                    for clip, (answers, ended) in zip(chosen, answered, strict=True):
+                        file.add(clip.path, clip.audio is not None, answers, ended)
+                        cut += sum(ended)
+            file.save()
+            seen.advance(len(media))
+    if cut:
+        limit = f"max_new_tokens={settings.max_new_tokens}"
+        _log.warning("data.%s ended %d of %d answers; how they would have ended is not learned", limit, cut, asked)
+
+
+class _Videos(Dataset[list[Media] | InputError]):
+    """Batches of videos, read; or why one of a batch cannot be read."""
+
+    def __init__(self, batches: list[list[Path]], options: dict[str, Any]) -> None:
+        self.batches, self.options = batches, options
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> list[Media] | InputError:
+        try:
+            return [read_media(video, **self.options) for video in self.batches[number]]
+        except InputError as error:
+            return error
+
+
+def _answers(
+    session: Any, processor: Any, clips: list[Media], settings: AnswerSettings
+) -> list[tuple[list[str], list[bool]]]:
+    """By clip, for each prompt the answer and whether the limit of tokens ended it."""
+    device = session.model.device
+    inputs = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in encode(processor, clips, None, settings.system_prompt).items()
+    }
+    tokenizer = processor.tokenizer
+    ids, mask = left_padded([question_suffix(processor, prompt) for prompt in settings.prompts], tokenizer.pad_token_id)
+    new = session.answer(
+        session.compress(**inputs),
+        ids.repeat(len(clips), 1).to(device),
+        mask.repeat(len(clips), 1).to(device),
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    texts = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    count = len(settings.prompts)
+    ends = session.model.generation_config.eos_token_id
+    ended = torch.isin(new, torch.as_tensor([] if ends is None else ends, device=new.device)).any(-1)
+    cut = [not end and new.shape[1] >= settings.max_new_tokens for end in ended.tolist()]
+    starts = range(0, len(texts), count)
+    return [(texts[start : start + count], cut[start : start + count]) for start in starts]
+
+
+def _warn_of_unknown_words(processor: Any, prompts: Sequence[str]) -> None:
+    unknown = processor.tokenizer.unk_token_id
+    for prompt in prompts:
+        if unknown is not None and unknown in question_suffix(processor, prompt):
+            _log.warning("data.prompts: the model's vocabulary lacks words of %r", prompt)
+
+
+def _stamp(video: Path) -> dict[str, int]:
+    status = video.stat()
+    return {"size": status.st_size, "changed": status.st_mtime_ns}

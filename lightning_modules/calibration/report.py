@@ -1,0 +1,137 @@
+"""What a run has learned, for people: budgets as they moved, and a report at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from acckv.compressor import KVCompressor
+from acckv.io.files import whole_file
+from acckv.method.weights import CalibratedWeights
+from acckv.report.calibration import KeptShares, RunFacts, render_report, write_budget_history
+from acckv.report.plots import plot_budget_history, plot_budgets
+from lightning_modules.calibration.callbacks import EvaluateExport, ExportCompressor, first_batch, takes_part
+from lightning_modules.calibration.module import CalibrationModule
+
+REPORT_FILE, HISTORY_FILE = "report.md", "budgets.csv"
+KEPT_PLOT, HISTORY_PLOT = "kept.png", "budget_history.png"
+
+
+class CalibrationReport(Callback):
+    """Follow the learned budgets through training, and write `report.md` with its plots after the export.
+
+    The history is part of the checkpoint: a resumed run goes on with it. `budgets.csv` is replaced whole each time.
+
+    Args:
+        every_n_steps: how often the budgets are noted.
+        ratios: kept shares that they are noted and reported at.
+        folder: of the files; None is the trainer's default_root_dir.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 20,
+        ratios: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05, 0.02),
+        folder: str | None = None,
+    ) -> None:
+        self.every_n_steps = every_n_steps
+        self.ratios = ratios
+        self.folder = folder
+        self.steps: list[int] = []
+        self.temperatures: list[float] = []
+        self.shares: list[Tensor] = []
+        """Of each noted step: [ratios, layers, 2] share of (video, audio), 1 where the preset left it."""
+
+    def path(self, trainer: Trainer) -> Path:
+        """Folder of the report."""
+        return Path(self.folder or trainer.default_root_dir)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "temperatures": self.temperatures,
+            "ratios": list(self.ratios),
+            "shares": torch.stack(self.shares) if self.shares else torch.zeros(0),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["ratios"] == list(self.ratios):
+            self.steps, self.temperatures = state_dict["steps"], state_dict["temperatures"]
+            self.shares = list(state_dict["shares"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, CalibrationModule) and not self.steps:
+            self._note(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        step = trainer.global_step
+        if isinstance(pl_module, CalibrationModule) and step % self.every_n_steps == 0 and step not in self.steps[-1:]:
+            self._note(trainer, pl_module)
+
+    @torch.no_grad()
+    def _note(self, trainer: Trainer, module: CalibrationModule) -> None:
+        floor = module.compression.layer_floor
+        self.steps.append(trainer.global_step)
+        self.temperatures.append(module.temperature())
+        held = [(cast(CalibratedWeights, module.compressor.at(ratio).weights), ratio) for ratio in self.ratios]
+        self.shares.append(torch.stack([learned_shares(*each, floor) for each in held]).cpu())
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            file = self.path(trainer) / HISTORY_FILE
+            write_budget_history(file, self.steps, self.temperatures, self.ratios, self.shares)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, CalibrationModule) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.finish(trainer, pl_module)
+
+    def finish(self, trainer: Trainer, module: CalibrationModule) -> None:
+        """Write the report, where there is an export to report on."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        export = next((callback for callback in callbacks if isinstance(callback, ExportCompressor)), None)
+        if export is None or not takes_part(trainer, module):
+            return
+        folder, step = self.path(trainer), trainer.global_step if export.step is None else export.step
+        evaluation = next((callback for callback in callbacks if isinstance(callback, EvaluateExport)), None)
+        kept = self._kept(trainer, module, export.path(trainer))
+        if not trainer.is_global_zero:
+            return
+        plot_budgets(folder / KEPT_PLOT, kept.entries, kept.full, "calibrated")
+        plot_budget_history(folder / HISTORY_PLOT, self.steps, self.ratios, torch.stack(self.shares))
+        facts = RunFacts(
+            model=str(module.options.base_model),
+            when=module.compression.when,
+            steps=trainer.global_step,
+            planned=int(module.stages.steps),
+            exported=step,
+            temperature=module.temperature(step),
+            temperature_start=module.options.temperature_start,
+            temperature_end=module.options.temperature_end,
+            ratio_range=(module.options.ratio_min, module.options.ratio_max),
+            tight_steps=module.stages.first_wide,
+            tight_below=module.tight_below,
+        )
+        text = render_report(facts, kept, evaluation.results if evaluation else None, (KEPT_PLOT, HISTORY_PLOT))
+        with whole_file(folder / REPORT_FILE) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(f"Report: {folder / REPORT_FILE}")
+
+    @torch.no_grad()
+    def _kept(self, trainer: Trainer, module: CalibrationModule, folder: Path) -> KeptShares:
+        """What the export keeps of the first validation batch."""
+        batch = first_batch(trainer, module)
+        with KVCompressor.from_pretrained(folder)(module.model, module.processor) as session:
+            prefill = batch.prefilled(session, session.compressor.policy.rows)
+            caches = {ratio: session.compress(prefill, ratio) for ratio in sorted(self.ratios, reverse=True)}
+        entries = {ratio: cache.kept_entries().double().cpu() for ratio, cache in caches.items()}
+        return KeptShares(entries, next(iter(caches.values())).full_entries().double().cpu())
+
+
+def learned_shares(weights: CalibratedWeights, ratio: float, floor: float) -> Tensor:
+    """Times the preset's budget that each layer gives to (video, audio): [layers, 2], 1 before training."""
+    even = torch.full((1, 2), 0.5, device=weights.layer_budget.device)
+    layers = weights.layer_shares(ratio, floor)
+    split = [weights.modality_shares(layer, even, ratio)[0] / 0.5 for layer in range(len(layers))]
+    return layers[:, None] * torch.stack(split)

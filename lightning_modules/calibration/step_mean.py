@@ -1,0 +1,55 @@
+"""One weighted mean over everything that an optimiser step reads: accumulated batches, and all processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from lightning_modules.calibration.fsdp import is_sharded
+
+
+class StepMean:
+    """Makes several processes, and accumulated batches, equal to one large batch.
+
+    Lightning averages gradients over processes and batches. A loss that is a weighted mean over tokens would then give
+    each part the same say, whatever its tokens weigh. So every batch brings weight x mean, and the gradients are
+    divided by the weight of the whole step once, before they are clipped.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, weight: Tensor, loss: Tensor, **logged: Tensor) -> Tensor:
+        """What `training_step` returns for a batch.
+
+        Args:
+            weight: scalar, of all counted tokens of the batch; loss: scalar, their weighted mean.
+            logged: other weighted means over the same tokens.
+        """
+        for name, value in {"weight": torch.ones_like(weight), "loss": loss, **logged}.items():
+            summed = value.detach().double() * weight.detach().double()
+            self._sums[name] = self._sums[name] + summed if name in self._sums else summed
+        return loss * weight
+
+    def finish(self, module: LightningModule) -> dict[str, Tensor]:
+        """Divide the gradients by the step's weight; gives the means over the whole step, by name.
+
+        Call it in `on_before_optimizer_step`; it costs one reduction of a few numbers.
+        """
+        trainer: Any = module.trainer
+        names = list(self._sums)
+        totals = trainer.strategy.reduce(torch.stack([self._sums[name] for name in names]), reduce_op="sum")
+        self._sums = {}
+        sums = dict(zip(names, totals, strict=True))
+        weight = sums.pop("weight")
+        scale = trainer.accumulate_grad_batches * trainer.world_size / weight  # a number would wait for the device
+        shards = is_sharded(module)
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                if shards:  # DDP has averaged them already
+                    parameter.grad = trainer.strategy.reduce(parameter.grad, reduce_op="mean")
+                parameter.grad.mul_(scale)
+        return {name: total / weight for name, total in sums.items()}

@@ -1,0 +1,223 @@
+"""What the scripts at the top share: bad input ends with one line on stderr and exit code 2.
+
+Whatever is not the user's input keeps its traceback and exit code 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from acckv.errors import InputError
+from lightning_modules.interrupted import was_interrupted
+
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+#: Where a config is looked for by its name alone, after the current folder.
+CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[2] / "configs")
+_LONGEST = 400  # characters of a line; some type errors list every type that was tried
+
+
+def run_door(main: Callable[[], Any]) -> int:
+    """Run a script's `main` and return its exit code: 0, or 2 after printing one `error:` line for bad input.
+
+    A run that Ctrl-C stopped ends with 130, one that was sent SIGTERM with 143.
+
+    Errors of a jsonargparse parser that `main` makes count as bad input. `SystemExit` (of `--help` and
+    `--print_config`) passes through.
+    """
+    try:
+        sys.argv[1:] = with_found_configs(sys.argv[1:])
+        with _parser_errors_raise():
+            main()
+    except InputError as error:
+        print(f"error: {one_line(_located(error, sys.argv[1:]))}", file=sys.stderr)
+        return BAD_INPUT
+    except MisconfigurationException as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return BAD_INPUT
+    except SIGTERMException:
+        return TERMINATED
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not was_interrupted(error):
+            raise
+        return INTERRUPTED
+    return 0
+
+
+def with_found_configs(argv: Sequence[str]) -> list[str]:
+    """Command-line words in which a config that is a bare file name, and not in this folder, is that of `configs/`.
+
+    Raises:
+        InputError: there is none of this name in either place.
+    """
+    words = list(argv)
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        last = index + 1 == len(words)
+        if name not in ("--config", "-c") or (last and not equals):
+            continue
+        place, given = (index, value) if equals else (index + 1, words[index + 1])
+        if Path(given).name != given or Path(given).suffix not in (".yaml", ".yml", ".json") or Path(given).exists():
+            continue
+        found = next((folder / given for folder in CONFIG_FOLDERS if (folder / given).is_file()), None)
+        if found is None:
+            raise InputError("is neither in this folder nor in configs/", source=given, field="config")
+        words[place] = f"{name}={found}" if equals else str(found)
+    return words
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' notes (devices, workers, weights loaded) off the terminal; other warnings stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    known_notes = (
+        ".*does not have many workers.*",
+        ".*treespec, LeafSpec.*deprecated.*",
+        ".*is_gradient_checkpointing.*",
+    )
+    for known in known_notes:
+        warnings.filterwarnings("ignore", message=known)
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks. An error that crossed a data-loader process is reduced to its last line."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if len(lines) > 1 and any("Traceback (most recent call last)" in line for line in lines):
+        lines = [lines[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")]
+    text = re.sub(r"\s+", " ", " ".join(lines))
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
+
+
+def _located(error: InputError, argv: Sequence[str]) -> str:
+    """The message of an error, with the config file that its field was set in where the error names no file."""
+    if error.source is not None or error.field is None:
+        return str(error)
+    if any(re.match(rf"--([\w.]+\.)?{re.escape(error.field)}(=|$)", word) for word in argv):
+        return str(error)
+    file = _file_with(error.field, _config_files(argv))
+    return str(error) if file is None else f"{file}: {error}"
+
+
+@contextmanager
+def _parser_errors_raise() -> Iterator[None]:
+    """Let every jsonargparse parser (LightningCLI's too) raise an `InputError` where it would print usage and exit."""
+
+    def error(self: ArgumentParser, message: str, ex: Exception | None = None) -> NoReturn:
+        known = [action.dest for action in self._actions]
+        raise parser_error(message, sys.argv[1:], known) from ex
+
+    original = ArgumentParser.error
+    ArgumentParser.error = error  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ArgumentParser.error = original  # type: ignore[method-assign]
+
+
+def parser_error(message: str, argv: Sequence[str], known: Sequence[str] = ()) -> InputError:
+    """The `InputError` for a message of jsonargparse; the config file is named where the key is in it.
+
+    Args:
+        message: as jsonargparse words it, several lines at times.
+        argv: the arguments that were parsed, to find the config files.
+        known: keys the parser knows, for a suggestion.
+    """
+    files = _config_files(argv)
+    if message.startswith(("Problems parsing config", "Unexpected config")):
+        broken = next((file for file in files if not isinstance(_load(file), dict)), None)
+        return InputError(f"not a YAML mapping of options ({one_line(message)})", source=broken)
+    unknown = re.search(r"Option '([^']+)' is not accepted|does not accept option '([^']+)'", message)
+    if unknown:
+        group = re.search(r"Group '([^']+)' does not accept", message)
+        key = ".".join(part for part in (group and group.group(1), unknown.group(1) or unknown.group(2)) if part)
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return InputError(f"unknown option{hint}", source=_file_with(key, files), field=key)
+    typed = re.match(r'Parser key "([^"]+)":?\s*(.*)', message, re.DOTALL)
+    if typed:
+        key, reason = typed.groups()
+        return InputError(_reason(reason), source=_file_with(key, files), field=key)
+    return InputError(one_line(message))
+
+
+def _reason(text: str) -> str:
+    """Why a value was refused. Of a union's errors the ones that say more than which type was expected are kept."""
+    tried = re.findall(r"^\s*- (.+)$", text, re.MULTILINE)
+    telling = [line for line in tried if not line.startswith("Expected a")]
+    plain = re.sub(r"<class '([^']+)'>", r"\1", one_line("; ".join(telling) if telling else text))
+    return plain.replace("Expected a ", "expected ").rstrip(":")
+
+
+def given_options(group: str, argv: Sequence[str]) -> set[str]:
+    """Names of a group's options that are on the command line, or in a config file that is named there."""
+    names = {
+        word[len(group) + 3 :].partition("=")[0].partition(".")[0] for word in argv if word.startswith(f"--{group}.")
+    }
+    for values in (_load(file) for file in _config_files(argv)):
+        if isinstance(values, dict):
+            inner = [one for one in values.values() if isinstance(one, dict)]  # below the name of a subcommand
+            groups = [one.get(group) for one in (values, *inner)]
+            names |= {str(name) for one in groups if isinstance(one, dict) for name in one}
+    return names
+
+
+def option_value(option: str, argv: Sequence[str]) -> str | None:
+    """The value of an option on the command line, the last one of several."""
+    found = None
+    for index, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name == option and (equals or index + 1 < len(argv)):
+            found = value if equals else argv[index + 1]
+    return found
+
+
+def _config_files(argv: Sequence[str]) -> list[Path]:
+    files = []
+    for index, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name not in ("--config", "-c"):
+            continue
+        if equals:
+            files.append(Path(value))
+        elif index + 1 < len(argv):
+            files.append(Path(argv[index + 1]))
+    return files
+
+
+def _load(file: Path) -> Any:
+    """The parsed file, None if it cannot be read or parsed."""
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+
+
+def _file_with(key: str, files: Sequence[Path]) -> Path | None:
+    """The config file that has the dotted key; its first parts (a subcommand, say) may be missing in the file."""
+    parts = key.split(".")
+    for file in files:
+        values = _load(file)
+        if any(_has(values, parts[start:]) for start in range(len(parts))):
+            return file
+    return None
+
+
+def _has(values: Any, parts: Sequence[str]) -> bool:
+    for part in parts:
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True

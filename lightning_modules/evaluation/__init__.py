@@ -1,0 +1,1 @@
+"""Evaluation: the module, its data, and the run from options to report."""

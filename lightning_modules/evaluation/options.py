@@ -1,0 +1,178 @@
+"""The options of an evaluation, and the rows of the table that they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lightning.pytorch.accelerators import AcceleratorRegistry
+
+from acckv import CompressionConfig, KVCompressor
+from acckv.benchmarks import Mode
+from acckv.config import PolicyName, When
+from acckv.errors import InputError
+from acckv.evaluation.results import AUDIO_EVICTED, CONTROL, FULL, VIDEO_EVICTED
+from acckv.method.modality import Modality
+from acckv.policies.single_modality import EvictedModality
+from lightning_modules.evaluation.datamodule import EvaluationData, Shard
+from lightning_modules.evaluation.module import Cell
+
+CALIBRATED = "acckv-calibrated"
+POLICIES = (*get_args(PolicyName), CALIBRATED)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Answer the same questions from every policy's compressed cache at every ratio.
+
+    The full cache and the controls (all audio and video entries evicted, or those of one modality) are always measured.
+
+    Args:
+        model: the AV-LLM: tiny (packaged), a folder or a hub id.
+        compressor: export of a calibration, a folder or a hub id; the policy acckv-calibrated.
+        policies: names, separated by commas, of full, random, streaming_llm, h2o, snapkv, pyramidkv, look_m, fastv,
+            madakv, knorm, keydiff, expected_attention, kvzip, acckv and acckv-calibrated.
+        ratios: kept shares of the audio and video entries, 0 to 1, separated by commas.
+        when: compress after the media, before any question is seen (context), or after the whole prompt (prompt).
+        limit: measure only this many clips, each with all its questions.
+        output: folder of results.json, predictions.jsonl, failures.json, pareto.png, budgets.png and report.html. A run
+            that was cut off goes on where it was.
+        overwrite: discard what the output folder holds of an evaluation with other settings.
+        seed: of random eviction and of the intervals.
+        batch_size: clips that are prefilled together.
+        data: what is asked about.
+        score: parser that the accuracy is by, official or robust; the other is reported beside it. None is official for
+            a benchmark and robust for generated clips and question files.
+        word_tokens: longest short answer (a word, a letter, yes or no), in tokens. None is long enough for every right
+            answer with the model's tokenizer, and at least 4, or what the benchmark's authors allow.
+        description_tokens: longest answer of another kind, in tokens. None is as above, and at least 40.
+        strips: clips whose kept entries the report shows.
+        strict: a clip that cannot be read is an error. Otherwise its questions are left out, and it is listed.
+        update_card: write the measured table into the model card of the export, where that is a folder.
+        dtype: of the model: float32, bfloat16, float16, or auto (what the checkpoint is stored in).
+        load_options: of transformers' from_pretrained, such as {revision: main} or
+            {quantization_config: {load_in_4bit: true}}.
+        accelerator: of the Trainer: auto, cpu, gpu, or another that Lightning knows by name (cuda, mps).
+        devices: processes on this machine, each with a share of the batches.
+        shard: this machine's part of the batches, such as 2/4; give each part a folder, and join them with
+            `evaluate.py merge`.
+    """
+
+    model: str = "tiny"
+    compressor: str = "runs/calib/export"
+    policies: list[str] | str = field(default_factory=lambda: list(POLICIES))
+    ratios: list[float] | float | str = field(default_factory=lambda: [1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.0])
+    when: When = "context"
+    limit: int | None = None
+    output: str = "runs/eval"
+    overwrite: bool = False
+    seed: int = 0
+    batch_size: int = 24
+    data: EvaluationData = field(default_factory=EvaluationData)
+    score: Mode | None = None
+    word_tokens: int | None = None
+    description_tokens: int | None = None
+    strips: int = 3
+    strict: bool = False
+    update_card: bool = True
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    load_options: dict[str, Any] | None = None
+    accelerator: str = "auto"
+    devices: int = 1
+    shard: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size", "word_tokens", "description_tokens", "devices"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{value} is less than 1", field=name)
+        for name in ("seed", "strips"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{getattr(self, name)} is less than 0", field=name)
+        known = ("auto", "gpu", *sorted(AcceleratorRegistry.available_accelerators()))
+        if self.accelerator not in known:
+            raise InputError(f"{self.accelerator!r} is not one of {', '.join(known)}", field="accelerator")
+        self.policy_list()
+        self.ratio_list()
+        Shard.parse(self.shard)
+
+    @property
+    def mode(self) -> Mode:
+        """The parser that the accuracy is by."""
+        return self.score or ("robust" if self.data.benchmark is None else "official")
+
+    def policy_list(self) -> list[str]:
+        """The policies, each once.
+
+        Raises:
+            InputError: an unknown policy.
+        """
+        names = self.policies.split(",") if isinstance(self.policies, str) else self.policies
+        cleaned = [name.strip() for name in names if name.strip()]
+        for name in cleaned:
+            if name not in POLICIES:
+                raise InputError(f"{name!r} is not one of {', '.join(POLICIES)}", field="policies")
+        return list(dict.fromkeys(cleaned))
+
+    def ratio_list(self) -> list[float]:
+        """The ratios, each once, largest first.
+
+        Raises:
+            InputError: a ratio that is no number from 0 to 1.
+        """
+        given = self.ratios
+        parts: Sequence[float | str] = given.split(",") if isinstance(given, str) else _as_list(given)
+        ratios = []
+        for part in parts:
+            try:
+                ratio = float(part)
+            except ValueError as error:
+                raise InputError(f"{part!r} is not a number from 0 to 1", field="ratios") from error
+            if not 0 <= ratio <= 1:
+                raise InputError(f"{ratio:g} is not a number from 0 to 1", field="ratios")
+            ratios.append(ratio)
+        return sorted(set(ratios), reverse=True)
+
+
+def build_cells(options: EvaluationOptions) -> list[Cell]:
+    """The rows of the table: the full cache, the controls, then every policy at every ratio.
+
+    At ratio 0 all training-free policies hold the same cache, the control's; the calibrated compressor has a row of
+    its own there, which shows whether its adapter answers without the media.
+
+    Raises:
+        InputError: the export of the calibrated compressor is not usable.
+    """
+    cells = [
+        Cell(FULL, 1.0, KVCompressor(CompressionConfig(policy="full", when=options.when))),
+        Cell(CONTROL, 0.0, KVCompressor(CompressionConfig(policy="random", when=options.when, seed=options.seed))),
+        Cell(AUDIO_EVICTED, 0.0, EvictedModality(Modality.AUDIO, options.when)),
+        Cell(VIDEO_EVICTED, 0.0, EvictedModality(Modality.VIDEO, options.when)),
+    ]
+    for policy in options.policy_list():
+        if policy == FULL:
+            continue
+        if policy == CALIBRATED:
+            compressor = _load_compressor(options)
+        else:
+            compressor = KVCompressor(CompressionConfig(policy=policy, when=options.when, seed=options.seed))  # type: ignore[arg-type]
+        ratios = [ratio for ratio in options.ratio_list() if ratio > 0 or policy == CALIBRATED]
+        cells += [Cell(policy, ratio, compressor) for ratio in ratios]
+    return cells
+
+
+def _load_compressor(options: EvaluationOptions) -> KVCompressor:
+    name = options.compressor
+    if not Path(name).exists() and (name == EvaluationOptions.compressor or name.count("/") != 1):
+        remedy = "no such folder; calibrate first (python train.py --config configs/calib.yaml) or leave out the policy"
+        raise InputError(f"{remedy} {CALIBRATED}", source=name, field="compressor")
+    compressor = KVCompressor.from_pretrained(name, when=options.when)
+    if compressor.weights is None:
+        raise InputError("holds no learned weights", source=name, field="compressor")
+    return compressor
+
+
+def _as_list(given: Sequence[float] | float) -> Sequence[float]:
+    return [given] if isinstance(given, (int, float)) else given

@@ -1,0 +1,270 @@
+"""One evaluation from options to files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from lightning import Trainer, seed_everything
+from rich.console import Console
+
+from acckv.benchmarks import Mode, find_benchmark
+from acckv.benchmarks.answers import answer_vocabulary
+from acckv.benchmarks.judging import Judge
+from acckv.data.records import Record
+from acckv.errors import InputError
+from acckv.evaluation.answer_limits import WORDS, answer_limits, longest_references
+from acckv.evaluation.journal import (
+    Batch,
+    Journal,
+    by_number,
+    read_batches,
+    read_setup,
+    write_evaluation,
+)
+from acckv.evaluation.progress import EvaluationProgress
+from acckv.evaluation.results import Results
+from acckv.evaluation.setup import Setup, describe_settings
+from acckv.io.progress import Progress
+from acckv.models import load_model
+from acckv.report.card import write_card
+from lightning_modules.evaluation.datamodule import EvaluationClips, Shard, group_by_clip
+from lightning_modules.evaluation.module import Asking, Cell, EvaluationModule
+from lightning_modules.evaluation.options import CALIBRATED, POLICIES, EvaluationOptions, build_cells
+from lightning_modules.evaluation.report import write_report
+from lightning_modules.evaluation.tables import evaluate_batches, print_tables, write_files
+from lightning_modules.interrupted import was_interrupted
+
+LEAST = {"word": 4, "description": 40}
+"""Longest answers, in tokens, about generated clips and question files, where no right one is longer."""
+_NAMED = 5  # missing batches that a message names
+
+__all__ = ["CALIBRATED", "POLICIES", "EvaluationOptions", "build_cells", "merge_evaluations", "run_evaluation"]
+
+
+def run_evaluation(
+    options: EvaluationOptions,
+    command: str | None = None,
+    console: Console | None = None,
+    questions: tuple[str, list[Record]] | None = None,
+    model: tuple[Any, Any] | None = None,
+) -> Results:
+    """Measure, print the tables, and write the files. Each batch of answers is on the disk as soon as it is there.
+
+    With several devices each process returns the results, and the first one prints and writes. A shard returns the
+    results of its own batches, and writes only these batches.
+
+    Args:
+        options: what to measure.
+        command: the command line, for the report and the model card.
+        console: to print to.
+        questions: (name, questions) to ask instead of those of `options.data`.
+        model: (model, processor) in memory that are used instead of loading `options.model` again; they are left on the
+            evaluation's device.
+
+    Raises:
+        InputError: an option, a file or a checkpoint is not usable, or the output folder holds another evaluation.
+    """
+    console = console or Console()
+    seed_everything(options.seed, verbose=False)
+    shard, trainer = Shard.parse(options.shard), _trainer(options)
+    cells = build_cells(options)
+    title, records = questions or (options.data.title, options.data.records())
+    benchmark = None if questions else options.data.benchmark
+    loaded: Any
+    with Progress("loading the model", console=console, shown=model is None and trainer.is_global_zero):
+        loaded, processor = model or load_model(options.model, options.dtype, load_options=options.load_options)
+    longest = longest_references(records, processor.tokenizer)
+    asking = _asking(options, benchmark, longest)
+    setup = _setup(options, title, benchmark, records, cells, loaded, asking, trainer)
+    journal = Journal(Path(options.output), setup, _writer(shard, trainer))
+    judge = Judge(benchmark, frozenset(setup.vocabulary), options.mode)
+    if trainer.is_global_zero:
+        _warn_of_cut_answers(console, longest, asking)
+        journal.open(options.overwrite)
+    progress = EvaluationProgress(console if trainer.is_global_zero else None, judge, setup)
+
+    def finish(batch: Batch) -> None:
+        journal.append(batch)
+        progress.finish(batch)
+
+    with progress:
+        progress.start(shard.share(setup.batches, trainer.global_rank, trainer.world_size), journal)
+        module = EvaluationModule(
+            loaded,
+            processor,
+            cells,
+            asking,
+            when=options.when,
+            strict=options.strict,
+            on_answers=progress.add,
+            on_batch=finish,
+        )
+        try:
+            _answer(trainer, module, EvaluationClips(journal, shard, options.data.reader(), options.data.num_workers))
+        except InputError:
+            journal.remove_if_empty()
+            raise
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            if was_interrupted(stopped) and model is None and trainer.is_global_zero:
+                held = f"Stopped. What was answered is in {options.output}; the same command goes on from there."
+                console.print(held, highlight=False, soft_wrap=True)
+            raise
+        finally:
+            loaded.to(trainer.strategy.root_device)  # a Trainer leaves it on the CPU, and the report asks it again
+    batches, mine = journal.finished(), shard.share(setup.batches)
+    outcome = evaluate_batches(setup, [batches[number] for number in mine], options.mode)
+    if not trainer.is_global_zero:
+        return outcome.results
+    if shard.count > 1:
+        console.print(
+            f"part {options.shard} is answered, {len(mine)} of {len(setup.batches)} batches; "
+            "join all parts with: python evaluate.py merge FOLDER FOLDER ... --output FOLDER",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return outcome.results
+    print_tables(console, outcome)
+    write_files(Path(options.output), outcome)
+    write_report(Path(options.output), outcome, command, module, setup.clips, options.strips, options.data.reader())
+    if options.update_card and any(cell.policy == CALIBRATED for cell in cells) and Path(options.compressor).is_dir():
+        config = json.loads((Path(options.compressor) / "config.json").read_text(encoding="utf-8"))
+        write_card(options.compressor, config, outcome.results, command=command)
+    return outcome.results
+
+
+def merge_evaluations(
+    folders: Sequence[str],
+    output: str,
+    score: Mode | None = None,
+    overwrite: bool = False,
+    command: str | None = None,
+    console: Console | None = None,
+) -> Results:
+    """Join the shards of one evaluation: print the tables and write the files that one machine would have written.
+
+    Args:
+        folders: output folders of the shards, separated by blanks.
+        output: folder of the joint evaluation.
+        score: parser that the accuracy is by, official or robust; None is official for a benchmark, else robust.
+        overwrite: discard what the output folder holds of an evaluation with other settings.
+        command: the command line, for the report.
+        console: to print to.
+
+    Raises:
+        InputError: a folder holds no evaluation or one with other settings, or batches are missing.
+    """
+    setups = [read_setup(Path(folder)) for folder in folders]
+    if not setups:
+        raise InputError("is empty; name the output folders of the shards", field="folders")
+    setup = setups[0]
+    for folder, other in zip(folders, setups, strict=True):
+        if differences := other.differences(setup):
+            raise InputError(f"has other settings than {folders[0]} ({differences})", source=folder)
+    batches = by_number(batch for folder in folders for batch in read_batches(Path(folder), setup))
+    missing = [str(number) for number in setup.batches if number not in batches]
+    if missing:
+        few = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        raise InputError(f"{len(missing)} of {len(setup.batches)} batches are in no folder ({few})", field="folders")
+    Journal(Path(output), setup).check(overwrite)
+    write_evaluation(Path(output), setup, batches.values())
+    mode: Mode = score or ("official" if setup.benchmark else "robust")
+    outcome = evaluate_batches(setup, batches.values(), mode)
+    print_tables(console or Console(), outcome)
+    write_files(Path(output), outcome)
+    write_report(Path(output), outcome, command)
+    return outcome.results
+
+
+def _answer(trainer: Trainer, module: EvaluationModule, clips: EvaluationClips) -> None:
+    """Answer what is left, in every process.
+
+    Raises:
+        InputError: in one of the processes; the first one raises it, and the others end.
+    """
+    refused: InputError | None = None
+    try:
+        trainer.test(module, clips, verbose=False)
+    except InputError as error:
+        refused = error
+    if trainer.world_size > 1:
+        everyones: list[InputError | None] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(everyones, refused)
+        refused = next((error for error in everyones if error is not None), None)
+    if refused is not None and not trainer.is_global_zero:
+        sys.exit()  # with code 0: an end with another would have the first process killed before it says why
+    if refused is not None:
+        raise refused
+
+
+def _asking(options: EvaluationOptions, name: str | None, longest: Mapping[str, int]) -> Asking:
+    benchmark = None if name is None else find_benchmark(name)
+    least = LEAST if benchmark is None else dict.fromkeys(longest, benchmark.max_new_tokens)
+    limits = answer_limits(longest, least, options.word_tokens, options.description_tokens)
+    return Asking(_question if benchmark is None else benchmark.prompt, limits)
+
+
+def _question(record: Record) -> str:
+    return record.question
+
+
+def _setup(
+    options: EvaluationOptions,
+    title: str,
+    benchmark: str | None,
+    records: Sequence[Record],
+    cells: Sequence[Cell],
+    model: Any,
+    asking: Asking,
+    trainer: Trainer,
+) -> Setup:
+    clips = group_by_clip(records, options.limit)
+    settings = describe_settings(
+        [[(record, asking.prompt(record)) for record in clip] for clip in clips],
+        [(cell.policy, cell.ratio, cell.compressor) for cell in cells],
+        model,
+        benchmark=title,
+        when=options.when,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        max_new_tokens=asking.max_new_tokens,
+        dtype=options.dtype,
+        load_options=options.load_options,
+        media=options.data.limits(),
+        device=trainer.strategy.root_device.type,
+    )
+    vocabulary = sorted(answer_vocabulary(records)) if benchmark is None else []
+    return Setup(settings, options.model, benchmark, vocabulary, clips)
+
+
+def _writer(shard: Shard, trainer: Trainer) -> str:
+    """Tells the processes' journals apart."""
+    part = f"-{shard.index + 1}of{shard.count}" if shard.count > 1 else ""
+    return part + (f"-{trainer.global_rank}" if trainer.global_rank else "")
+
+
+def _warn_of_cut_answers(console: Console, longest: Mapping[str, int], asking: Asking) -> None:
+    for protocol, tokens in longest.items():
+        limit = asking.max_new_tokens[protocol]
+        if tokens > limit:
+            option = "word_tokens" if protocol in WORDS else "description_tokens"
+            message = f"warning: answers are cut at {limit} tokens ({option}); the longest right one has {tokens}"
+            console.print(message, highlight=False, soft_wrap=True)
+
+
+def _trainer(options: EvaluationOptions) -> Trainer:
+    return Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        strategy="ddp" if options.devices > 1 else "auto",
+        use_distributed_sampler=False,  # it would fill up uneven shares with clips that were answered already
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        inference_mode=False,  # LoRA layers are put on and taken off within the loop
+    )

@@ -1,0 +1,482 @@
+"""The multiple-choice benchmarks on fixtures in their official layout, against scores and records written by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from acckv.benchmarks import BENCHMARKS, judge, load_benchmark, score
+from acckv.data.media import read_media
+from acckv.data.records import Record
+from acckv.errors import InputError
+from tests.paths import FIXTURES
+
+AV_PART = "av_odyssey_part1.parquet"
+MME_TABLE = "videomme/test-00000-of-00001.parquet"
+
+# One line a record, in file order: id, right answer, what a model says, official and robust score by hand.
+SCORED: dict[str, list[tuple[str, str, str, int, int]]] = {
+    "mvbench": [
+        ("action_sequence/0", "B", "(B) The green square.", 1, 1),
+        ("action_prediction/0", "B", "Answer: (B)", 0, 1),
+        ("unexpected_action/0", "A", "", 1, 0),
+        ("object_interaction/0", "B", "B.", 1, 1),
+        ("object_shuffle/0", "B", "Left.", 0, 0),
+        ("action_localization/0", "B", "At the end.", 0, 1),
+        ("scene_transition/0", "B", "A", 0, 0),
+        ("action_count/0", "B", "1", 0, 1),
+        ("state_change/0", "C", "The answer is C.", 0, 1),
+        ("character_order/0", "A", "A\nbecause", 1, 1),
+    ],
+    "worldsense": [
+        ("aJxSquRe/task0", "A", "Because it is red.", 0, 1),
+        ("aJxSquRe/task1", "C", "The best answer is C.", 1, 1),
+        ("aJxSquRe/task2", "B", "Best answer: D", 1, 0),
+        ("kQb2Wz9T/task0", "A", "red", 0, 1),
+        ("kQb2Wz9T/task1", "D", "D", 1, 1),
+    ],
+    "daily_omni": [
+        ("0", "A", "A", 1, 1),
+        ("1", "B", "The answer is B", 0, 1),
+        ("2", "C", "(C)", 0, 1),
+        ("3", "D", "Dogs", 1, 0),
+        ("4", "A", "<think>B or C</think><answer>A</answer>", 0, 1),
+    ],
+    "omnibench": [
+        ("0", "A", "Answer: A", 1, 1),
+        ("1", "B", "B: A green square", 0, 1),
+        ("2", "B", "Humming.", 0, 1),
+        ("3", "D", "I am quite sure that it is vitamin a. in fact", 1, 1),
+        ("4", "C", "NASA is in silence.", 0, 1),
+    ],
+    "av_odyssey": [
+        ("1_0", "A", "Answer: D", 1, 0),
+        ("1_1", "B", "(B)", 1, 1),
+        ("9_0", "A", "", 1, 0),
+        ("26_4", "D", "it cannot be said at all from it", 0, 1),  # the "no" of "cannot"
+        ("3_7", "A", "No, B", 0, 0),
+    ],
+    "video_mme": [
+        ("001-1", "A", "A. Red.", 1, 1),
+        ("001-2", "B", "Answer: B", 1, 1),
+        ("301-1", "C", "Correct: A", 1, 0),
+        ("301-2", "A", "unknown", 0, 0),
+        ("601-1", "B", "Because of green", 1, 1),
+        ("601-2", "C", "The best option is D", 0, 0),
+    ],
+}
+# Official and robust accuracy over the records above, and the answers that each parser cannot read.
+TOTALS = {
+    "mvbench": (4 / 10, 7 / 10, {2, 4, 5, 7, 8, 1}, {2}),
+    "worldsense": (3 / 5, 4 / 5, {3}, set()),
+    "daily_omni": (2 / 5, 4 / 5, {1, 2, 4}, {3}),
+    "omnibench": (2 / 5, 5 / 5, {2}, set()),
+    "av_odyssey": (3 / 5, 2 / 5, {2}, {2}),
+    "video_mme": (4 / 5, 3 / 6, {3}, {3}),  # official: of five answered
+}
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """A copy of a fixture that may be written to; the user's cache is an empty folder."""
+    monkeypatch.setenv("ACCKV_CACHE", str(tmp_path / "cache"))
+    return lambda name: Path(shutil.copytree(FIXTURES / name, tmp_path / name))
+
+
+def unpacked(root: Path) -> Path:
+    """The only folder that media of a copy were unpacked to; nothing of them is beside the copy."""
+    assert not (root / "media").exists()
+    (folder,) = (root.parent / "cache/av_odyssey").iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_scores_are_those_worked_out_by_hand(name: str, copied: Callable[[str], Path]) -> None:
+    records = load_benchmark(name, copied(name))
+    assert [(record.id, record.answer) for record in records] == [line[:2] for line in SCORED[name]]
+    for mode, place in (("official", 3), ("robust", 4)):
+        assert [score(name, r, line[2], mode) for r, line in zip(records, SCORED[name], strict=True)] == [
+            line[place] for line in SCORED[name]
+        ]
+    official, robust, unread, robust_unread = TOTALS[name]
+    for mode, accuracy, missing in (("official", official, unread), ("robust", robust, robust_unread)):
+        verdicts = [judge(name, r, line[2], mode) for r, line in zip(records, SCORED[name], strict=True)]
+        counted = [verdict.score for verdict in verdicts if verdict.counted]
+        assert sum(counted) / len(counted) == accuracy
+        assert {place for place, verdict in enumerate(verdicts) if not verdict.parsed} == missing
+
+
+def test_records_of_mvbench() -> None:
+    records = {record.id: record for record in load_benchmark("MVBench", FIXTURES / "mvbench")}
+    videos = FIXTURES / "mvbench/video"
+    assert records["action_sequence/0"] == Record(
+        id="action_sequence/0",
+        video=videos / "star/Charades_v1_480/ZS9XR.mp4",
+        audio=None,
+        question="Which square is shown after the red one?",
+        options=("The red square.", "The green square.", "The blue square.", "No square."),
+        answer="B",
+        groups=("subtask/action_sequence",),
+        protocol="choice",
+        start=0.0,
+        end=2.0,
+    )
+    cut = records["object_interaction/0"]
+    assert cut.video == videos / "star/Charades_segment/46GP8_0.5_1.5.mp4" and (cut.start, cut.end) == (None, None)
+    (one,) = load_benchmark("mvbench", FIXTURES / "mvbench", subset="action_count")
+    assert one.id == "action_count/0" and one.video == videos / "perception/videos/video_7.mp4"
+
+
+def test_seconds_of_mvbench_count_where_the_original_uses_them(copied: Callable[[str], Path]) -> None:
+    root = copied("mvbench")
+    edit_json(root / COUNT, [0, "start"], 0.5)
+    edit_json(root / COUNT, [0, "end"], 1.0)
+    (record,) = load_benchmark("mvbench", root, subset="action_count")
+    assert (record.start, record.end) == (None, None)
+    (record,) = load_benchmark("mvbench", root, subset="action_prediction")
+    assert (record.start, record.end) == (0.0, 1.0)
+
+
+def test_videos_of_mvbench_without_the_video_folder(copied: Callable[[str], Path]) -> None:
+    root = copied("mvbench")
+    shutil.move(root / "video/perception", root / "perception")
+    (record,) = load_benchmark("mvbench", root, subset="state_change")
+    assert record.video == root / "perception/videos/video_7.mp4"
+
+
+def test_records_of_worldsense() -> None:
+    record = load_benchmark("WorldSense", FIXTURES / "worldsense")[1]
+    assert record == Record(
+        id="aJxSquRe/task1",
+        video=FIXTURES / "worldsense/videos/aJxSquRe.mp4",
+        audio=None,
+        question="How often does the tone change?",
+        options=("Once.", "Twice.", "Never."),
+        answer="C",
+        groups=(
+            *("task domain/Understanding", "task type/Audio Counting", "domain/Music", "category/Covers"),
+            *("duration/<1min", "audio/Music", "audio/Event"),
+        ),
+        protocol="choice",
+    )
+
+
+def test_records_of_daily_omni() -> None:
+    record = load_benchmark("daily-omni", FIXTURES / "daily_omni")[2]
+    assert record == Record(
+        id="2",
+        video=FIXTURES / "daily_omni/Videos/-rieb8cBb2z/-rieb8cBb2z_video.mp4",
+        audio=None,
+        question="What is the square's colour?",
+        options=("A red square", "A green square", "A blue square", "'Nothing at all'"),
+        answer="C",
+        groups=("type/Context understanding", "category/Music", "duration/60s"),
+        protocol="choice",
+    )
+
+
+def test_records_of_omnibench() -> None:
+    record = load_benchmark("omnibench", FIXTURES / "omnibench")[3]
+    assert record == Record(
+        id="3",
+        video=FIXTURES / "omnibench/mm_data/image/2_009_four.png",
+        audio=FIXTURES / "omnibench/mm_data/audio/2_009_four.mp3",
+        question="What is it?",
+        options=("Whistling.", "Humming.", "Silence.", "Vitamin A."),
+        answer="D",
+        groups=("task/Action and Activity", "audio/music"),
+        protocol="choice",
+    )
+
+
+def test_lines_of_omnibench_end_at_line_feeds_alone(copied: Callable[[str], Path]) -> None:
+    root = copied("omnibench")
+    text = (root / LINES).read_text().replace("What is it?", "What\u2028is\x85it?").replace("\n", "\r\n")
+    (root / LINES).write_bytes(text.encode())
+    records = load_benchmark("omnibench", root)
+    assert len(records) == 5 and records[3].question == "What\u2028is\x85it?"
+
+
+def test_records_of_video_mme(copied: Callable[[str], Path]) -> None:
+    root = copied("video_mme")
+    (root / "data/w0Wmc8C0Eq0.mp4").rename(root / "data/w0Wmc8C0Eq0.mkv")
+    records = load_benchmark("Video-MME", root)
+    assert records[2] == Record(
+        id="301-1",
+        video=root / "data/_qr46dZ7vgQ.mp4",
+        audio=None,
+        question="Which colour is the first square?",
+        options=("Red.", "Green.", "Blue.", "White."),
+        answer="C",
+        groups=("duration/medium", "domain/Sports Competition", "category/Basketball", "task/Attribute Perception"),
+        protocol="choice",
+    )
+    assert records[4].video == root / "data/w0Wmc8C0Eq0.mkv"
+
+
+def test_records_of_av_odyssey(copied: Callable[[str], Path]) -> None:
+    root = copied("av_odyssey")
+    records = {record.id: record for record in load_benchmark("AV-Odyssey", root)}
+    media = unpacked(root)
+    assert records["26_4"] == Record(
+        id="26_4",
+        video=media / "26_4_video_1.mp4",
+        audio=media / "26_4_audio_2.wav",  # named first
+        question="Is [audio2] higher than [audio1]? [video1]",
+        options=("Yes", "No", "Partly", "Cannot be said at all from it"),
+        answer="D",
+        groups=("subfield/Hallucination", "task/26", "data type/video"),
+        protocol="choice",
+        attachments=(media / "26_4_audio_1.wav",),
+    )
+    pictures = records["1_0"]
+    assert (pictures.video, pictures.audio) == (media / "1_0_image_1.png", media / "1_0_audio_1.wav")
+    assert pictures.attachments == (media / "1_0_image_2.png",)
+    sounds = records["3_7"]
+    assert (sounds.video, sounds.audio) == (media / "3_7_audio_2.wav", None)
+    assert sounds.attachments == (media / "3_7_audio_1.wav",)
+    stored = parquet.read_table(root / AV_PART).to_pylist()[0]
+    assert pictures.video.read_bytes() == stored["image_1"]
+    assert pictures.attachments[0].read_bytes() == stored["image_2"]
+
+
+def test_media_are_unpacked_once_and_for_the_subset_alone(copied: Callable[[str], Path]) -> None:
+    root = copied("av_odyssey")
+    load_benchmark("av_odyssey", root, subset="Tone")
+    assert sorted(file.name for file in unpacked(root).iterdir()) == ["3_7_audio_1.wav", "3_7_audio_2.wav"]
+    first, second = sorted(unpacked(root).iterdir())
+    written, whole = first.stat().st_mtime_ns, second.read_bytes()
+    second.write_bytes(whole[:100])  # a copy that was broken off
+    load_benchmark("av_odyssey", root, subset="Tone")
+    assert first.stat().st_mtime_ns == written and second.read_bytes() == whole
+
+
+def test_av_odyssey_with_paths_in_place_of_media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCKV_CACHE", str(tmp_path / "cache"))
+    row = {"question_id": "q1", "question_type_id": 2, "data_type": "image", "subfield": "Tone", "answer": "C"}
+    row |= {"question": "[audio1] and [img1]?", "options": ["A. 1", "B. 2", "C. 3", "D. 4"]}
+    row |= {"image_path": ["images/a.png"], "video_path": [], "audio_path": ["audios/a.wav", "audios/b.wav"]}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "av_odyssey.parquet")
+    (record,) = load_benchmark("av_odyssey", tmp_path)
+    assert (record.video, record.audio) == (tmp_path / "images/a.png", tmp_path / "audios/a.wav")
+    assert record.attachments == (tmp_path / "audios/b.wav",) and record.options == ("1", "2", "3", "4")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_media_are_written_nowhere_else(copied: Callable[[str], Path]) -> None:
+    root = copied("av_odyssey")
+    edit_table(root / AV_PART, 0, question_id="../../escaped")
+    record = load_benchmark("av_odyssey", root)[0]
+    media = unpacked(root)
+    assert record.video == media / "______escaped_image_1.png" and record.video.is_file()
+    shutil.rmtree(media)
+    media.write_text("")  # a file where the folder should be
+    with pytest.raises(InputError, match="cannot be written here"):
+        load_benchmark("av_odyssey", root)
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_the_media_of_a_fixture_can_be_read(name: str, copied: Callable[[str], Path]) -> None:
+    files = set()
+    for record in load_benchmark(name, copied(name)):
+        files |= {record.video, *record.attachments} | ({record.audio} if record.audio else set())
+    for file in sorted(files):
+        if file.suffix == ".mp4":
+            media = read_media(file)
+            assert len(media.frames) == 4 and media.audio is not None and float(media.audio.abs().max()) > 0.1
+        else:
+            with av.open(str(file)) as container:
+                assert next(container.decode(container.streams[0])) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        *(("mvbench", "video"), ("worldsense", "videos"), ("daily_omni", "Videos"), ("omnibench", "mm_data")),
+        ("video_mme", "data"),
+    ],
+)
+def test_missing_media_do_not_stop_loading(name: str, folder: str, copied: Callable[[str], Path]) -> None:
+    root = copied(name)
+    shutil.rmtree(root / folder)
+    records = load_benchmark(name, root)
+    assert len(records) == len(SCORED[name]) and not any(record.video.exists() for record in records)
+
+
+@pytest.mark.parametrize(
+    ("name", "subset", "ids"),
+    [
+        ("worldsense", "Music", ["aJxSquRe/task0", "aJxSquRe/task1", "aJxSquRe/task2"]),
+        ("worldsense", "audio/Speech", ["kQb2Wz9T/task0", "kQb2Wz9T/task1"]),
+        ("worldsense", "Audio Counting", ["aJxSquRe/task1"]),
+        ("daily_omni", "60s", ["2", "3", "4"]),
+        ("omnibench", "sound event", ["0", "1"]),
+        ("av_odyssey", "task/1", ["1_0", "1_1"]),
+        ("video_mme", "long", ["601-1", "601-2"]),
+    ],
+)
+def test_subsets(name: str, subset: str, ids: list[str], copied: Callable[[str], Path]) -> None:
+    root = copied(name)
+    assert [record.id for record in load_benchmark(name, root, subset=subset)] == ids
+    with pytest.raises(InputError, match="no question of"):
+        load_benchmark(name, root, subset="nothing of that name")
+
+
+def edit_json(file: Path, path: list[Any], value: Any) -> None:
+    """Set a value deep in a JSON file, or in a line of a `.jsonl` file; `...` takes it away."""
+    lines = file.suffix == ".jsonl"
+    text = file.read_text()
+    data = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    if value is ...:
+        del place[path[-1]]
+    file.write_text("\n".join(map(json.dumps, data)) if lines else json.dumps(data))
+
+
+def edit_table(file: Path, index: int, **values: Any) -> None:
+    """Set values of a row of a parquet file."""
+    table = parquet.read_table(file)
+    rows = table.to_pylist()
+    rows[index] |= values
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=table.schema), file)
+
+
+QA, LINES = "qa.json", "dataset/batch-5_1142_20240817.jsonl"
+SENSE, COUNT = "worldsense_qa.json", "json/action_count.json"
+BROKEN_JSON = [
+    ("mvbench", COUNT, [0, "answer"], "4", "record 0, answer"),
+    ("mvbench", COUNT, [0, "candidates"], ["1"], "record 0, candidates"),
+    ("mvbench", COUNT, [0, "candidates"], "1, 2", "record 0, candidates"),
+    ("mvbench", COUNT, [0, "video"], ..., "record 0, video"),
+    ("mvbench", "json/action_sequence.json", [0, "start"], "soon", "record 0, start"),
+    ("mvbench", "json/action_prediction.json", [0, "end"], ..., "record 0, end"),
+    ("mvbench", "json/action_sequence.json", [0, "end"], 0.0, "record 0, end"),
+    ("worldsense", SENSE, ["aJxSquRe"], [], "video aJxSquRe"),
+    ("worldsense", SENSE, ["aJxSquRe", "duration"], ..., "video aJxSquRe, duration"),
+    ("worldsense", SENSE, ["aJxSquRe", "audio_class"], "Music", "video aJxSquRe, audio_class"),
+    ("worldsense", SENSE, ["aJxSquRe", "task1"], None, "video aJxSquRe, task1"),
+    ("worldsense", SENSE, ["aJxSquRe", "task1", "answer"], "D", "video aJxSquRe, task1, answer"),
+    ("worldsense", SENSE, ["aJxSquRe", "task1", "question"], " ", "video aJxSquRe, task1, question"),
+    ("daily_omni", QA, [1, "Choice"], ..., "record 1, Choice"),
+    ("daily_omni", QA, [1, "Answer"], "E", "record 1, Answer"),
+    ("daily_omni", QA, [1, "video_id"], 7, "record 1, video_id"),
+    ("daily_omni", QA, [1, "video_duration"], "", "record 1, video_duration"),
+    ("omnibench", LINES, [2, "answer"], "Singing.", "record 2, answer"),
+    ("omnibench", LINES, [2, "index"], "2", "record 2, index"),
+    ("omnibench", LINES, [2, "audio_path"], ..., "record 2, audio_path"),
+    ("omnibench", LINES, [2, "options"], ["a"] * 11, "record 2, options"),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "path", "value", "field"), BROKEN_JSON)
+def test_a_malformed_record_names_file_place_and_field(
+    name: str, file: str, path: list[Any], value: Any, field: str, copied: Callable[[str], Path]
+) -> None:
+    root = copied(name)
+    edit_json(root / file, path, value)
+    with pytest.raises(InputError) as caught:
+        load_benchmark(name, root)
+    assert caught.value.source == str(root / file) and caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "values", "field"),
+    [
+        ("video_mme", MME_TABLE, {"answer": "E"}, "record 1, answer"),
+        ("video_mme", MME_TABLE, {"options": None}, "record 1, options"),
+        ("video_mme", MME_TABLE, {"videoID": ""}, "record 1, videoID"),
+        ("video_mme", MME_TABLE, {"duration": None}, "record 1, duration"),
+        ("av_odyssey", AV_PART, {"question_type_id": None}, "record 1, question_type_id"),
+        ("av_odyssey", AV_PART, {"question": "Is it [img3]?"}, "record 1, question"),
+        ("av_odyssey", AV_PART, {"answer": "B or C"}, "record 1, answer"),
+    ],
+)
+def test_a_malformed_row_names_file_place_and_field(
+    name: str, file: str, values: dict[str, Any], field: str, copied: Callable[[str], Path]
+) -> None:
+    root = copied(name)
+    edit_table(root / file, 1, **values)
+    with pytest.raises(InputError) as caught:
+        load_benchmark(name, root)
+    assert caught.value.source == str(root / file) and caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        *(("mvbench", COUNT), ("worldsense", SENSE), ("daily_omni", QA), ("omnibench", LINES)),
+        *(("av_odyssey", AV_PART), ("video_mme", MME_TABLE)),
+    ],
+)
+def test_a_file_that_is_cut_off_or_missing(name: str, file: str, copied: Callable[[str], Path]) -> None:
+    root = copied(name)
+    (root / file).write_bytes((root / file).read_bytes()[:-200])
+    with pytest.raises(InputError, match="cut off") as caught:
+        load_benchmark(name, root)
+    assert caught.value.source == str(root / file)
+    (root / file).unlink()
+    if name == "av_odyssey":
+        (root / "av_odyssey_part2.parquet").unlink()
+    with pytest.raises(InputError, match=r"no such file|no parquet file"):
+        load_benchmark(name, root)
+
+
+def test_a_question_that_is_there_twice(copied: Callable[[str], Path]) -> None:
+    root = copied("omnibench")
+    edit_json(root / LINES, [2, "index"], 1)
+    with pytest.raises(InputError, match="question '1' is there 2 times"):
+        load_benchmark("omnibench", root)
+
+
+PROMPTS = {
+    "mvbench": "Carefully watch the video and pay attention to the cause and sequence of events, the detail and "
+    "movement of objects, and the action and pose of persons. Based on your observations, select the best option that "
+    "accurately addresses the question.\nQuestion: Which square is shown after the red one?\nOptions:\n"
+    "(A) The red square.\n(B) The green square.\n(C) The blue square.\n(D) No square.\nOnly give the best option.",
+    "worldsense": "Carefully watch this video and pay attention to every detail. Based on your observations, select "
+    "the best option that accurately addresses the question.\nThese are the frames of a video and the corresponding "
+    "audio. Select the best answer to the following multiple-choice question based on the video. Respond with only "
+    "the letter (A, B, C, or D) of the correct option.\nQuestion: Which colour is the first square?\nA. Red.\n"
+    "B. Green.\nC. Blue.\nD. White.\nAnswer: ",
+    "daily_omni": "\nYour task is to accurately answer multiple-choice questions based on the given video.\nSelect "
+    "the single most accurate answer from the given choices.\nQuestion: What was shown first?\nChoices: ['A. A red "
+    "square', 'B. A green square', 'C. A blue square', \"D. 'Nothing at all'\"]\nYour answer should be a capital "
+    "letter representing your choice: A, B, C, or D. Don't generate any other text.\n",
+    "omnibench": "Please answer the following question based on the given image and audio:\nWhat is shown?.\nPlease "
+    "choose only one answer from the following options:\nA. A red square is shown with a tone.\nB. A green square is "
+    "shown with a tone.\nC. A blue square is shown with a tone.\nD. No square is shown at all..",
+    "av_odyssey": "What fits [audio1]?\nA:[img1]\nB:[img2]\nC:Both\nD:Neither\nAnswer with the option's letter from "
+    "the given choices directly.",
+    "video_mme": "Select the best answer to the following multiple-choice question based on the video. Respond with "
+    "only the letter (A, B, C, or D) of the correct option.\nWhich colour is the first square?\nA. Red.\nB. Green.\n"
+    "C. Blue.\nD. White.\nThe best answer is:",
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_are_the_official_texts(name: str, copied: Callable[[str], Path]) -> None:
+    assert BENCHMARKS[name].prompt(load_benchmark(name, copied(name))[0]) == PROMPTS[name]
+
+
+@given(st.one_of(st.text(), st.text("ABCDabcd(). \n")), st.sampled_from("ABCD"))
+def test_every_answer_has_a_score_of_zero_or_one(answer: str, right: str) -> None:
+    options = ("a dog barks", "The red cat", "Vitamin C", "A man")
+    record = Record("1", Path("clip.mp4"), None, "What?", options, right, (), "choice")
+    for name in SCORED:
+        official, robust = judge(name, record, answer, "official"), judge(name, record, answer, "robust")
+        assert official.score in (0.0, 1.0) and robust.score in (0.0, 1.0)
+        assert robust.counted and (robust.parsed or robust.score == 0)
+        assert official.counted or (name == "video_mme" and not official.parsed and official.score == 0)

@@ -1,0 +1,96 @@
+"""What the end of a calibration writes and measures, and that it says so where that is not what was trained."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acckv import KVCompressor
+from lightning_modules import evaluation_run
+from lightning_modules.calibration.callbacks import EvaluateExport, different_tensors
+from lightning_modules.calibration.datamodule import AVDataModule
+from lightning_modules.cli.errors import INTERRUPTED, run_door
+from lightning_modules.evaluation.options import CALIBRATED, EvaluationOptions
+from tests.calibration.test_calibration import fit
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("clips")
+
+
+def test_a_wrongly_written_low_ratio_stage_is_noticed(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = KVCompressor.save_pretrained
+
+    def save_one_twice(self: KVCompressor, folder: Any, *rest: Any) -> None:
+        save(self, folder, *rest)
+        if self.tight is not None:
+            shutil.copy(Path(folder) / "model.safetensors", Path(folder) / "tight" / "model.safetensors")
+
+    monkeypatch.setattr(KVCompressor, "save_pretrained", save_one_twice)
+    with pytest.raises(RuntimeError, match=r"tight\.weights\.layer_budget, .* differ from what was trained"):
+        fit(cache, tmp_path, tight_share=0.5)
+    loaded = KVCompressor.from_pretrained(tmp_path / "export")
+    assert different_tensors(loaded, loaded) == []
+    loaded.lora.tensors = {name: tensor for name, tensor in loaded.lora.tensors.items() if "layers.0" not in name}
+    missing = different_tensors(loaded, KVCompressor.from_pretrained(tmp_path / "export"))
+    assert missing and all("layers.0" in name and not name.startswith("tight") for name in missing)
+
+
+def test_the_closing_evaluation_asks_the_model_in_memory(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers are those of a model loaded anew, though the other one was trained with gradient checkpointing."""
+    evaluation = EvaluateExport(1, (CALIBRATED,), (0.1,), str(tmp_path / "eval"))
+    with monkeypatch.context() as patched:
+        patched.delattr(evaluation_run, "load_model")
+        module = fit(cache, tmp_path, steps=2, also=[evaluation], gradient_checkpointing=True)
+    data: Any = module.trainer.datamodule
+    options = EvaluationOptions(
+        compressor=str(tmp_path / "export"),
+        policies=[CALIBRATED],
+        ratios=[0.1, 0.0],
+        limit=1,
+        output=str(tmp_path / "again"),
+        accelerator="cpu",
+    )
+    again = evaluation_run.run_evaluation(options, questions=(data.benchmark, data.records("validation")))
+    assert evaluation.results is not None and evaluation.results.rows == again.rows
+    answers = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("eval", "again")]
+    assert answers[0] == answers[1] and answers[0]
+    assert replace(evaluation.results, rows=again.rows) == again
+
+
+def test_ctrl_c_in_an_evaluation_says_how_it_goes_on(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append = evaluation_run.Journal.append
+
+    def press_ctrl_c(*arguments: Any) -> None:
+        append(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(evaluation_run.Journal, "append", press_ctrl_c)
+    records = AVDataModule(validation_clips=2, cache_dir=str(cache)).records("validation")
+    options = EvaluationOptions(
+        policies=["keydiff"], ratios=[0.1], output=str(tmp_path), batch_size=1, accelerator="cpu"
+    )
+
+    def main() -> None:
+        evaluation_run.run_evaluation(options, questions=("two clips", records))
+
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert run_door(main) == INTERRUPTED == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert f"What was answered is in {tmp_path}; the same command goes on from there." in capsys.readouterr().out
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1

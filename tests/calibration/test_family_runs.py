@@ -1,0 +1,155 @@
+"""Every family calibrates two steps by its own config and is evaluated; tiny models with random weights.
+
+What the models answer means nothing. `test_configs` runs the same through the command lines.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning import Trainer
+
+from acckv import InputError, KVCompressor
+from acckv.data.precomputed import write_encoded_clip
+from acckv.data.synthetic.clips import video_folder, write_clips
+from acckv.evaluation.results import REFERENCE_NAMES
+from lightning_modules.calibration.callbacks import ExportCompressor
+from lightning_modules.calibration.datamodule import AVDataModule
+from lightning_modules.calibration.module import CalibrationModule
+from lightning_modules.evaluation.datamodule import EvaluationData
+from lightning_modules.evaluation.run import EvaluationOptions, run_evaluation
+from tests import checkpoints
+from tests.families import FAMILIES
+from tests.paths import ROOT
+
+TURNS = {
+    "videollama2": "\n{}<|im_end|>\n<|im_start|>assistant\n",
+    "avicuna": "\n {} ASSISTANT:",
+}
+QUESTIONS = {"What colour was it?": "red", "Describe it.": "a red ring"}
+
+
+def encoded_folder(folder: Path, kind: str, **options: Any) -> Path:
+    """Three clips as the family lays them out, of different length, with two questions each."""
+    model = FAMILIES[kind].build()
+    lines = []
+    for number, split in enumerate(("train", "validation", "test")):
+        inputs = FAMILIES[kind].context(model, seed=number, frames=2 + number)
+        write_encoded_clip(folder, f"clip {number}", inputs["inputs_embeds"][0], inputs["modality_ids"][0])
+        for question, answer in QUESTIONS.items():
+            row = {"clip": f"clip {number}", "question": TURNS[kind].format(question), "answer": answer}
+            lines.append(json.dumps({**row, "groups": ["Visual"], "split": split, **options}))
+    (folder / "questions.jsonl").write_text("\n".join([*lines, ""]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def question_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two generated clips of four slots with sound, two questions each."""
+    root = tmp_path_factory.mktemp("clips")
+    file = write_clips(root, "test", 2, slots=4, both=1, video_only=1, audio_only=1, workers=1, progress=False)
+    rows = json.loads(file.read_text())
+    file.write_text(json.dumps([row for place, row in enumerate(rows) if place % (len(rows) // 2) < 2]))
+    return file
+
+
+def options_of(name: str, folder: Path, question_file: Path) -> tuple[dict[str, Any], EvaluationData]:
+    """What replaces the data of a config, and the data of an evaluation."""
+    if name in TURNS:
+        clips = encoded_folder(folder / "clips", name)
+        return {"encoded": str(clips)}, EvaluationData(encoded=str(clips))
+    videos = str(video_folder(question_file))
+    file = str(question_file)
+    train = {"train_questions": file, "validation_questions": file, "video_root": videos}
+    return train, EvaluationData(question_file=file, video_root=videos)
+
+
+# One of a kind by default: a model with towers, and a decoder that is given embeddings.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("gemma4", marks=pytest.mark.slow),
+        "gemma4_unified",
+        "videollama2",
+        pytest.param("avicuna", marks=pytest.mark.slow),
+    ],
+)
+def test_calibrated_and_evaluated(name: str, question_file: Path, tmp_path: Path) -> None:
+    base = (checkpoints.decoder if name in TURNS else checkpoints.gemma4)(tmp_path / "model", name)
+    train, data = options_of(name, tmp_path, question_file)
+    config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    torch.manual_seed(0)
+    module = CalibrationModule(**{**config["model"], "base_model": str(base), "dtype": "float32", "lora_rank": 2})
+    shared = {"base_model": str(base), "when": config["model"]["when"]}
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        limit_val_batches=1,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        callbacks=[ExportCompressor(str(tmp_path / "export"), new_tokens=3)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, datamodule=AVDataModule(**{**config["data"], **train, **shared}))
+    compressor = KVCompressor.from_pretrained(tmp_path / "export")
+    assert compressor.base["name"] == str(base) and compressor.lora is not None
+    place = "clips" if name in TURNS else question_file.name
+    record = compressor.calibration
+    assert record is not None and record.data.endswith(f" of {place}") and record.steps == 2
+    assert sum(record.kinds.values()) == record.questions >= record.clips >= 1
+    trained = [bool(value.any()) for key, value in compressor.lora.tensors.items() if "lora_B" in key]
+    assert any(trained) and float(trainer.callback_metrics["val/kl"]) > 0
+
+    for when in ("context", "prompt"):
+        options = EvaluationOptions(
+            model=str(base),
+            compressor=str(tmp_path / "export"),
+            policies=["keydiff", "acckv-calibrated"] if when == "context" else ["keydiff"],
+            ratios=[0.2],
+            when=when,
+            output=str(tmp_path / when),
+            data=data,
+            word_tokens=2,
+            description_tokens=3,
+            update_card=False,
+            accelerator="cpu",
+        )
+        rows = {row.policy: row for row in run_evaluation(options).rows}
+        assert {row.n for row in rows.values()} == {2 if name in TURNS else 4}
+        assert rows["control"].kept_entries == 0 and rows["full"].kept_entries == rows["full"].full_entries
+        for policy in rows.keys() - REFERENCE_NAMES.keys():
+            assert rows[policy].kept_entries == pytest.approx(0.2 * rows["full"].full_entries, abs=1)
+
+
+def test_clips_of_the_wrong_kind(tmp_path: Path) -> None:
+    """Videos for a plain decoder, embeddings for a model with towers, embeddings of another width."""
+    clips = encoded_folder(tmp_path / "clips", "videollama2")
+    decoder = checkpoints.decoder(tmp_path / "model")
+    wide = encoded_folder(tmp_path / "wide", "videollama2")
+    write_encoded_clip(wide, "clip 2", torch.randn(5, 32), torch.tensor([0, 1, 1, 2, 2]))
+
+    def run(model: object, folder: Path) -> None:
+        data = EvaluationData(encoded=str(folder))
+        options = {"policies": ["keydiff"], "ratios": [0.2], "output": str(tmp_path / f"{folder.name}-out")}
+        run_evaluation(EvaluationOptions(model=str(model), data=data, accelerator="cpu", **options))
+
+    with pytest.raises(InputError, match=r"clip 2\.safetensors: a Qwen2_5OmniProcessor takes clips as Media"):
+        run("tiny", clips)
+    with pytest.raises(InputError, match=r"clip 2\.safetensors: inputs_embeds: has a width of 32, the decoder's is 64"):
+        run(decoder, wide)
+    with pytest.raises(InputError, match=r"data\.variant: is of use only with generated clips"):
+        EvaluationData(encoded=str(clips), variant="noisy").records()
+    with pytest.raises(InputError, match=r"model\.when: is 'prompt'"):
+        AVDataModule(source="encoded", encoded=str(clips), when="prompt")
+    with pytest.raises(InputError, match=r"data\.encoded: is needed with source 'encoded'"):
+        AVDataModule(source="encoded")
+    assert not list(tmp_path.glob("*/results.json"))

@@ -1,0 +1,226 @@
+"""The training simulation on every family: equal to eviction, differentiable, and gradient checkpointing may be on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from acckv import CompressionConfig, InputError, KVCompressor
+from acckv.method.heads import join_heads, one_head
+from acckv.method.plan import LayerPlan
+from acckv.method.scoring import Observation
+from acckv.method.weights import CalibratedWeights
+from acckv.models import find_adapter
+from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
+from acckv.runtime.prefill import Prefill
+from acckv.runtime.simulation import Simulation
+from tests.families import FAMILIES, Family, Tokenizer
+from tests.runtime.test_turns import continued
+
+QUESTION = (20, 21, 22)
+
+Built = tuple[Family, Any]
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def built(request: pytest.FixtureRequest) -> Built:
+    family = FAMILIES[request.param]
+    return family, family.build()
+
+
+def after(session: Any, prefill: Any, tokens: tuple[int, ...] = QUESTION) -> dict[str, Any]:
+    """Inputs of text that follows a prefill."""
+    rows = prefill.labels.labels.shape[0]
+    real = prefill.labels.real.long()
+    return {
+        "input_ids": torch.tensor([tokens] * rows, device=real.device),
+        "attention_mask": torch.cat([real, real.new_ones(rows, len(tokens))], dim=1),
+        "position_ids": session.adapter.text_positions(
+            prefill.next_position + torch.arange(len(tokens), device=real.device)
+        ),
+    }
+
+
+def assert_equal(found: Tensor, expected: Tensor) -> None:
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def calibrated(model: Any, rank: int = 2) -> KVCompressor:
+    """A compressor with weights and LoRA that are not at their start."""
+    adapter = find_adapter(model)
+    sizes = adapter.dimensions
+    torch.manual_seed(0)
+    weights = CalibratedWeights(sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], 2)
+    for parameter in weights.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    settings = lora_config(adapter, rank, 2.0 * rank, ("q_proj", "v_proj"), "tiny")
+    attached = AttachedLora(adapter, settings)
+    tensors = {name: 0.1 * torch.randn_like(tensor) for name, tensor in attached.tensors().items()}
+    attached.remove()
+    config = CompressionConfig.preset("paper", probe_queries=2)
+    return KVCompressor(config, weights, LoraWeights(settings, tensors), base={"name": "tiny", **sizes})
+
+
+@pytest.mark.parametrize("preset", ["paper", "context"])
+def test_hard_gates_equal_eviction(built: Built, preset: str) -> None:
+    family, model = built
+    compressor = KVCompressor(CompressionConfig.preset(preset, ratio=0.4))
+    with compressor(model, Tokenizer()) as session, torch.no_grad():
+        prefill = session.prefill(**family.context(model))
+        simulated = session.simulate(prefill, session.plan(prefill), **after(session, prefill))
+        evicted = continued(family, model, session, session.compress(prefill), QUESTION)
+        teacher = session.simulate(prefill, None, **after(session, prefill))
+        full = continued(family, model, session, session.compress(prefill, ratio=1.0), QUESTION)
+    assert_equal(simulated[0], evicted)
+    assert_equal(teacher[0], full)
+
+
+def test_packed_turns_equal_single_ones(built: Built) -> None:
+    """Two questions in one row that do not see each other, by a 4-D mask."""
+    family, model = built
+    first, second = (20, 21, 22), (23, 24)
+    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.4))(model) as session, torch.no_grad():
+        prefill = session.prefill(**family.context(model, frames=3, sounds=9))
+        plans = session.plan(prefill)
+        alone = [session.simulate(prefill, plans, **after(session, prefill, turn))[0] for turn in (first, second)]
+        offsets = torch.tensor([[0, 1, 2, 0, 1]])
+        same = torch.tensor([0, 0, 0, 1, 1])
+        visible = (same[:, None] == same) & torch.ones(5, 5, dtype=torch.bool).tril()
+        length = prefill.labels.labels.shape[1]
+        visible = torch.cat([torch.ones(5, length, dtype=torch.bool), visible], dim=1)[None, None]
+        packed = session.simulate(
+            prefill,
+            plans,
+            input_ids=torch.tensor([[*first, *second]]),
+            attention_mask=torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min),
+            position_ids=session.adapter.text_positions(prefill.next_position + offsets),
+        )
+    assert_equal(packed[0, :3], alone[0])
+    assert_equal(packed[0, 3:], alone[1])
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "kvzip", "acckv"])
+def test_kept_rows_equal_a_prefill_of_their_own(built: Built, policy: Any) -> None:
+    """A clip's prefill, kept by itself and stacked beside a longer clip's, is the batch's."""
+    family, model = built
+    long, short = family.context(model, frames=3, sounds=9), family.context(model, seed=1)
+    with KVCompressor(CompressionConfig(policy=policy, ratio=0.4))(model, Tokenizer()) as session, torch.no_grad():
+        if session.adapter.has_windows:
+            with pytest.raises(InputError, match="cannot be kept by row"):
+                session.prefill(**long).rows()
+            return
+        batch = session.prefill(**family.collate([short, long]))
+        reversed_rows = [Prefill.stack(batch.rows()[::-1]).rows()[place] for place in (1, 0)]
+        again = Prefill.stack(reversed_rows)
+        for row, single in enumerate((short, long)):
+            alone = session.prefill(**single)
+            expected = session.simulate(alone, session.plan(alone), **after(session, alone))
+            for prefill in (batch, again):
+                found = session.simulate(prefill, session.plan(prefill), **after(session, prefill))
+                assert_equal(found[row], expected[0])
+            kept = reversed_rows[row]
+            assert_equal(session.simulate(kept, session.plan(kept), **after(session, kept)), expected)
+
+
+def test_gradient_checkpointing_changes_nothing(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the cache from the layers and repeats their forward in backward: the gates must still be there."""
+    family, model = built
+    attend, calls = Simulation.attend, []
+
+    def counted(self: Simulation, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        return attend(self, *args, **kwargs)
+
+    monkeypatch.setattr(Simulation, "attend", counted)
+    required = [parameter.requires_grad for parameter in model.parameters()]
+    found = []
+    for checkpointing in (False, True):
+        compressor = calibrated(model)
+        model.requires_grad_(False)
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        with compressor(model, Tokenizer(), lora_mode="separate") as session:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(".lora_" in name)
+            prefill = session.prefill(**family.context(model))
+            plans = session.plan(prefill, 0.4, temperature=0.5)
+            logits = session.simulate(prefill, plans, **after(session, prefill))
+            once = len(calls)
+            logits.square().mean().backward()
+            assert len(calls) == (2 * once if checkpointing else once)
+            calls.clear()
+            assert session.attached is not None
+            parameters = [*compressor.weights.parameters(), *session.attached.parameters()]  # type: ignore[union-attr]
+            found.append((logits.detach(), [parameter.grad for parameter in parameters]))
+        model.activation_checkpointing_disable()
+        model.eval()
+    for parameter, flag in zip(model.parameters(), required, strict=True):
+        parameter.requires_grad_(flag)
+    (plain, expected), (checkpointed, gradients) = found
+    assert_equal(checkpointed, plain)
+    reached = 0
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert (gradient is None) == (reference is None)
+        if reference is not None:
+            assert torch.allclose(gradient, reference, atol=1e-6 + 1e-4 * float(reference.abs().max()))
+            reached += bool(reference.abs().max() > 0)
+    assert reached > 15  # budgets, scores, probes, merging, alignment and LoRA
+
+
+def test_lora_is_on_the_decoder_alone_and_comes_off(built: Built) -> None:
+    family, model = built
+    adapter = find_adapter(model)
+    names = list(adapter.projections(("q_proj", "v_proj")))
+    decoder = next(name for name, module in model.named_modules() if module is adapter.decoder)
+    assert names and all(name.startswith(f"{decoder}.layers.") for name in names)
+    assert len([name for name in names if name.endswith("q_proj")]) == len(adapter.decoder.layers)
+    before = model.generate(**{k: v for k, v in family.clip(model).items() if k != "modality_ids"}, max_new_tokens=2)
+    clip = {name: value for name, value in family.clip(model).items() if name != "modality_ids"}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for mode in ("separate", "merged"):
+        with calibrated(model)(model, Tokenizer(), lora_mode=mode) as session:
+            session.compress(**family.context(model))
+            assert any("lora" in name for name, _ in model.named_modules()) == (mode == "separate")
+        assert not any("lora" in name for name, _ in model.named_modules())
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert torch.equal(model.generate(**clip, max_new_tokens=2), before)
+
+
+@pytest.mark.parametrize("preset", ["paper", "context"])
+def test_a_calibrated_stream_stays_within_its_budget(built: Built, preset: str) -> None:
+    family, model = built
+    weights = calibrated(model).weights
+    chunk = family.context(model, frames=1, sounds=3, intro=())
+    for options in ({}, {"share_heads": True}):
+        config = CompressionConfig.preset(preset, probe_queries=2, budget=4, **options)
+        with KVCompressor(config, weights)(model, Tokenizer()) as session:
+            cache = session.extend(chunk, session.extend(chunk, session.extend(chunk)))
+        assert cache.kept_entries().sum() == 4 * family.layers
+
+
+@pytest.mark.parametrize("preset", ["paper", "context"])
+def test_a_head_alone_is_planned_as_beside_the_others(built: Built, preset: str) -> None:
+    family, model = built
+    config = CompressionConfig.preset(preset, probe_queries=2, neighbours=2)
+    compressor = KVCompressor(config, calibrated(model).weights)
+    with compressor(model, Tokenizer()) as session, torch.no_grad():
+        prefill = session.prefill(**family.context(model, frames=3, sounds=9))
+        seen = (prefill.probes if config.observes_attention else prefill.observations)[1]
+    labels, counts = prefill.labels, prefill.labels.counts()
+
+    def plan(compressor: KVCompressor, seen: Observation) -> LayerPlan:
+        score = compressor.policy.score(1, seen, labels)
+        split = compressor.split(1, score, torch.tensor([7]), counts, 0.3)
+        return compressor.plan_one(1, score, seen, labels, split)
+
+    whole = plan(compressor, seen)
+    heads = range(seen.keys.shape[1])
+    joined = join_heads([plan(compressor.head(head), one_head(seen, head)) for head in heads])
+    assert torch.equal(whole.log_gates, joined.log_gates)
+    torch.testing.assert_close((whole.keys, whole.values), (joined.keys, joined.values))
+    torch.testing.assert_close(whole.bias, joined.bias)

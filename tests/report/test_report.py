@@ -1,0 +1,317 @@
+"""results.json, predictions, tables, plots and the model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+
+import acckv
+from acckv.data.calibration_record import CalibrationRecord
+from acckv.errors import InputError
+from acckv.evaluation.results import GroupScore, Results, Row, read_results, write_predictions, write_results
+from acckv.io.files import whole_file
+from acckv.report.calibration import KeptShares, RunFacts, render_report
+from acckv.report.card import render_card, write_card
+from acckv.report.plots import plot_budgets, plot_pareto
+from acckv.report.table import control_warning, render_group_tables, render_table
+from tests.paths import ROOT
+
+
+def _row(policy: str, ratio: float, accuracy: float, half: float = 0.02) -> Row:
+    return Row(
+        policy=policy,
+        ratio=ratio,
+        n=480,
+        accuracy=accuracy,
+        relative=accuracy / 0.96,
+        ci95=(max(0.0, accuracy - half), min(1.0, accuracy + half)),
+        kept_entries=272 * ratio,
+        full_entries=272.0,
+        kv_bytes=18_432 + round(3072 * 272 * ratio),
+        groups={"Visual": GroupScore(300, accuracy), "Audio/Pitch": GroupScore(180, None)},
+    )
+
+
+@pytest.fixture
+def results() -> Results:
+    rows = [
+        _row("full", 1.0, 0.96),
+        _row("control", 0.0, 0.18),
+        _row("snapkv", 0.2, 0.62),
+        _row("snapkv", 0.05, 0.41),
+        _row("acckv-calibrated", 0.2, 0.95),
+        _row("acckv-calibrated", 0.05, 0.92),
+    ]
+    return Results("tiny", "generated-clips/test", "context", 7, rows)
+
+
+def _text(*tables, width: int = 140) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    for table in tables:
+        console.print(table)
+    return console.file.getvalue()
+
+
+# ------------------------------------------------------------------ results.json
+
+
+def test_results_have_exactly_the_fields_of_format_1(tmp_path: Path, results: Results) -> None:
+    write_results(tmp_path / "results.json", results)
+    written = json.loads((tmp_path / "results.json").read_text())
+    added = ["score", "clips", "failed_clips", "failed_questions"]  # files from before they came are read too
+    assert list(written) == ["format", "model", "benchmark", "when", "seed", "rows", *added]
+    older = {name: json.loads(json.dumps(written[name])) for name in written if name not in added}
+    for row in older["rows"]:
+        del row["standard_error"], row["metrics"], row["cut"]
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    assert read_results(tmp_path / "older.json") == results
+    assert (written["format"], written["model"], written["when"], written["seed"]) == (1, "tiny", "context", 7)
+    assert set(written["rows"][0]) == {
+        *("policy", "ratio", "n", "accuracy", "relative", "ci95"),
+        *("kept_entries", "full_entries", "kv_bytes", "groups", "standard_error", "metrics", "cut"),
+    }
+    assert written["rows"][1]["policy"] == "control"
+    assert written["rows"][1]["ratio"] == 0
+    assert written["rows"][2]["ci95"] == [0.60, 0.64]
+    assert written["rows"][2]["groups"]["Visual"] == {"n": 300, "accuracy": 0.62}
+
+
+def test_results_survive_the_round_trip(tmp_path: Path, results: Results) -> None:
+    write_results(tmp_path / "results.json", results)
+    assert read_results(tmp_path / "results.json") == results
+    assert results.full is results.rows[0]
+    assert results.control is results.rows[1]
+    assert results.row("snapkv", 0.5) is None
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, results: Results) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, results)
+    before = path.read_bytes()
+    broken = dataclasses.replace(results, rows=[dataclasses.replace(results.rows[0], accuracy=float("nan"))])
+    with pytest.raises(ValueError):
+        write_results(path, broken)
+    with pytest.raises(RuntimeError), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(format=2), "format: unknown format 2"),
+        (lambda v: v.pop("seed"), "seed: missing"),
+        (lambda v: v.update(when="later"), "when: 'later'"),
+        (lambda v: v["rows"][3].pop("kv_bytes"), "rows[3].kv_bytes: missing"),
+        (lambda v: v["rows"][3].update(accuracy=1.5), "rows[3].accuracy: 1.5 is not a number from 0 to 1"),
+        (lambda v: v["rows"][0].update(accuracy=True), "rows[0].accuracy: True"),
+        (lambda v: v["rows"][0].update(ci95=[0.1]), "rows[0].ci95"),
+        (lambda v: v["rows"][0]["groups"].update(Audio={"n": 3}), "rows[0].groups.Audio.accuracy: missing"),
+        (lambda v: v["rows"][0]["metrics"].update(CIDEr="x"), "rows[0].metrics.CIDEr: 'x' is not a number"),
+        (lambda v: v["rows"][0].update(standard_error=-1), "rows[0].standard_error: -1"),
+        (lambda v: v["rows"].append("row"), "rows[6]: expected an object"),
+    ],
+)
+def test_a_bad_field_is_named(tmp_path: Path, results: Results, change, message: str) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, results)
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError) as error:
+        read_results(path)
+    assert str(error.value).startswith(f"{path}: {message}")
+
+
+def test_a_cut_or_missing_file_is_named(tmp_path: Path, results: Results) -> None:
+    path = tmp_path / "results.json"
+    with pytest.raises(InputError, match="no such file"):
+        read_results(path)
+    write_results(path, results)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(InputError, match="not a whole JSON file"):
+        read_results(path)
+
+
+def test_predictions_are_one_object_a_line(tmp_path: Path) -> None:
+    lines = [{"id": "1", "prediction": "red\ncircle"}, {"id": "2", "prediction": "\u00fc"}]
+    write_predictions(tmp_path / "predictions.jsonl", lines)
+    text = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line) for line in text.splitlines()] == lines
+
+
+# ------------------------------------------------------------------ tables
+
+
+def test_table_shows_every_row_with_its_numbers(results: Results) -> None:
+    text = _text(render_table(results, {("snapkv", 0.2): (0.63, 0.67)}))
+    line = next(line for line in text.splitlines() if "snapkv" in line and " 0.2 " in line)
+    assert " ".join(line.split()) == "snapkv 0.2 62.0% [60.0, 64.0] 64.6% [63.0, 67.0] 54.4 / 272 185,549"
+    assert any(line.split()[:2] == ["control*", "0"] for line in text.splitlines())
+    assert "480 questions, seed 7" in text
+    assert "control*: every audio and video entry evicted" in text
+
+
+def test_group_tables_are_one_a_ratio_with_both_references(results: Results) -> None:
+    tables = render_group_tables(results)
+    assert len(tables) == 2
+    text = _text(tables[0])
+    line = next(line for line in text.splitlines() if line.split()[:1] == ["Visual"])
+    assert line.split() == ["Visual", "300", "96.0", "18.0", "62.0", "95.0"]
+    empty = next(line for line in text.splitlines() if "Audio/Pitch" in line)
+    assert empty.split() == ["Audio/Pitch", "180", "-", "-", "-", "-"]
+
+
+def test_warning_when_the_control_is_not_far_below_full(results: Results) -> None:
+    assert control_warning(results) is None
+    near = dataclasses.replace(results, rows=[_row("full", 1.0, 0.96), _row("control", 0.0, 0.90)])
+    assert "says nothing about the cache" in (control_warning(near) or "")
+    assert "90.0% against 96.0%" in (control_warning(near) or "")
+    noisy = dataclasses.replace(results, rows=[_row("full", 1.0, 0.5, 0.3), _row("control", 0.0, 0.3, 0.2)])
+    assert "says nothing" in (control_warning(noisy) or "")
+    prompt = dataclasses.replace(near, when="prompt")
+    assert "first answer token before compression" in (control_warning(prompt) or "")
+    assert "without the rows" in (control_warning(dataclasses.replace(results, rows=[])) or "")
+
+
+# ------------------------------------------------------------------ plots
+
+
+def _ink(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"), dtype=int)
+
+
+def test_pareto_plot_moves_with_the_numbers(tmp_path: Path, results: Results) -> None:
+    plot_pareto(tmp_path / "a.png", results)
+    other = dataclasses.replace(results, rows=[*results.rows[:5], _row("acckv-calibrated", 0.05, 0.5)])
+    plot_pareto(tmp_path / "b.png", other)
+    first, second = _ink(tmp_path / "a.png"), _ink(tmp_path / "b.png")
+    assert first.shape == second.shape
+    assert (first != second).any()
+    calibrated = np.array([0xD5, 0x5E, 0x00])
+    rows = np.where((np.abs(first - calibrated).sum(-1) < 30).any(axis=1))[0]
+    lower = np.where((np.abs(second - calibrated).sum(-1) < 30).any(axis=1))[0]
+    # The first coloured row is the curve's top; the legend's line lies at the same place in both.
+    assert rows.size > 0
+    assert lower.size > rows.size
+
+
+def test_budget_map_shows_the_largest_share_brightest(tmp_path: Path) -> None:
+    budgets = {0.2: torch.tensor([[28.8, 0.0], [0.0, 0.0]]), 0.1: torch.tensor([[0.0, 0.0], [0.0, 12.8]])}
+    plot_budgets(tmp_path / "budgets.png", budgets, torch.tensor([144.0, 128.0]), "acckv")
+    picture = _ink(tmp_path / "budgets.png")
+    yellow = np.abs(picture - np.array([253, 231, 37])).sum(-1) < 12
+    columns = np.where(yellow.any(axis=0))[0]
+    rows = np.where(yellow.any(axis=1))[0]
+    height, width = yellow.shape
+    left, right = columns[columns < width / 2], columns[columns >= width / 2]
+    # Left panel: video of the upper layer. Right panel: audio of the lower layer.
+    assert yellow[: height // 2, left].sum() > 0
+    assert yellow[height // 2 + height // 8 :, left].sum() == 0
+    assert yellow[height // 2 + height // 8 :, right].sum() > 0
+    assert rows.size > 0
+    with pytest.raises(ValueError, match="no budgets"):
+        plot_budgets(tmp_path / "none.png", {}, torch.ones(2), "acckv")
+    assert not (tmp_path / "none.png").exists()
+
+
+# ------------------------------------------------------------------ card
+
+CONFIG = {
+    "format": 1,
+    "base": {"name": "tiny", "layers": 6},
+    "compression": {"policy": "acckv", "when": "context", "ratio": 0.1},
+    "lora_scope": "after",
+    "has_lora": True,
+}
+
+
+def test_card_without_measurement_says_so() -> None:
+    card = render_card(CONFIG)
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == "tiny"
+    assert front["library_name"] == "acckv"
+    assert "No measurement has been attached yet" in card
+    assert "| policy | ratio |" not in card
+    assert "only on tokens after the compression" in card
+
+
+def test_card_holds_the_measured_rows_and_their_command(tmp_path: Path, results: Results) -> None:
+    path = write_card(tmp_path, CONFIG, results, command="python evaluate.py --limit 3")
+    card = path.read_text()
+    assert "| acckv-calibrated | 0.05 | 92.0% | 90.0% to 94.0% | 95.8% | 13.6 / 272 | 60,211 |" in card.splitlines()
+    assert "python evaluate.py --limit 3" in card
+    assert "480 questions, seed 7" in card
+    assert "says nothing about the cache" not in card
+    table = [line for line in card.splitlines() if line.startswith("| ") and "%" in line and "interval" not in line]
+    assert len(table) == len(results.rows)
+
+
+def test_card_and_readme_say_what_an_export_keeps() -> None:
+    text = (Path(acckv.__file__).parent / "report/templates/transfer.md.jinja").read_text()
+    rows = [line.split("|")[2:-1] for line in text.splitlines() if re.match(r"\| .*\d", line)]
+    columns, *shares = [[cell.strip(" *") for cell in row] for row in rows]
+    assert (columns[1], shares[2][1], shares[3][1]) == ("0.5", "62.0", "75.5")
+    assert (columns[4], shares[0][4], shares[1][4]) == ("0.05", "99.5", "85.5")
+    readme = (ROOT / "README.md").read_text()
+    assert readme.index(text) < readme.index("\n## ")
+    assert readme.index("\n|") > readme.index("**An export keeps")  # the first table
+    assert text in render_card(CONFIG)
+
+
+def test_card_names_the_questions_of_its_calibration() -> None:
+    kinds = {"Audio/Pitch": 1200, "What is |heard| ?": 300}
+    record = CalibrationRecord("questions of train.json", 400, 1500, kinds, 0.02, 0.5, 2400)
+    card = render_card({**CONFIG, "has_weights": True, "calibration": record.to_dict()})
+    section = card[card.index("## What it was calibrated on") : card.index("**An export keeps")].splitlines()
+    assert [line for line in section if line.startswith("| ")] == [
+        "| | |",
+        "| data | questions of train.json |",
+        "| training clips, questions | 400, 1,500 |",
+        "| kinds of questions | Audio/Pitch (1,200), What is \\|heard\\| ? (300) |",
+        "| compressed | after the media, before any question is seen (`when: context`) |",
+        "| kept shares, steps | 0.02 to 0.5, 2,400 |",
+    ]
+    assert "does not say what it was calibrated on" in render_card({**CONFIG, "has_weights": True})
+    assert "is training-free" in render_card(CONFIG)
+    with pytest.raises(InputError, match="calibration: a value is missing or ill-formed"):
+        render_card({**CONFIG, "calibration": {**record.to_dict(), "kinds": ["Audio"]}})
+
+
+def test_card_warns_where_the_control_is_near(results: Results) -> None:
+    near = [_row("full", 1.0, 0.9), _row("control", 0.0, 0.88)]
+    assert "says nothing about the cache" in render_card(CONFIG, near)
+
+
+def test_card_needs_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        write_card(tmp_path / "nowhere", CONFIG)
+
+
+# ------------------------------------------------------------------ report of a calibration
+
+
+def test_the_report_says_what_the_tightest_ratio_saw_alone() -> None:
+    kept = KeptShares({0.1: torch.ones(2, 2)}, torch.tensor([10.0, 10.0]))
+
+    def text(steps: int, **options: float) -> str:
+        facts = RunFacts("tiny", "context", steps, 10, steps, 0.005, 0.5, 0.005, (0.02, 0.5), **options)  # type: ignore[arg-type]
+        return render_report(facts, kept, None, ("kept.png", "history.png"))
+
+    alone = "The first 6 see 0.02 alone; what they learn holds below 0.03."
+    early = "warning: training ended before it saw a ratio above 0.02"
+    assert alone in text(10, tight_steps=6, tight_below=0.03) and early not in text(7, tight_steps=6, tight_below=0.03)
+    assert early in text(6, tight_steps=6, tight_below=0.03)
+    assert "alone" not in text(10) and early not in text(10)

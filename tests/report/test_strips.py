@@ -1,0 +1,90 @@
+"""What a strip says was kept is what the cache holds; a control evicts one modality and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from acckv import CompressionConfig, InputError, KVCompressor
+from acckv.cache.cache import compressed_layers
+from acckv.data.encoding import encode_context, question_suffix
+from acckv.data.media import Media, read_media
+from acckv.method.modality import Modality
+from acckv.models import load_model
+from acckv.policies.single_modality import EvictedModality
+from acckv.report.timeline import envelope, thumbnails, watch_clip
+from tests.data.test_media import write_video
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny")
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Media:
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    sound = np.sin(np.arange(6 * 16_000) / 20).astype(np.float32)[None]
+    write_video(path, [0.0, 1.0, 2.5, 4.0, 5.9], [40, 90, 140, 190, 40], sound, size=(84, 84))
+    return read_media(path)
+
+
+@pytest.mark.parametrize("policy", ["keydiff", "snapkv", "acckv"])
+def test_recorded_entries_are_those_of_the_cache(policy: str, tiny, media: Media) -> None:
+    model, processor = tiny
+    compressor = KVCompressor(CompressionConfig(policy=policy))  # type: ignore[arg-type]
+    (kept,), grid = watch_clip(model, processor, media, None, [(compressor, 0.2)], "context")
+    with compressor(model, processor) as session:
+        prefill = session.prefill(**encode_context(processor, media))
+        cache = session.compress(prefill, 0.2)
+    labels = prefill.labels.labels[0]
+    for number, (full, held) in enumerate(zip(compressed_layers(prefill.cache), compressed_layers(cache), strict=True)):
+        for modality, counts in ((Modality.VIDEO, kept.video), (Modality.AUDIO, kept.audio)):
+            found = torch.zeros(counts.shape[1], dtype=torch.long)
+            for head in range(full.keys.shape[1]):
+                offered, there = full.keys[0, head, labels == modality], held.keys[0, head]
+                found += (offered[:, None] == there[None]).all(-1).any(-1)
+            heads = full.keys.shape[1] // kept.heads
+            assert found.tolist() == (heads * counts[number]).tolist(), (number, modality)
+    assert grid == (3, 3)
+    assert kept.video.shape[1] == 9 * len(media.frames) // 2
+
+
+@pytest.mark.parametrize("modality", [Modality.VIDEO, Modality.AUDIO])
+def test_control_evicts_one_modality_and_nothing_else(modality: Modality, tiny, media: Media) -> None:
+    model, processor = tiny
+    inputs = encode_context(processor, media)
+    with EvictedModality(modality)(model, processor) as session:
+        prefill = session.prefill(**inputs)
+        caches = [session.compress(prefill, 0.0), session.compress(**inputs)]
+        answers = [
+            session.answer(cache, question_suffix(processor, "what ?")[None], max_new_tokens=3) for cache in caches
+        ]
+    stays = prefill.labels.labels[0] != modality
+    for cache in caches:
+        for full, held in zip(compressed_layers(prefill.cache), compressed_layers(cache), strict=True):
+            torch.testing.assert_close(held.keys, full.keys[:, :, stays], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(held.values, full.values[:, :, stays], atol=1e-4, rtol=1e-4)
+    assert torch.equal(*answers)
+
+
+def test_control_has_no_ratio_and_no_text() -> None:
+    assert EvictedModality(Modality.AUDIO).name == "control_audio_evicted"
+    with pytest.raises(InputError, match="ratio: keeps one modality whole"):
+        EvictedModality(Modality.AUDIO).with_ratio(0.5)
+    with pytest.raises(InputError, match="modality: text is neither video nor audio"):
+        EvictedModality(Modality.TEXT)
+
+
+def test_thumbnails_and_envelope(media: Media) -> None:
+    pictures = thumbnails(media.frames)
+    assert pictures.shape == (6, 3, 72, 72)
+    assert pictures.dtype == torch.uint8
+    assert pictures[0].float().mean() == pytest.approx(media.frames[0].float().mean().item(), abs=2)
+    assert media.audio is not None
+    low, high = envelope(media.audio)
+    assert 400 <= len(low) <= 401
+    assert (high - low > 1.8).sum() > 350
+    assert envelope(None).shape == (2, 0)
+    assert envelope(torch.tensor([0.5, -2.0])).tolist() == [[0.5, -1.0], [0.5, -1.0]]
