@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from acckv import KVCompressor
-from lightning_modules import evaluation_run
 from lightning_modules.calibration.callbacks import EvaluateExport, different_tensors
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.cli.errors import INTERRUPTED, run_door
+from lightning_modules.evaluation import run as evaluation_run
 from lightning_modules.evaluation.options import CALIBRATED, EvaluationOptions
 from tests.calibration.test_calibration import fit
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from acckv import InputError
-from lightning_modules import teacher_targets
+from lightning_modules.calibration import teacher_targets
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.losses import divergence
 from lightning_modules.calibration.module import CalibrationModule

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from acckv import CompressionConfig, InputError, KVCompressor, adapters
-from acckv.models import GenericAdapter, find_adapter, load_model, loading
+from acckv import CompressionConfig, InputError, KVCompressor
+from acckv.models import ADAPTERS, GenericAdapter, find_adapter, load_model, loading
 from acckv.models.base import ModelAdapter
 from tests.families import FAMILIES, TEXT
 
@@ -57,7 +57,7 @@ def test_load_the_thinker_of_a_full_omni_checkpoint(tmp_path: Path, monkeypatch:
 
 
 def test_model_types_have_one_adapter_each() -> None:
-    types = [kind for family in adapters.ADAPTERS for kind in family.model_types]
+    types = [kind for family in ADAPTERS for kind in family.model_types]
     assert len(types) == len(set(types))
 
 

@@ -26,7 +26,7 @@ COMES_WITH = {
 
 def imported() -> set[str]:
     """Distributions that the package and its scripts import, anywhere in a file."""
-    files = [*ROOT.glob("acckv/**/*.py"), *ROOT.glob("lightning_modules/*.py"), *ROOT.glob("*.py")]
+    files = [*ROOT.glob("acckv/**/*.py"), *ROOT.glob("lightning_modules/**/*.py"), *ROOT.glob("*.py")]
     modules = set()
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

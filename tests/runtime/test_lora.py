@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from acckv import CompressionConfig, KVCompressor, merged_lora
+from acckv import CompressionConfig, KVCompressor
 from acckv.errors import InputError
 from acckv.models import find_adapter
+from acckv.runtime import merged_lora
 from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
 from acckv.runtime.merged_lora import MergedLora, merged_weight
 from tests import tiny_omni

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from acckv import CompressionConfig, KVCompressor, second_look
+from acckv import CompressionConfig, KVCompressor
 from acckv.config import PolicyName
 from acckv.models import find_adapter
+from acckv.runtime import policy_inputs
 from benchmarks import speed_memory
 from benchmarks.speed_report import MARKS
 from tests.families import FAMILIES, Tokenizer
@@ -66,7 +67,7 @@ def clip(tokens: int) -> dict[str, Any]:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_tensor_of_tokens_by_tokens(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores are worked off in rows (KVzip repeats a chunk at once); and what is held is exact to the entry."""
-    monkeypatch.setattr(second_look, "watch_repetition", partial(second_look.watch_repetition, chunk=128))
+    monkeypatch.setattr(policy_inputs, "watch_repetition", partial(policy_inputs.watch_repetition, chunk=128))
     tokens = 2048
     compressor = KVCompressor(CompressionConfig(policy=policy, ratio=RATIO))
     with compressor(decoder(), Tokenizer()) as session, LargestTensor() as largest:

@@ -21,8 +21,8 @@ from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.data.synthetic.events import COLOURS, DESCRIPTION_TYPES, PITCHES, SHAPES, SINGLE_TYPES, TIMBRES, draw_script
 from acckv.data.synthetic.render import write_mp4
 from acckv.models.embedded import TINY_MODEL, load_tiny
-from acckv.models.embedded import evaluate as evaluation
-from acckv.models.embedded import pretrain as pretraining
+from acckv.tiny import evaluate as evaluation
+from acckv.tiny import pretrain as pretraining
 from acckv.tiny.bank import NOTHING, SlotBank, load_bank
 from acckv.tiny.build import build_model, build_processor, save, vocabulary
 from acckv.tiny.encoders import COVERED, warm_up
@@ -186,7 +186,7 @@ def test_objects_cover_four_of_nine_tokens() -> None:
 
 def test_bank_features_are_those_of_the_whole_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots cut from a clip's features and put back together are the features of that clip."""
-    from acckv.models.embedded import bank as module
+    from acckv.tiny import bank as module
 
     monkeypatch.setattr(module, "CLIPS_A_PART", 1)
     module._render_part(tmp_path / "slots-9-0.npz", 9, 0)
