@@ -37,7 +37,7 @@ EMBEDS, KINDS = "inputs_embeds", "modality_ids"
 
 
 @dataclass(frozen=True)
-class EncodedClip:
+class PrecomputedClip:
     """A clip as it enters a decoder.
 
     Attributes:
@@ -52,13 +52,13 @@ class EncodedClip:
 
     @cached_property
     def kind(self) -> Kind:
-        """What it holds, as `Media.kind`."""
+        """Video, audio or both, as `Media.kind`."""
         video, audio = (bool((self.modality_ids == kind).any()) for kind in (Modality.VIDEO, Modality.AUDIO))
         return "audio-video" if video and audio else "audio" if audio else "video"
 
 
-def read_clip(record: Record, read_media: Callable[[Record], Media] = read_record_media) -> Media | EncodedClip:
-    """What a question is about: a file of embeddings, or its media.
+def read_clip(record: Record, read_media: Callable[[Record], Media] = read_record_media) -> Media | PrecomputedClip:
+    """The clip that a question is about: a file of embeddings, or its media.
 
     Args:
         read_media: reads media, such as :meth:`acckv.data.media_cache.MediaCache.read_record_media`.
@@ -66,11 +66,11 @@ def read_clip(record: Record, read_media: Callable[[Record], Media] = read_recor
     Raises:
         InputError: it cannot be read, or is malformed.
     """
-    return read_encoded_clip(record.video) if record.video.suffix == SUFFIX else read_media(record)
+    return read_precomputed_clip(record.video) if record.video.suffix == SUFFIX else read_media(record)
 
 
-def write_encoded_clip(folder: str | Path, clip: str, inputs_embeds: Tensor, modality_ids: Tensor) -> Path:
-    """Write one clip into a folder of encoded clips; an older one of that name is replaced as a whole.
+def write_precomputed_clip(folder: str | Path, clip: str, inputs_embeds: Tensor, modality_ids: Tensor) -> Path:
+    """Write one clip into a folder of precomputed clips; an older one of that name is replaced as a whole.
 
     Args:
         clip: its id, which becomes the name of the file.
@@ -90,8 +90,8 @@ def write_encoded_clip(folder: str | Path, clip: str, inputs_embeds: Tensor, mod
     return path
 
 
-def read_encoded_clip(path: str | Path) -> EncodedClip:
-    """Read what :func:`write_encoded_clip` wrote.
+def read_precomputed_clip(path: str | Path) -> PrecomputedClip:
+    """Read what :func:`write_precomputed_clip` wrote.
 
     Raises:
         InputError: no such file, a file that is cut off, or tensors that are missing or malformed.
@@ -106,7 +106,7 @@ def read_encoded_clip(path: str | Path) -> EncodedClip:
     return _checked(tensors, path)
 
 
-def load_encoded(folder: str | Path, split: str, held_out: float | None = None) -> list[Record]:
+def load_precomputed(folder: str | Path, split: str, held_out: float | None = None) -> list[Record]:
     """The questions of one split, in the order of the file.
 
     An answer of one word is scored as one, a longer one word by word.
@@ -182,7 +182,7 @@ def _record(folder: Path, file: Path, number: int, row: dict[str, Any]) -> Recor
     return Record(f"{row['clip']}#{number}", clip, None, row["question"], None, answer, tuple(groups), protocol)
 
 
-def _checked(tensors: dict[str, Tensor], path: Path) -> EncodedClip:
+def _checked(tensors: dict[str, Tensor], path: Path) -> PrecomputedClip:
     def error(field: str, message: str) -> InputError:
         return InputError(message, source=path, field=field)
 
@@ -200,4 +200,4 @@ def _checked(tensors: dict[str, Tensor], path: Path) -> EncodedClip:
         raise error(KINDS, "holds other values than 0 text, 1 video, 2 audio")
     if not bool((kinds != Modality.TEXT).any()):
         raise error(KINDS, "has neither video nor audio")
-    return EncodedClip(embeds, kinds.long(), path)
+    return PrecomputedClip(embeds, kinds.long(), path)

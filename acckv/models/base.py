@@ -1,4 +1,4 @@
-"""What acckv must know of a model family: where the decoder is, which tokens are media, what a cache layer holds."""
+"""The adapter of a model family: its decoder, its media tokens, its positions, the cache layers it writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from acckv.errors import InputError
 from acckv.method.modality import ModalityMap, label_tokens
-from acckv.models.batching import take
+from acckv.models.batching import gather_columns
 from acckv.models.lora_targets import is_linear, match_names
 
 
@@ -26,7 +26,7 @@ class AttentionLayer:
     Attributes:
         module: calls the attention function.
         cache_index: of the cache layer whose entries it reads.
-        slot: place of that cache layer among the compressed ones; None where it is left alone (sliding windows).
+        slot: index of that cache layer among the compressed ones; None where it is left alone (sliding windows).
         owner: whether it writes these entries; others only read them (layers that share keys and values).
     """
 
@@ -78,7 +78,7 @@ class ModelAdapter:
 
     @cached_property
     def attention_layers(self) -> list[AttentionLayer]:
-        """What each attention module of the decoder reads from a cache; only full attention is compressed.
+        """The cache layer that each attention module of the decoder reads; only full attention is compressed.
 
         A layer that transformers gives a dummy cache shares the entries of the last layer of its type that has some.
         """
@@ -109,10 +109,10 @@ class ModelAdapter:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids become embeddings; layers may be elsewhere, and with accelerate's hooks their weights too."""
+        """The device of the embeddings; layers may be elsewhere, and with accelerate's hooks their weights too."""
         embeddings = self.model.get_input_embeddings()
-        place = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
-        return embeddings.weight.device if place is None else torch.device(place)
+        offloaded = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+        return embeddings.weight.device if offloaded is None else torch.device(offloaded)
 
     @property
     def attention_implementation(self) -> str:
@@ -129,7 +129,7 @@ class ModelAdapter:
 
     @property
     def dimensions(self) -> dict[str, int]:
-        """What an export must agree with: number, heads and head size of the layers that are compressed."""
+        """Number, heads and head size of the layers that are compressed: an export must agree with them."""
         first: Any = self.attention_modules[0]
         query_heads = self.decoder.config.num_attention_heads
         return {
@@ -234,20 +234,20 @@ class ModelAdapter:
     # ------------------------------------------------- the decoder's arguments
 
     def embed(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """The decoder's arguments of plain text that have one row a token, each ``[batch, tokens, ...]``."""
+        """The decoder's arguments of plain text that have a vector a token, each ``[batch, tokens, ...]``."""
         return {"inputs_embeds": self.model.get_input_embeddings()(input_ids)}
 
     def cut(self, arguments: dict[str, Any], columns: Tensor) -> dict[str, Any]:
-        """The decoder's arguments for a window of its tokens (see :mod:`acckv.models.batching`).
+        """The decoder's arguments for a column window of its tokens (see :mod:`acckv.models.batching`).
 
         Args:
             arguments: with inputs_embeds ``[batch, tokens, hidden]`` and position_ids ``[..., batch, tokens]``.
         """
-        inside = {"inputs_embeds": take(arguments["inputs_embeds"], columns, 1)}
-        return {**arguments, **inside, "position_ids": take(arguments["position_ids"], columns, -1)}
+        inside = {"inputs_embeds": gather_columns(arguments["inputs_embeds"], columns, 1)}
+        return {**arguments, **inside, "position_ids": gather_columns(arguments["position_ids"], columns, -1)}
 
     def by_token(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
-        """What the decoder gets besides embeddings and positions, with one row a token: each ``[batch, tokens, ...]``.
+        """The decoder's arguments a token besides embeddings and positions, each ``[batch, tokens, ...]``.
 
         Such tensors can be cut, padded and batched without knowing the family.
         """
@@ -281,7 +281,7 @@ class ModelAdapter:
         return real.long()
 
     def packed_mask(self, mask: Tensor, positions: Tensor, layers: list[Any]) -> Any:
-        """What the model takes for a 4-D mask of tokens that follow a prefill, several of which may share a position.
+        """The model's attention mask of tokens that follow a prefill, several of which may share a position.
 
         Args:
             mask: additive ``[batch, 1, tokens, seen + tokens]``; positions: int64 ``[batch, tokens]``;

@@ -1,7 +1,7 @@
-"""Cutting a left-padded batch at a different place in every row.
+"""Left-padded batches, cut at different columns in different batch rows.
 
-A window is an int64 tensor ``[batch, width]`` of column indices, -1 where a row is shorter than the longest. It stays
-on the CPU, so that nothing waits for an accelerator to learn its shape.
+A column window is an int64 tensor ``[batch, width]`` of column indices, -1 where a batch row has fewer columns than the
+longest. It stays on the CPU, so that nothing waits for an accelerator to learn its shape.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class DecoderInputs:
     Attributes:
         embeds: ``[batch, tokens, hidden]``; position_ids: ``[..., batch, tokens]``.
         labels: of the tokens.
-        others: what else the family's decoder gets, each ``[batch, tokens, ...]``.
+        others: the other arguments of the family's decoder, each ``[batch, tokens, ...]``.
     """
 
     embeds: Tensor
@@ -35,7 +35,7 @@ class DecoderInputs:
 
     @property
     def next_position(self) -> Tensor:
-        """``[batch, 1]``: where text after these tokens goes on."""
+        """``[batch, 1]``: the position of text that follows these tokens."""
         return next_position(self.position_ids)
 
     def to(self, device: torch.device) -> DecoderInputs:
@@ -43,46 +43,50 @@ class DecoderInputs:
         others = {name: tensor.to(device) for name, tensor in self.others.items()}
         return DecoderInputs(self.embeds.to(device), self.position_ids.to(device), self.labels.to(device), others)
 
-    def rows(self) -> list[DecoderInputs]:
-        """Each row by itself, without its padding, in memory of its own."""
-        parts = []
-        for row, real in enumerate(self.labels.host.real):
-            start = int(real.long().argmax())
-            labels = ModalityMap(self.labels.labels[row : row + 1, start:].clone())
-            position_ids = self.position_ids[..., row : row + 1, start:].clone()
-            others = {name: tensor[row : row + 1, start:].clone() for name, tensor in self.others.items()}
-            parts.append(DecoderInputs(self.embeds[row : row + 1, start:].clone(), position_ids, labels, others))
-        return parts
+    def unstack(self) -> list[DecoderInputs]:
+        """Batches of one prompt each, without padding, in memory of their own."""
+        prompts = []
+        for index, real in enumerate(self.labels.host.real):
+            one, tokens = slice(index, index + 1), slice(int(real.long().argmax()), None)
+            prompts.append(
+                DecoderInputs(
+                    self.embeds[one, tokens].clone(),
+                    self.position_ids[..., one, tokens].clone(),
+                    ModalityMap(self.labels.labels[one, tokens].clone()),
+                    {name: tensor[one, tokens].clone() for name, tensor in self.others.items()},
+                )
+            )
+        return prompts
 
     @classmethod
-    def stack(cls, rows: list[DecoderInputs]) -> DecoderInputs:
-        """One left-padded batch of rows."""
-        length = max(row.embeds.shape[1] for row in rows)
-        missing = [length - row.embeds.shape[1] for row in rows]
+    def stack(cls, prompts: list[DecoderInputs]) -> DecoderInputs:
+        """One left-padded batch out of batches of one prompt each."""
+        length = max(prompt.embeds.shape[1] for prompt in prompts)
+        missing = [length - prompt.embeds.shape[1] for prompt in prompts]
 
         def padded(tensors: list[Tensor], value: int = 0) -> Tensor:
-            """Rows ``[1, tokens, ...]``."""
+            """A batch of tensors ``[1, tokens, ...]``."""
             tail = (0, 0) * (tensors[0].ndim - 2)
             return torch.cat([F.pad(t, (*tail, pad, 0), value=value) for t, pad in zip(tensors, missing, strict=True)])
 
-        positions = [F.pad(row.position_ids, (pad, 0)) for row, pad in zip(rows, missing, strict=True)]
+        positions = [F.pad(prompt.position_ids, (pad, 0)) for prompt, pad in zip(prompts, missing, strict=True)]
         return cls(
-            padded([row.embeds for row in rows]),
+            padded([prompt.embeds for prompt in prompts]),
             torch.cat(positions, dim=-2),
-            ModalityMap(padded([row.labels.labels for row in rows], int(Modality.PADDING))),
-            {name: padded([row.others[name] for row in rows]) for name in rows[0].others},
+            ModalityMap(padded([prompt.labels.labels for prompt in prompts], int(Modality.PADDING))),
+            {name: padded([prompt.others[name] for prompt in prompts]) for name in prompts[0].others},
         )
 
-    def window(self, columns: Tensor, position_ids: Tensor) -> DecoderInputs:
-        """A window of the tokens, at other positions."""
-        labels = window_labels(self.labels, columns)
-        others = {name: take(tensor, columns, 1) for name, tensor in self.others.items()}
-        return DecoderInputs(take(self.embeds, columns, 1), position_ids, labels, others)
+    def gather(self, columns: Tensor, position_ids: Tensor) -> DecoderInputs:
+        """The tokens of a column window, at other positions."""
+        labels = gather_labels(self.labels, columns)
+        others = {name: gather_columns(tensor, columns, 1) for name, tensor in self.others.items()}
+        return DecoderInputs(gather_columns(self.embeds, columns, 1), position_ids, labels, others)
 
 
 def next_position(position_ids: Tensor) -> Tensor:
-    """Where text goes on after tokens at `position_ids` ``[..., batch, tokens]``: ``[batch, 1]``, whole or not as they
-    are."""
+    """Position ``[batch, 1]`` of text that follows tokens at `position_ids` ``[..., batch, tokens]``, in their dtype:
+    M-RoPE may give positions that are no whole numbers."""
     last = rope_positions(position_ids[..., -1:])
     return (last.amax(dim=0) if last.ndim == 3 else last) + 1
 
@@ -92,8 +96,8 @@ def rope_positions(position_ids: Tensor) -> Tensor:
     return position_ids[-3:] if position_ids.ndim == 3 else position_ids
 
 
-def window(starts: Tensor, stops: Tensor, align: Literal["left", "right"] = "right") -> Tensor:
-    """The window of columns ``starts .. stops - 1`` of each row (both int64 ``[batch]``, on the CPU)."""
+def column_window(starts: Tensor, stops: Tensor, align: Literal["left", "right"] = "right") -> Tensor:
+    """The columns ``starts .. stops - 1`` of each batch row (both int64 ``[batch]``, on the CPU)."""
     lengths = (stops - starts).clamp_min(0)
     width = int(lengths.max())
     steps = torch.arange(width)
@@ -103,22 +107,33 @@ def window(starts: Tensor, stops: Tensor, align: Literal["left", "right"] = "rig
     return columns.masked_fill(columns < (stops - lengths)[:, None], -1)
 
 
-def packed(real: Tensor) -> Tensor:
-    """A mask bool ``[batch, tokens]`` with each row's gaps moved to its left."""
+def shift_left_padding(real: Tensor) -> Tensor:
+    """A mask bool ``[batch, tokens]`` with the gaps of each batch row moved to its left."""
     return real.to(torch.uint8).sort(dim=1).values.bool()
 
 
-def take(tensor: Tensor, columns: Tensor, dim: int, fill: int | float = 0) -> Tensor:
-    """Gather a window out of dimension `dim`; the batch is the dimension before it.
+def pad_left(prompts: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 ``[batch, longest]`` each, of prompts of token ids that end together."""
+    longest = max(len(ids) for ids in prompts)
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for index, prompt in enumerate(prompts):
+        ids[index, longest - len(prompt) :] = prompt
+        mask[index, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def gather_columns(tensor: Tensor, columns: Tensor, dim: int, fill: int | float = 0) -> Tensor:
+    """Gather a column window out of dimension `dim`; the batch is the dimension before it.
 
     Args:
         tensor: ``[..., batch, tokens, ...]``.
-        fill: value where a row is shorter.
+        fill: value where a batch row is shorter.
     """
     dim = dim % tensor.ndim
-    if covers(columns, tensor.shape[dim]):
+    if is_full_window(columns, tensor.shape[dim]):
         return tensor
-    if is_slice(columns):
+    if _is_slice(columns):
         return tensor.narrow(dim, int(columns[0, 0]), columns.shape[1])
     columns = columns.to(tensor.device)
     trailing = tensor.ndim - dim - 1
@@ -128,37 +143,27 @@ def take(tensor: Tensor, columns: Tensor, dim: int, fill: int | float = 0) -> Te
     return tensor.gather(dim, index.expand(shape)).masked_fill(missing, fill)
 
 
-def left_padded(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 ``[rows, longest]`` each, of rows of ids that end together."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad_id)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for place, row in enumerate(rows):
-        ids[place, longest - len(row) :] = row
-        mask[place, longest - len(row) :] = 1
-    return ids, mask
-
-
-def window_labels(labels: ModalityMap, columns: Tensor) -> ModalityMap:
-    """A window of a modality map, cut on the CPU."""
-    if covers(columns, labels.labels.shape[1]):
+def gather_labels(labels: ModalityMap, columns: Tensor) -> ModalityMap:
+    """A column window of a modality map, cut on the CPU."""
+    if is_full_window(columns, labels.labels.shape[1]):
         return labels
-    return ModalityMap(take(labels.host.labels, columns, 1, fill=Modality.PADDING)).to(labels.labels.device)
+    cut = gather_columns(labels.host.labels, columns, 1, fill=Modality.PADDING)
+    return ModalityMap(cut).to(labels.labels.device)
 
 
-def covers(columns: Tensor, length: int) -> bool:
-    """Whether a window is all of `length` columns in every row, so that nothing needs to be copied."""
+def is_full_window(columns: Tensor, length: int) -> bool:
+    """Whether a window is all of `length` columns in every batch row, so that nothing needs to be copied."""
     return columns.shape[1] == length and bool((columns >= 0).all())
 
 
-def is_slice(columns: Tensor) -> bool:
-    """Whether a window is the same run of columns in every row, so that a view is enough."""
-    rows, width = columns.shape
-    return rows > 0 and width > 0 and bool((columns == columns[0, 0].clamp_min(0) + torch.arange(width)).all())
+def _is_slice(columns: Tensor) -> bool:
+    """Whether a window is the same run of columns in every batch row, so that a view is enough."""
+    batch, width = columns.shape
+    return batch > 0 and width > 0 and bool((columns == columns[0, 0].clamp_min(0) + torch.arange(width)).all())
 
 
-def scatter_back(parts: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
-    """Put hidden states ``[..., batch, width, hidden]`` of several windows back in their columns.
+def scatter_columns(parts: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
+    """Hidden states ``[..., batch, width, hidden]`` of several windows, back in their columns.
 
     Args:
         parts: at least one (window, states).
@@ -167,22 +172,23 @@ def scatter_back(parts: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
         ``[..., batch, length, hidden]``, zero where no window reaches.
     """
     first = parts[0][1]
-    if len(parts) == 1 and covers(parts[0][0], length):
+    if len(parts) == 1 and is_full_window(parts[0][0], length):
         return first
     hidden = first.new_zeros(*first.shape[:-2], length, first.shape[-1])
     for columns, states in parts:
-        rows, places = (columns >= 0).nonzero(as_tuple=True)
-        to, come, row = (part.to(first.device) for part in (columns[rows, places], places, rows))
-        hidden[..., row, to, :] = states[..., row, come, :]
+        index, source = (columns >= 0).nonzero(as_tuple=True)
+        target = columns[index, source]
+        index, source, target = (part.to(first.device) for part in (index, source, target))
+        hidden[..., index, target, :] = states[..., index, source, :]
     return hidden
 
 
-def watched_rows(labels: ModalityMap, rows: Rows, width: int) -> Tensor:
-    """bool ``[batch, tokens]``, on the CPU: the rows of a prompt that a policy reads (see
+def observed_queries(labels: ModalityMap, rows: Rows, width: int) -> Tensor:
+    """bool ``[batch, tokens]``, on the CPU: the queries of a prompt that a policy observes (see
     :class:`acckv.policies.base.Policy`).
 
     Args:
-        width: of the observation window, in rows.
+        width: of the observation window, in queries.
     """
     labels = labels.host
     index = torch.arange(labels.labels.shape[1])

@@ -1,4 +1,4 @@
-"""Deepstack: visual features that are added to the first layers again, one row a visual token."""
+"""Deepstack: visual features that are added to the first layers again, one vector a visual token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from acckv.models.base import ModelAdapter
-from acckv.models.batching import take
+from acckv.models.batching import gather_columns
 
 
 class Deepstack(ModelAdapter):
@@ -19,13 +19,13 @@ class Deepstack(ModelAdapter):
         visual = arguments.get("visual_pos_masks")
         if visual is None:
             return inside
-        kept = take(visual, columns, 1)
+        kept = gather_columns(visual, columns, 1)
         if not bool(kept.any()):
             return {**inside, "visual_pos_masks": None, "deepstack_visual_embeds": None}
-        # The features come one a visual token, row after row: number them, then take those of the window.
+        # The features are one a visual token, batch row after batch row: number them, then take the window's.
         number = (visual.flatten().cumsum(0) - 1).view_as(visual)
-        rows = take(number, columns, 1)[kept]
-        features = [layer[rows.to(layer.device)] for layer in arguments["deepstack_visual_embeds"]]
+        inside_window = gather_columns(number, columns, 1)[kept]
+        features = [layer[inside_window.to(layer.device)] for layer in arguments["deepstack_visual_embeds"]]
         return {**inside, "visual_pos_masks": kept, "deepstack_visual_embeds": features}
 
     def by_token(self, arguments: dict[str, Any]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
 from acckv.models.base import ModelAdapter
-from acckv.models.batching import take
+from acckv.models.batching import gather_columns
 
 
 class Gemma4Adapter(ModelAdapter):
@@ -37,7 +37,7 @@ class Gemma4Adapter(ModelAdapter):
     def cut(self, arguments: dict[str, Any], columns: Tensor) -> dict[str, Any]:
         inside = super().cut(arguments, columns)
         if arguments.get("per_layer_inputs") is not None:
-            inside["per_layer_inputs"] = take(arguments["per_layer_inputs"], columns, 1)
+            inside["per_layer_inputs"] = gather_columns(arguments["per_layer_inputs"], columns, 1)
         return inside
 
     def by_token(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
@@ -58,15 +58,15 @@ class Gemma4Adapter(ModelAdapter):
         )
 
     def packed_mask(self, mask: Tensor, positions: Tensor, layers: list[Any]) -> dict[str, Tensor]:
-        """One mask a layer type; distances in a window are between positions, since packed turns share them."""
+        """One mask a layer type; distances in a window are between positions, since packed questions share them."""
         windows = [layer for layer in layers if getattr(layer, "is_sliding", False)]
         if not windows:
             return {"full_attention": mask}
-        held, tokens = windows[0].keys.shape[-2], positions.shape[1]
-        # Positions of this family count tokens, and turns start where the prefill ends.
-        before = positions.amin(dim=1, keepdim=True) - held + torch.arange(held, device=positions.device)
+        cached, tokens = windows[0].keys.shape[-2], positions.shape[1]
+        # Positions of this family count tokens, and each question starts at the end of the prefill.
+        before = positions.amin(dim=1, keepdim=True) - cached + torch.arange(cached, device=positions.device)
         keys = torch.cat([before, positions], dim=1)
-        sliding = window_mask(mask[..., mask.shape[-1] - held - tokens :], positions, keys, windows[0].sliding_window)
+        sliding = window_mask(mask[..., mask.shape[-1] - cached - tokens :], positions, keys, windows[0].sliding_window)
         return {"full_attention": mask, "sliding_attention": sliding}
 
     def _vision_masks(self, token_types: Tensor, **arguments: Any) -> dict[str, Tensor | None]:

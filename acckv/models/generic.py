@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 from acckv.errors import InputError
 from acckv.method.modality import ModalityMap
 from acckv.models.base import ModelAdapter
-from acckv.models.batching import covers, take
+from acckv.models.batching import gather_columns, is_full_window
 from acckv.models.placeholders import label_placeholders
 
 #: Arguments of a forward that bring media, by their names in transformers.
@@ -78,7 +78,7 @@ class GenericAdapter(ModelAdapter):
     def cut(self, arguments: dict[str, Any], columns: Tensor) -> dict[str, Any]:
         inside = super().cut(arguments, columns)
         by_token = self.by_token(arguments)
-        whole = covers(columns, arguments["inputs_embeds"].shape[1])
+        whole = is_full_window(columns, arguments["inputs_embeds"].shape[1])
         for name, value in arguments.items():
             listed = isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value)
             other = isinstance(value, Tensor) and value.ndim > 1 and name not in (*by_token, *KNOWN_INPUTS)
@@ -88,7 +88,7 @@ class GenericAdapter(ModelAdapter):
                     "write an acckv.models.ModelAdapter for it",
                     field="model",
                 )
-        return {**inside, **{name: take(value, columns, 1) for name, value in by_token.items()}}
+        return {**inside, **{name: gather_columns(value, columns, 1) for name, value in by_token.items()}}
 
     def by_token(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
         shape = arguments["inputs_embeds"].shape[:2]
@@ -123,7 +123,7 @@ def _check_causal(mask: Any) -> None:
 
 
 def _missing(model: Any) -> str | None:
-    """What keeps a model from the generic adapter, and what to do."""
+    """The reason why a model cannot use the generic adapter, with the remedy; None where it can."""
     own = "write an acckv.models.ModelAdapter for it"
     if not isinstance(model, PreTrainedModel):
         return "it is no transformers model; pass the decoder, such as a Qwen2ForCausalLM"

@@ -204,7 +204,7 @@ def _quantization(config: Any) -> Any:
 
 @contextmanager
 def _readable(name: str | Path) -> Iterator[None]:
-    """What transformers says of a checkpoint or an option that it cannot use, in one line."""
+    """Errors of transformers about a checkpoint or an option become one line."""
     try:
         yield
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""What stands where other families have a processor, for a decoder that is fed with embeddings."""
+"""The processor of a plain decoder that is fed with embeddings: its tokenizer and their width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user may hold in place of the model that generates text, and the way to that model."""
+"""The model that generates text, inside what a user may hold in its place: a peft wrapper, a full Omni model."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from acckv.cache.cache import CompressedCache
 from acckv.data.encoding import encode, encode_context, question_suffix
 from acckv.data.media import Media, MediaOptions, join_media, read_media
 from acckv.errors import InputError
-from acckv.models.batching import left_padded
+from acckv.models.batching import pad_left
 from acckv.plugins.requests import ClipRef, Generation
 from acckv.runtime.logits import chosen_logits
 from acckv.runtime.session import Session
@@ -239,7 +239,7 @@ class Answerer:
         return torch.tensor(ids, device=self.model.device)
 
     def _rows(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        ids, mask = left_padded(rows, self.processor.tokenizer.pad_token_id)
+        ids, mask = pad_left(rows, self.processor.tokenizer.pad_token_id)
         return ids.to(self.model.device), mask.to(self.model.device)
 
     def _moved(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from acckv.cache.cache import CompressedCache, branch_layers
 from acckv.method.modality import ModalityMap
 from acckv.method.scoring import Observation, peak_attention
-from acckv.models.batching import DecoderInputs, rope_positions, take, window
+from acckv.models.batching import DecoderInputs, column_window, gather_columns, rope_positions
 
 #: The paper's request.
 REPEAT_PROMPT = "Repeat the previous context exactly."
@@ -71,7 +71,7 @@ def watch_repetition(
     layers = run(layers, prompt, real)
     for columns in chunks(labels, chunk):
         positions = moved_positions(embedded.position_ids, columns, prompt.next_position)
-        run(layers, embedded.window(columns, positions), torch.cat([real, (columns >= 0).to(real.device)], dim=1))
+        run(layers, embedded.gather(columns, positions), torch.cat([real, (columns >= 0).to(real.device)], dim=1))
     return [peaks[layer] for layer in sorted(peaks)]
 
 
@@ -84,12 +84,12 @@ def chunks(labels: ModalityMap, chunk: int = CHUNK) -> Iterator[Tensor]:
         last = torch.minimum(first + chunk, stops)
         lead = torch.maximum(first - LEAD_IN, starts)
         # Sliding windows count columns, so what is missing of a shorter row comes after it.
-        yield window(torch.where(last > first, lead, first), last, align="left")
+        yield column_window(torch.where(last > first, lead, first), last, align="left")
 
 
 def moved_positions(position_ids: Tensor, columns: Tensor, start: Tensor) -> Tensor:
     """Position ids of a window, moved as a block so that the lowest is `start` ``[B, 1]``."""
-    taken = take(rope_positions(position_ids), columns, -1)
+    taken = gather_columns(rope_positions(position_ids), columns, -1)
     missing = (columns < 0).to(taken.device)
     beyond = taken.amax() + 1  # positions of some models are no whole numbers
     lowest = torch.where(missing, beyond, taken).amin(-1, keepdim=True)

@@ -16,7 +16,7 @@ from acckv.compressor import KVCompressor
 from acckv.errors import InputError
 from acckv.method.modality import Modality, ModalityMap
 from acckv.models.base import ModelAdapter
-from acckv.models.batching import DecoderInputs, next_position, watched_rows
+from acckv.models.batching import DecoderInputs, next_position, observed_queries
 from acckv.policies.base import Rows
 from acckv.runtime.attention import SIMULATION, Tap
 from acckv.runtime.hooks import Wiring
@@ -178,7 +178,7 @@ class Router:
         rows = self.compressor.policy.rows
         by_probe = rows == "text" and self.compressor.config.when == "context"
         probe = self._probe_ids(turn) if by_probe else None
-        mask = watched_rows(run.front_labels, "none" if by_probe else rows, self.compressor.config.window)
+        mask = observed_queries(run.front_labels, "none" if by_probe else rows, self.compressor.config.window)
         watch = run.watch(mask, 0 if probe is None else probe.shape[1])
         eviction = Eviction(self.compressor, cache, watch, run.embedded_front, self.look, ratio, by_probe)
         self._adapt(eviction.tight)  # what follows the front is read with the adapter of its ratio
@@ -190,7 +190,7 @@ class Router:
         rows: Rows = task.rows or "all"
         wanted = rows == "text" or (rows == "all" and self.probe.processor is not None)
         probe = self._probe_ids(turn) if wanted and self.compressor.config.when == "context" else None
-        mask = watched_rows(turn.labels, rows, self.compressor.config.window)
+        mask = observed_queries(turn.labels, rows, self.compressor.config.window)
         task.embedded = run.embedded
         task.recorder = Recorder(run.watch(mask, 0 if probe is None else probe.shape[1]), cache)
         return task.recorder, probe

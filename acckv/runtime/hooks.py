@@ -17,7 +17,7 @@ from acckv.cache.cache import CompressedCache, compressed_layers
 from acckv.config import When
 from acckv.errors import InputError
 from acckv.models.base import ModelAdapter
-from acckv.models.batching import packed
+from acckv.models.batching import shift_left_padding
 from acckv.runtime.continuation import following_positions, generated_positions
 from acckv.runtime.model_inputs import Turn, read_turn
 from acckv.runtime.patching import patch_method
@@ -182,7 +182,8 @@ class Wiring:
         mask = kwargs.get("attention_mask")
         if self.adapter.has_windows and compressed_layers(cache) and isinstance(mask, Tensor) and mask.ndim == 2:
             # Sliding windows count columns: gaps inside rows were closed when they came.
-            kwargs["attention_mask"] = torch.cat([packed(mask[:, :seen] > 0), mask[:, seen:] > 0], dim=1).to(mask.dtype)
+            closed = torch.cat([shift_left_padding(mask[:, :seen] > 0), mask[:, seen:] > 0], dim=1)
+            kwargs["attention_mask"] = closed.to(mask.dtype)
         return args, kwargs
 
     def _missing_cache(self, inputs: dict[str, Any], modality_ids: Tensor | None) -> dict[str, Any]:

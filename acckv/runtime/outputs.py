@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from acckv.errors import InputError
-from acckv.models.batching import covers, scatter_back
+from acckv.models.batching import is_full_window, scatter_columns
 
 #: outputs that come by layer, with one row a token
 RECORDS = ("hidden_states", "router_logits")
@@ -37,7 +37,8 @@ def join_outputs(runs: list[tuple[Tensor, Any]], last: Any, length: int) -> Any:
         InputError: there are attentions, whose columns are other entries in every layer.
     """
     columns, only = runs[0]
-    if len(runs) == 1 and only is last and last.last_hidden_state.shape[-2] == length and covers(columns, length):
+    is_whole = only is last and last.last_hidden_state.shape[-2] == length
+    if len(runs) == 1 and is_whole and is_full_window(columns, length):
         return last
     for name in list(last):
         value = last[name]
@@ -68,5 +69,5 @@ def _joined(parts: list[tuple[Tensor, Tensor | None]], length: int) -> Tensor | 
         flat = states.ndim == 2  # batch and tokens are one dimension
         rows = states.unflatten(0, (window.shape[0], -1)) if flat else states
         found.append((window, rows[..., : window.shape[1], :]))
-    joined = scatter_back(found, length)
+    joined = scatter_columns(found, length)
     return joined.flatten(0, 1) if flat else joined

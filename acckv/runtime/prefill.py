@@ -15,7 +15,7 @@ from acckv.config import CompressionConfig
 from acckv.errors import InputError
 from acckv.method.modality import ModalityMap
 from acckv.method.scoring import Observation
-from acckv.models.batching import DecoderInputs, watched_rows
+from acckv.models.batching import DecoderInputs, observed_queries
 from acckv.policies.base import Rows
 from acckv.runtime.prefill_run import PROBE_REMEDY
 
@@ -79,7 +79,7 @@ class Prefill:
                 "has sliding-window layers, so that it cannot be kept by row; keep its embeddings", field="prefill"
             )
         parts = []
-        for row, embedded in enumerate(self.embedded.rows()):
+        for row, embedded in enumerate(self.embedded.unstack()):
             one, length = slice(row, row + 1), embedded.embeds.shape[1]
             held = [(layer.keys[one, :, -length:], layer.values[one, :, -length:]) for layer in self._layers]
             cut = replace(
@@ -161,7 +161,7 @@ class Prefill:
             if self.probes is None:
                 raise InputError(PROBE_REMEDY, field="processor")
             return self.probes
-        mask = watched_rows(self.labels, rows, config.window)
+        mask = observed_queries(self.labels, rows, config.window)
         # Recorded rows end where the prompt ends.
         recorded = self.observations[0].row_valid
         if bool((mask & ~F.pad(recorded, (mask.shape[1] - recorded.shape[1], 0))).any()):

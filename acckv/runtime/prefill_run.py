@@ -16,7 +16,14 @@ from acckv.cache.layer import settle_window
 from acckv.errors import InputError
 from acckv.method.modality import ModalityMap
 from acckv.models.base import ModelAdapter
-from acckv.models.batching import DecoderInputs, next_position, packed, take, window, window_labels
+from acckv.models.batching import (
+    DecoderInputs,
+    column_window,
+    gather_columns,
+    gather_labels,
+    next_position,
+    shift_left_padding,
+)
 from acckv.runtime.attention import Tap
 from acckv.runtime.layer_check import Heard
 from acckv.runtime.model_inputs import Turn
@@ -77,16 +84,16 @@ class PromptRun:
             others = {name: value for name, value in self.arguments.items() if name != "input_ids"}
             self.arguments = {**others, **self.adapter.embed(self.arguments["input_ids"])}
         # Where columns are counted, gaps were closed when they came.
-        self.past = packed(turn.past) if self.adapter.has_windows else turn.past
+        self.past = shift_left_padding(turn.past) if self.adapter.has_windows else turn.past
         if self.arguments.get("position_ids") is None:  # the decoder would count columns
             columns = torch.arange(turn.seen, turn.seen + turn.length, device=turn.past.device)
             positions = self.adapter.text_positions(columns.expand(turn.past.shape[0], -1))
             self.arguments = {**self.arguments, "position_ids": positions}
         stops = torch.maximum(turn.stop, turn.labels.host.real.long().argmax(dim=1))
-        self.front = window(torch.zeros_like(stops), torch.where(turn.stop > 0, stops, 0))
+        self.front = column_window(torch.zeros_like(stops), torch.where(turn.stop > 0, stops, 0))
         # Left-aligned, so that there is no gap between the two in any row.
-        self.rest = window(stops, torch.full_like(stops, turn.length), align="left")
-        self.front_labels = window_labels(turn.labels, self.front)
+        self.rest = column_window(stops, torch.full_like(stops, turn.length), align="left")
+        self.front_labels = gather_labels(turn.labels, self.front)
         if self.adapter.has_windows and turn.seen and self.front_labels.is_padded:
             raise InputError(
                 "brings clips of different length into a later turn of a batch; with sliding-window layers, "
@@ -207,7 +214,7 @@ class PromptRun:
         types = self.turn.token_types
         if types is None:
             return None
-        parts = [types[:, : self.turn.seen], take(types[:, self.turn.seen :], self.front, 1)]
+        parts = [types[:, : self.turn.seen], gather_columns(types[:, self.turn.seen :], self.front, 1)]
         if probe_ids is not None:
             parts.append(torch.zeros_like(probe_ids, dtype=types.dtype))
         return torch.cat(parts, dim=1)

@@ -16,7 +16,7 @@ from acckv.benchmarks.music_avqa_questions import load_music_avqa
 from acckv.config import When
 from acckv.data.calibration_record import CalibrationRecord
 from acckv.data.media import MediaOptions, read_record_media
-from acckv.data.precomputed import load_encoded, read_clip
+from acckv.data.precomputed import load_precomputed, read_clip
 from acckv.data.records import Record, with_system_prompt
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.data.video_folder import hold_out, list_videos
@@ -33,7 +33,7 @@ TRAINING_DATA = {
     "clips": "generated clips of seed",
     "music_avqa": "questions of",
     "folder": "the model's own answers about the videos of",
-    "encoded": "encoded clips of",
+    "precomputed": "precomputed embeddings of",
 }
 """Source -> training data in words, up to the name of its file or folder."""
 
@@ -45,8 +45,8 @@ class AVDataModule(LightningDataModule):
         base_model: whose processor encodes them; linked to the model's by train.py.
         when: linked to the model's.
         source: 'clips' generates clips with questions on first use; 'music_avqa' reads your own; 'folder' takes plain
-            videos and lets the model, with its full cache, answer `prompts` about each of them once; 'encoded' takes
-            clips that your own towers have encoded for a plain decoder.
+            videos and lets the model, with its full cache, answer `prompts` about each of them once; 'precomputed'
+            reads embeddings that your own towers made for a plain decoder.
         train_clips: generated clips to train on.
         validation_clips: generated clips of the validation split.
         cache_dir: where generated clips are kept; None is the user's cache folder.
@@ -55,9 +55,9 @@ class AVDataModule(LightningDataModule):
         video_root: folder of their ``<video_id>.mp4``.
         folder: videos, also in subfolders (source 'folder').
         validation_folder: other videos to validate on; None holds out a share of the folder.
-        encoded: folder of clips as embeddings, with questions.jsonl (source 'encoded'); see acckv.data.precomputed.
-        validation_share: of the videos (or encoded clips) that are held out, above 0 and below 1. Each is by its name
-            alone, so that none changes sides as others come; a small folder may hold out more or fewer.
+        precomputed: folder of embeddings, with questions.jsonl (source 'precomputed'); see acckv.data.precomputed.
+        validation_share: of the videos (or precomputed clips) that are held out, above 0 and below 1. Each is by its
+            name alone, so that none changes sides as others come; a small folder may hold out more or fewer.
         prompts: asked of every clip (source 'folder'); None takes a few generic ones.
         max_new_tokens: longest answer to them.
         dtype: of the model that answers them; linked to the model's.
@@ -88,7 +88,7 @@ class AVDataModule(LightningDataModule):
         self,
         base_model: str = "tiny",
         when: When = "context",
-        source: Literal["clips", "music_avqa", "folder", "encoded"] = "clips",
+        source: Literal["clips", "music_avqa", "folder", "precomputed"] = "clips",
         train_clips: int = 768,
         validation_clips: int = 24,
         cache_dir: str | None = None,
@@ -97,7 +97,7 @@ class AVDataModule(LightningDataModule):
         video_root: str | None = None,
         folder: str | None = None,
         validation_folder: str | None = None,
-        encoded: str | None = None,
+        precomputed: str | None = None,
         validation_share: float = 0.1,
         prompts: list[str] | None = None,
         max_new_tokens: int = 64,
@@ -122,11 +122,11 @@ class AVDataModule(LightningDataModule):
         self.media = MediaOptions(
             fps=fps, max_seconds=max_seconds, max_frames=max_frames, max_pixels=max_pixels, cut_long=cut_long
         )
-        if source == "encoded" and self.media != MediaOptions():
+        if source == "precomputed" and self.media != MediaOptions():
             changed = next(
                 name for name, value in MediaOptions().limits().items() if self.media.limits()[name] != value
             )
-            raise InputError("is of no use with source 'encoded'", field=f"data.{changed}")
+            raise InputError("is of no use with source 'precomputed'", field=f"data.{changed}")
         for name, value, least in (
             ("train_clips", train_clips, 1),
             ("validation_clips", validation_clips, 1),
@@ -148,15 +148,13 @@ class AVDataModule(LightningDataModule):
         needed = {
             "music_avqa": {"train_questions": train_questions, "validation_questions": validation_questions},
             "folder": {"folder": folder},
-            "encoded": {"encoded": encoded},
+            "precomputed": {"precomputed": precomputed},
         }
         for name, option in needed.get(source, {}).items():
             if option is None:
                 raise InputError(f"is needed with source '{source}'", field=f"data.{name}")
-        if source == "encoded" and when == "prompt":
-            raise InputError(
-                "is 'prompt', and clips that were encoded ahead end before the question", field="model.when"
-            )
+        if source == "precomputed" and when == "prompt":
+            raise InputError("is 'prompt', and precomputed clips end before the question", field="model.when")
         self.save_hyperparameters(logger=False)  # Lightning logs no two options of one name with the model's
         self.datasets: dict[str, ClipDataset] = {}
 
@@ -217,8 +215,8 @@ class AVDataModule(LightningDataModule):
                 )
                 raise InputError(message, source=mute)
             return records
-        if options.source == "encoded":
-            return load_encoded(options.encoded, split, options.validation_share)
+        if options.source == "precomputed":
+            return load_precomputed(options.precomputed, split, options.validation_share)
         if options.source == "music_avqa":
             file = Path(options[f"{split}_questions"])
             return load_music_avqa(file, Path(options.video_root) if options.video_root else file.parent)
@@ -241,8 +239,8 @@ class AVDataModule(LightningDataModule):
         options = self.options
         if options.source == "folder":
             return f"the model's own answers about held-out clips of {Path(options.folder).name}"
-        if options.source == "encoded":
-            return f"held-out clips of {Path(options.encoded).name}"
+        if options.source == "precomputed":
+            return f"held-out clips of {Path(options.precomputed).name}"
         if options.source == "music_avqa":
             return Path(options.validation_questions).name
         return f"generated-clips/validation ({options.validation_clips} clips, seed {options.clips_seed})"
@@ -256,7 +254,7 @@ class AVDataModule(LightningDataModule):
         options = self.options
         place = {
             "folder": options.folder,
-            "encoded": options.encoded,
+            "precomputed": options.precomputed,
             "music_avqa": options.train_questions,
         }.get(options.source)
         data = f"{TRAINING_DATA[options.source]} {options.clips_seed if place is None else Path(place).name}"

@@ -17,7 +17,7 @@ from acckv.config import When
 from acckv.data.batching import PackedTurns, Turn, pack_turns
 from acckv.data.encoding import encode, question_suffix
 from acckv.data.media import Media
-from acckv.data.precomputed import EncodedClip, read_clip
+from acckv.data.precomputed import PrecomputedClip, read_clip
 from acckv.data.records import ClipKey, Record
 from acckv.models.batching import DecoderInputs
 from acckv.policies.base import Rows
@@ -100,7 +100,7 @@ class ClipDataset(Dataset[CalibrationItem]):
         cache: TeacherCache | None = None,
         top_p: float = 1.0,
         split: str = "train",
-        read: Callable[[Record], Media | EncodedClip] = read_clip,
+        read: Callable[[Record], Media | PrecomputedClip] = read_clip,
     ) -> None:
         by_clip: dict[ClipKey, list[Record]] = {}
         for record in records:
@@ -196,7 +196,7 @@ class ClipDataset(Dataset[CalibrationItem]):
         if self.keep == "prefill":
             self._put("prefills", clips, [row.to(HOST) for row in prefill.rows()])
         else:
-            self._put("embeddings", clips, [row.to(HOST) for row in prefill.embedded.rows()])
+            self._put("embeddings", clips, [row.to(HOST) for row in prefill.embedded.unstack()])
             self._tell_when_all("embeddings")
 
     def _keep_targets(self, clips: list[ClipKey], rows: list[list[TeacherTargets]]) -> None:

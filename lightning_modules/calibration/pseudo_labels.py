@@ -20,7 +20,7 @@ from acckv.errors import InputError
 from acckv.io.files import whole_file
 from acckv.io.progress import Progress
 from acckv.models import load_model
-from acckv.models.batching import left_padded
+from acckv.models.batching import pad_left
 
 FORMAT = 2
 FILE = "answers.json"
@@ -194,7 +194,7 @@ def _answers(
         for name, value in encode(processor, clips, None, settings.system_prompt).items()
     }
     tokenizer = processor.tokenizer
-    ids, mask = left_padded([question_suffix(processor, prompt) for prompt in settings.prompts], tokenizer.pad_token_id)
+    ids, mask = pad_left([question_suffix(processor, prompt) for prompt in settings.prompts], tokenizer.pad_token_id)
     new = session.answer(
         session.compress(**inputs),
         ids.repeat(len(clips), 1).to(device),

@@ -16,20 +16,20 @@ from acckv.benchmarks import find_benchmark, load_benchmark
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
 from acckv.data.media import Media, MediaOptions, read_record_media
 from acckv.data.media_cache import MediaCache
-from acckv.data.precomputed import EncodedClip, load_encoded, read_clip
+from acckv.data.precomputed import PrecomputedClip, load_precomputed, read_clip
 from acckv.data.records import Record, with_system_prompt
 from acckv.data.synthetic.clips import VARIANTS, default_root, video_folder, write_clips
 from acckv.errors import InputError
 from acckv.evaluation.journal import Journal
 from acckv.evaluation.setup import Setup
 
-ClipReader = Callable[[Record], Media | EncodedClip]
+ClipReader = Callable[[Record], Media | PrecomputedClip]
 GeneratedSplit = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
 class EvaluationData(MediaOptions):
-    """What is asked about: generated clips, a benchmark, your own in the MUSIC-AVQA format, or clips encoded ahead.
+    """What is asked about: generated clips, a benchmark, your own in the MUSIC-AVQA format, or precomputed embeddings.
 
     Args:
         benchmark: name of a benchmark, asked and scored as its authors do; none takes the generated clips.
@@ -37,8 +37,8 @@ class EvaluationData(MediaOptions):
         subset: a part of the benchmark, such as a subtask; none is all of it.
         question_file: questions in the MUSIC-AVQA format, instead of a benchmark.
         video_root: folder of the question file's `<video_id>.mp4`; none is the folder of the file.
-        encoded: folder of clips as embeddings, with questions.jsonl; for a plain decoder, see acckv.data.precomputed.
-        split: of the benchmark, or of the generated or encoded clips: train, validation or test. None is the test
+        precomputed: folder of embeddings for a plain decoder, with questions.jsonl; see acckv.data.precomputed.
+        split: of the benchmark, or of the generated or precomputed clips: train, validation or test. None is the test
             split, or what the benchmark has for it.
         variant: of the generated clips: plain as in training, long2 or long4 (times as long), crowded (every shape and
             sound there is), noisy, swapped (the sound of another clip), silent (asked about pictures alone) or blank
@@ -62,7 +62,7 @@ class EvaluationData(MediaOptions):
     subset: str | None = None
     question_file: str | None = None
     video_root: str | None = None
-    encoded: str | None = None
+    precomputed: str | None = None
     split: str | None = None
     variant: Literal["plain", "long2", "long4", "crowded", "noisy", "swapped", "silent", "blank"] = "plain"
     clips: int = 64
@@ -81,8 +81,8 @@ class EvaluationData(MediaOptions):
             return "/".join(part for part in parts if part)
         if self.question_file is not None:
             return Path(self.question_file).name
-        if self.encoded is not None:
-            return f"{Path(self.encoded).name}/{self.split or 'test'}"
+        if self.precomputed is not None:
+            return f"{Path(self.precomputed).name}/{self.split or 'test'}"
         variant = "" if self.variant == "plain" else f"/{self.variant}"
         return f"generated-clips/{self.split or 'test'}{variant} ({self.clips} clips, seed {self.seed})"
 
@@ -98,8 +98,8 @@ class EvaluationData(MediaOptions):
     def _records(self) -> list[Record]:
         if self.benchmark is not None:
             return load_benchmark(self.benchmark, str(self.root), self.split, self.subset)
-        if self.encoded is not None:
-            return load_encoded(self.encoded, self.split or "test")
+        if self.precomputed is not None:
+            return load_precomputed(self.precomputed, self.split or "test")
         if self.question_file is not None:
             file = Path(self.question_file)
             return load_music_avqa(file, Path(self.video_root) if self.video_root else file.parent)
@@ -116,7 +116,7 @@ class EvaluationData(MediaOptions):
 
     def _check(self) -> None:
         """Every option is of use, and at most one source is given."""
-        sources = {"benchmark": self.benchmark, "question_file": self.question_file, "encoded": self.encoded}
+        sources = {"benchmark": self.benchmark, "question_file": self.question_file, "precomputed": self.precomputed}
         given = [name for name, value in sources.items() if value is not None]
         if len(given) > 1:
             raise InputError(f"cannot be combined with data.{given[0]}", field=f"data.{given[1]}")
@@ -134,9 +134,9 @@ class EvaluationData(MediaOptions):
             raise InputError(f"{self.clips} is less than 1", field="data.clips")
         if self.num_workers < 0:
             raise InputError(f"{self.num_workers} is less than 0", field="data.num_workers")
-        if self.encoded is not None and self.limits() != MediaOptions().limits():
+        if self.precomputed is not None and self.limits() != MediaOptions().limits():
             changed = next(name for name, value in MediaOptions().limits().items() if self.limits()[name] != value)
-            raise InputError("is of no use with clips that were encoded ahead", field=f"data.{changed}")
+            raise InputError("is of no use with precomputed embeddings", field=f"data.{changed}")
 
 
 def group_by_clip(records: Sequence[Record], limit: int | None = None) -> list[list[Record]]:
@@ -165,7 +165,7 @@ class ClipBatch:
 
     number: int
     first: int
-    media: list[Media | EncodedClip | InputError]
+    media: list[Media | PrecomputedClip | InputError]
     records: list[list[Record]]
     files: list[list[list[int] | None]]
 
@@ -235,7 +235,7 @@ class _Batches(Dataset[ClipBatch]):
         records = [self.setup.clips[clip] for clip in members]
         return ClipBatch(number, members.start, [self._read(questions[0]) for questions in records], records, files)
 
-    def _read(self, record: Record) -> Media | EncodedClip | InputError:
+    def _read(self, record: Record) -> Media | PrecomputedClip | InputError:
         try:
             return self.read(record)
         except InputError as error:

@@ -15,12 +15,12 @@ from acckv import CompressionConfig, KVCompressor
 from acckv.cache.cache import CompressedCache
 from acckv.data.encoding import encode, question_suffix
 from acckv.data.media import KINDS, Media
-from acckv.data.precomputed import EncodedClip
+from acckv.data.precomputed import PrecomputedClip
 from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.evaluation.journal import Batch, CellAnswers, Part
 from acckv.evaluation.results import FULL
-from acckv.models.batching import left_padded
+from acckv.models.batching import pad_left
 from acckv.runtime.session import Prefill, Session
 from lightning_modules.evaluation.datamodule import ClipBatch
 
@@ -55,7 +55,7 @@ class _Clip:
     """A clip that was read, and its place among all clips."""
 
     index: int
-    media: Media | EncodedClip
+    media: Media | PrecomputedClip
     records: Sequence[Record]
 
     @property
@@ -285,7 +285,7 @@ class EvaluationModule(LightningModule):
                 rows += [question_suffix(self.processor, self.asking.prompt(filler))] * (most - len(pairs))
                 items += [number for number, _ in pairs]
                 items += [None] * (most - len(pairs))
-            ids, mask = left_padded(rows, self._pad_id)
+            ids, mask = pad_left(rows, self._pad_id)
             yield _Asked(ids.to(self.device), mask.to(self.device), items, limit)
 
     def _generation(self, max_new_tokens: int) -> dict[str, Any]:

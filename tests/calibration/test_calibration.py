@@ -361,7 +361,7 @@ def test_rows_of_embeddings_are_stacked_with_padding(cache: Path) -> None:
     dataset = data.datasets["validation"]
     batch = dataset.collate([dataset[(index, 0)] for index in range(2)])
     with torch.no_grad():
-        rows = module.live.prefill(**batch.inputs).embedded.rows()
+        rows = module.live.prefill(**batch.inputs).embedded.unstack()
         shorter = DecoderInputs(
             rows[1].embeds[:, 5:], rows[1].position_ids[..., 5:], ModalityMap(rows[1].labels.labels[:, 5:])
         )

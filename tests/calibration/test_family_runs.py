@@ -15,7 +15,7 @@ import yaml
 from lightning import Trainer
 
 from acckv import InputError, KVCompressor
-from acckv.data.precomputed import write_encoded_clip
+from acckv.data.precomputed import write_precomputed_clip
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.evaluation.results import REFERENCE_NAMES
 from lightning_modules.calibration.callbacks import ExportCompressor
@@ -34,13 +34,13 @@ TURNS = {
 QUESTIONS = {"What colour was it?": "red", "Describe it.": "a red ring"}
 
 
-def encoded_folder(folder: Path, kind: str, **options: Any) -> Path:
+def precomputed_folder(folder: Path, kind: str, **options: Any) -> Path:
     """Three clips as the family lays them out, of different length, with two questions each."""
     model = FAMILIES[kind].build()
     lines = []
     for number, split in enumerate(("train", "validation", "test")):
         inputs = FAMILIES[kind].context(model, seed=number, frames=2 + number)
-        write_encoded_clip(folder, f"clip {number}", inputs["inputs_embeds"][0], inputs["modality_ids"][0])
+        write_precomputed_clip(folder, f"clip {number}", inputs["inputs_embeds"][0], inputs["modality_ids"][0])
         for question, answer in QUESTIONS.items():
             row = {"clip": f"clip {number}", "question": TURNS[kind].format(question), "answer": answer}
             lines.append(json.dumps({**row, "groups": ["Visual"], "split": split, **options}))
@@ -61,8 +61,8 @@ def question_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options_of(name: str, folder: Path, question_file: Path) -> tuple[dict[str, Any], EvaluationData]:
     """What replaces the data of a config, and the data of an evaluation."""
     if name in TURNS:
-        clips = encoded_folder(folder / "clips", name)
-        return {"encoded": str(clips)}, EvaluationData(encoded=str(clips))
+        clips = precomputed_folder(folder / "clips", name)
+        return {"precomputed": str(clips)}, EvaluationData(precomputed=str(clips))
     videos = str(video_folder(question_file))
     file = str(question_file)
     train = {"train_questions": file, "validation_questions": file, "video_root": videos}
@@ -132,13 +132,13 @@ def test_calibrated_and_evaluated(name: str, question_file: Path, tmp_path: Path
 
 def test_clips_of_the_wrong_kind(tmp_path: Path) -> None:
     """Videos for a plain decoder, embeddings for a model with towers, embeddings of another width."""
-    clips = encoded_folder(tmp_path / "clips", "videollama2")
+    clips = precomputed_folder(tmp_path / "clips", "videollama2")
     decoder = checkpoints.decoder(tmp_path / "model")
-    wide = encoded_folder(tmp_path / "wide", "videollama2")
-    write_encoded_clip(wide, "clip 2", torch.randn(5, 32), torch.tensor([0, 1, 1, 2, 2]))
+    wide = precomputed_folder(tmp_path / "wide", "videollama2")
+    write_precomputed_clip(wide, "clip 2", torch.randn(5, 32), torch.tensor([0, 1, 1, 2, 2]))
 
     def run(model: object, folder: Path) -> None:
-        data = EvaluationData(encoded=str(folder))
+        data = EvaluationData(precomputed=str(folder))
         options = {"policies": ["keydiff"], "ratios": [0.2], "output": str(tmp_path / f"{folder.name}-out")}
         run_evaluation(EvaluationOptions(model=str(model), data=data, accelerator="cpu", **options))
 
@@ -147,9 +147,9 @@ def test_clips_of_the_wrong_kind(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"clip 2\.safetensors: inputs_embeds: has a width of 32, the decoder's is 64"):
         run(decoder, wide)
     with pytest.raises(InputError, match=r"data\.variant: is of use only with generated clips"):
-        EvaluationData(encoded=str(clips), variant="noisy").records()
+        EvaluationData(precomputed=str(clips), variant="noisy").records()
     with pytest.raises(InputError, match=r"model\.when: is 'prompt'"):
-        AVDataModule(source="encoded", encoded=str(clips), when="prompt")
-    with pytest.raises(InputError, match=r"data\.encoded: is needed with source 'encoded'"):
-        AVDataModule(source="encoded")
+        AVDataModule(source="precomputed", precomputed=str(clips), when="prompt")
+    with pytest.raises(InputError, match=r"data\.precomputed: is needed with source 'precomputed'"):
+        AVDataModule(source="precomputed")
     assert not list(tmp_path.glob("*/results.json"))

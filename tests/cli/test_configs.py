@@ -16,7 +16,7 @@ from acckv import KVCompressor
 from acckv.models import ADAPTERS, load_model
 from acckv.models.loading import MODEL_CLASSES
 from tests import checkpoints
-from tests.calibration.test_family_runs import TURNS, encoded_folder
+from tests.calibration.test_family_runs import TURNS, precomputed_folder
 from tests.paths import ROOT
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -128,7 +128,7 @@ def test_a_step_of_a_family(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     data: tuple[object, ...] = ("--data.source", "clips", "--data.train_clips", 4, "--data.validation_clips", 2)
     asked: tuple[object, ...] = ("--data.clips", 2)
     if kind in TURNS:
-        data = asked = ("--data.encoded", encoded_folder(tmp_path / "clips", kind))
+        data = asked = ("--data.precomputed", precomputed_folder(tmp_path / "clips", kind))
     code = door(
         monkeypatch,
         *("train.py", "fit", "--config", ROOT / "configs" / name, "--model.base_model", base),

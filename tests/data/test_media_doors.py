@@ -107,11 +107,11 @@ def test_ask_reads_and_tells_as_it_is_asked_to(folder: Path, tiny: tuple[Any, An
         AskOptions(str(video), QUESTION, max_frames=1)
 
 
-def test_what_was_encoded_ahead_takes_no_options_of_reading() -> None:
-    with pytest.raises(InputError, match=r"data\.fps: is of no use with clips that were encoded ahead"):
-        EvaluationData(encoded="clips", fps=1.0).records()
-    with pytest.raises(InputError, match=r"data\.max_frames: is of no use with source 'encoded'"):
-        AVDataModule(source="encoded", encoded="clips", max_frames=8)
+def test_precomputed_embeddings_take_no_options_of_reading() -> None:
+    with pytest.raises(InputError, match=r"data\.fps: is of no use with precomputed embeddings"):
+        EvaluationData(precomputed="clips", fps=1.0).records()
+    with pytest.raises(InputError, match=r"data\.max_frames: is of no use with source 'precomputed'"):
+        AVDataModule(source="precomputed", precomputed="clips", max_frames=8)
 
 
 def test_the_plug_in_takes_system_messages_and_limits(folder: Path, tiny: tuple[Any, Any], tmp_path: Path) -> None:

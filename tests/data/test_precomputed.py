@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.data.encoding import encode, encode_context, encode_media, question_suffix
-from acckv.data.precomputed import load_encoded, read_encoded_clip, write_encoded_clip
+from acckv.data.precomputed import load_precomputed, read_precomputed_clip, write_precomputed_clip
 from acckv.errors import InputError
 from acckv.models import TextProcessor, load_model, load_processor
 from tests import checkpoints
@@ -33,7 +33,7 @@ def embeddings(tokens: int = 8, seed: int = 0) -> torch.Tensor:
 
 def folder_of(folder: Path, rows: list[dict[str, Any]]) -> Path:
     for name in ("one", "two", "three"):
-        write_encoded_clip(folder, name, embeddings(), KINDS)
+        write_precomputed_clip(folder, name, embeddings(), KINDS)
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -45,14 +45,14 @@ def row(clip: str = "one", **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_was_written_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
     embeds = embeddings().to(dtype)
-    path = write_encoded_clip(tmp_path, "a clip", embeds, KINDS.int())
+    path = write_precomputed_clip(tmp_path, "a clip", embeds, KINDS.int())
     assert path == tmp_path / "clips" / "a clip.safetensors" and list(path.parent.iterdir()) == [path]
-    clip = read_encoded_clip(path)
+    clip = read_precomputed_clip(path)
     assert clip.embeds.dtype == dtype and torch.equal(clip.embeds, embeds)
     assert torch.equal(clip.modality_ids, KINDS) and clip.modality_ids.dtype == torch.long
     assert clip.kind == "audio-video"
-    write_encoded_clip(tmp_path, "a clip", embeds, KINDS.clamp(max=1))
-    assert read_encoded_clip(path).kind == "video"
+    write_precomputed_clip(tmp_path, "a clip", embeds, KINDS.clamp(max=1))
+    assert read_precomputed_clip(path).kind == "video"
 
 
 @pytest.mark.parametrize(
@@ -73,39 +73,39 @@ def test_malformed_clips(tmp_path: Path, tensors: dict[str, torch.Tensor], messa
     path = tmp_path / "bad.safetensors"
     save_file(tensors, path)
     with pytest.raises(InputError, match=rf"bad\.safetensors: {message}"):
-        read_encoded_clip(path)
+        read_precomputed_clip(path)
     if len(tensors) == 2:
         with pytest.raises(InputError, match=rf"one\.safetensors: {message}"):
-            write_encoded_clip(tmp_path, "one", **tensors)
+            write_precomputed_clip(tmp_path, "one", **tensors)
         assert not (tmp_path / "clips").exists()
 
 
 def test_files_that_are_no_clips(tmp_path: Path) -> None:
-    path = write_encoded_clip(tmp_path, "one", embeddings(), KINDS)
+    path = write_precomputed_clip(tmp_path, "one", embeddings(), KINDS)
     whole = path.read_bytes()
     for length in (0, 7, 40, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(InputError, match=r"one\.safetensors: is cut off or no safetensors file"):
-            read_encoded_clip(path)
+            read_precomputed_clip(path)
     with pytest.raises(InputError, match=r"two\.safetensors: no such file"):
-        read_encoded_clip(path.with_name("two.safetensors"))
+        read_precomputed_clip(path.with_name("two.safetensors"))
     for name in ("", "..", "a/b", ".hidden", "a\\b"):
         with pytest.raises(InputError, match=r"clip: .* is no plain file name"):
-            write_encoded_clip(tmp_path, name, embeddings(), KINDS)
+            write_precomputed_clip(tmp_path, name, embeddings(), KINDS)
 
 
 def test_questions(tmp_path: Path) -> None:
     rows = [row(groups=["Audio", "Audio/Counting"]), row("two", answer="a red ring"), row("two")]
-    records = load_encoded(folder_of(tmp_path, rows), "test")
+    records = load_precomputed(folder_of(tmp_path, rows), "test")
     assert [record.id for record in records] == ["one#1", "two#2", "two#3"]
     assert [record.protocol for record in records] == ["word", "description", "word"]
     assert records[0].groups == ("Audio", "Audio/Counting") and records[1].groups == ()
     assert records[1].video == tmp_path / "clips" / "two.safetensors" and records[1].question == "what ?"
-    parts = [load_encoded(tmp_path, split, held_out=0.5) for split in ("train", "validation")]
+    parts = [load_precomputed(tmp_path, split, held_out=0.5) for split in ("train", "validation")]
     assert {record.video for record in parts[0]}.isdisjoint(record.video for record in parts[1])
     assert sorted(record.id for part in parts for record in part) == ["one#1", "two#2", "two#3"]
     folder_of(tmp_path, [row(split="train"), row("two", split="validation"), row("three", split="train")])
-    assert [record.id for record in load_encoded(tmp_path, "train", 0.5)] == ["one#1", "three#3"]
+    assert [record.id for record in load_precomputed(tmp_path, "train", 0.5)] == ["one#1", "three#3"]
 
 
 @pytest.mark.parametrize(
@@ -129,16 +129,18 @@ def test_malformed_questions(tmp_path: Path, text: str, message: str) -> None:
     folder_of(tmp_path, [])
     (tmp_path / "questions.jsonl").write_text(text)
     with pytest.raises(InputError, match=rf"questions\.jsonl: {message}"):
-        load_encoded(tmp_path, "train", held_out=0.5)
+        load_precomputed(tmp_path, "train", held_out=0.5)
     with pytest.raises(InputError, match=r"questions\.jsonl: no such file"):
-        load_encoded(tmp_path / "elsewhere", "train")
+        load_precomputed(tmp_path / "elsewhere", "train")
 
 
 def test_inputs_of_a_batch(loaded: tuple[Any, TextProcessor], tmp_path: Path) -> None:
     """Rows are padded on the left; with their questions they are embeddings of what the parts are."""
     model, processor = loaded
-    short = read_encoded_clip(write_encoded_clip(tmp_path, "one", embeddings(), KINDS))
-    long = read_encoded_clip(write_encoded_clip(tmp_path, "two", embeddings(11, 1), torch.cat([KINDS, KINDS[1:4]])))
+    short = read_precomputed_clip(write_precomputed_clip(tmp_path, "one", embeddings(), KINDS))
+    long = read_precomputed_clip(
+        write_precomputed_clip(tmp_path, "two", embeddings(11, 1), torch.cat([KINDS, KINDS[1:4]]))
+    )
     inputs = encode(processor, [short, long])
     assert inputs["inputs_embeds"].shape == (2, 11, 64)
     assert torch.equal(inputs["inputs_embeds"][0, 3:], short.embeds) and not bool(inputs["inputs_embeds"][0, :3].any())
@@ -150,7 +152,7 @@ def test_inputs_of_a_batch(loaded: tuple[Any, TextProcessor], tmp_path: Path) ->
     embedded = model.get_input_embeddings()(suffix)
     assert torch.equal(whole["inputs_embeds"][0], torch.cat([short.embeds, embedded]))
     assert whole["modality_ids"][0].tolist() == [*KINDS.tolist(), *[0] * len(suffix)]
-    wide = read_encoded_clip(write_encoded_clip(tmp_path, "wide", torch.ones(8, 32), KINDS))
+    wide = read_precomputed_clip(write_precomputed_clip(tmp_path, "wide", torch.ones(8, 32), KINDS))
     for questions in (None, [QUESTION]):
         with pytest.raises(
             InputError, match=r"wide\.safetensors: inputs_embeds: has a width of 32, the decoder's is 64"
@@ -162,7 +164,7 @@ def test_inputs_of_a_batch(loaded: tuple[Any, TextProcessor], tmp_path: Path) ->
 
 def test_a_session_answers_as_the_plain_decoder(loaded: tuple[Any, TextProcessor], tmp_path: Path) -> None:
     model, processor = loaded
-    clip = read_encoded_clip(write_encoded_clip(tmp_path, "one", embeddings(), KINDS))
+    clip = read_precomputed_clip(write_precomputed_clip(tmp_path, "one", embeddings(), KINDS))
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     whole = encode(processor, [clip], [QUESTION])
     plain = model.generate(inputs_embeds=whole["inputs_embeds"], attention_mask=whole["attention_mask"], **options)
@@ -180,7 +182,7 @@ def test_loading_a_decoder(loaded: tuple[Any, TextProcessor], tmp_path: Path) ->
     alone = load_processor(folder, "bfloat16")
     assert alone.tokenizer.pad_token == alone.tokenizer.eos_token == "</s>"
     assert alone.dtype == torch.bfloat16 and alone.embed is None
-    clip = read_encoded_clip(write_encoded_clip(tmp_path, "one", embeddings(), KINDS))
+    clip = read_precomputed_clip(write_precomputed_clip(tmp_path, "one", embeddings(), KINDS))
     assert encode(alone, [clip])["inputs_embeds"].dtype == torch.bfloat16
     with pytest.raises(InputError, match="when: a question is embedded by the decoder, which was not loaded"):
         encode(alone, [clip], [QUESTION])

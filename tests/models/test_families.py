@@ -196,7 +196,7 @@ def test_evicting_while_prefilling_keeps_what_a_shared_prefill_keeps(sdpa: Built
     with KVCompressor(CompressionConfig(policy=policy, when=when, ratio=0.3))(model, Tokenizer()) as session:
         prefill = session.prefill(**inputs)
         expected, own = session.compress(prefill), session.compress(**inputs)
-        again = session.compress(session.prefill(type(prefill.embedded).stack(prefill.embedded.rows())))
+        again = session.compress(session.prefill(type(prefill.embedded).stack(prefill.embedded.unstack())))
     for cache in (own, again):
         assert cache.kept_entries().sum() == int(0.3 * family.layers * 14)
         if policy == "knorm" and hasattr(session.adapter.attention_modules[0], "k_norm"):

@@ -46,7 +46,7 @@ def encode(
     Args:
         processor: as `acckv.models.load_model` gives it.
         clips: :class:`acckv.data.media.Media`, all of one `kind`; for a plain decoder
-            :class:`acckv.data.precomputed.EncodedClip`.
+            :class:`acckv.data.precomputed.PrecomputedClip`.
         questions: one question a clip. None: each prompt ends with the end-of-media tokens (see `encode_context`).
         system_prompt: what the model is told before the media: one text for all clips, or one a clip. None is what the
             chat template says by itself.

@@ -1,4 +1,4 @@
-"""Clips that were encoded ahead, for a plain decoder."""
+"""Clips as precomputed embeddings, for a plain decoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acckv.data.encoding.base import Encoder
-from acckv.data.precomputed import EMBEDS, KINDS, EncodedClip
+from acckv.data.precomputed import EMBEDS, KINDS, PrecomputedClip
 from acckv.errors import InputError
 from acckv.method.modality import Modality
 
@@ -19,13 +19,13 @@ from acckv.method.modality import Modality
 class EmbeddingsEncoder(Encoder):
     """Gives `inputs_embeds` [batch, tokens, width], `modality_ids` and `attention_mask` [batch, tokens]."""
 
-    clip_type = EncodedClip
+    clip_type = PrecomputedClip
 
     def encode(
-        self, clips: Sequence[EncodedClip], questions: Sequence[str] | None, system_prompts: Sequence[str | None]
+        self, clips: Sequence[PrecomputedClip], questions: Sequence[str] | None, system_prompts: Sequence[str | None]
     ) -> dict[str, Any]:
         if any(system is not None for system in system_prompts):
-            message = "clips that were encoded ahead hold their own; encode them with it, and leave it out here"
+            message = "precomputed clips hold their own; compute them with it, and leave it out here"
             raise InputError(message, field="system_prompt")
         for clip in clips:
             if clip.embeds.shape[1] != self.processor.width:
@@ -46,7 +46,7 @@ class EmbeddingsEncoder(Encoder):
             "attention_mask": (labels != padding).long(),
         }
 
-    def encode_media(self, clip: EncodedClip) -> dict[str, Any]:
+    def encode_media(self, clip: PrecomputedClip) -> dict[str, Any]:
         media = (clip.modality_ids != Modality.TEXT).nonzero()[:, 0]
         span = slice(int(media[0]), int(media[-1]) + 1)
         return self.encode(
@@ -59,7 +59,7 @@ class EmbeddingsEncoder(Encoder):
             raise InputError(f"{question!r} has no token in the decoder's vocabulary", field="question")
         return torch.tensor(ids, dtype=torch.long)
 
-    def _with_question(self, clip: EncodedClip, question: str) -> EncodedClip:
+    def _with_question(self, clip: PrecomputedClip, question: str) -> PrecomputedClip:
         if self.processor.embed is None:
             raise InputError(
                 "a question is embedded by the decoder, which was not loaded; compress the context alone", field="when"

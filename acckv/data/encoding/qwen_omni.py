@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 from acckv.data.encoding.base import ChatEncoder
 from acckv.data.media import Media
 from acckv.errors import InputError
-from acckv.models.batching import left_padded
+from acckv.models.batching import pad_left
 
 MEL = ("input_features", "feature_attention_mask")
 _CUTS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
@@ -103,7 +103,7 @@ class QwenOmniEncoder(ChatEncoder):
     def _joined(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of inputs that were made one by one: prompts padded on the left, mel features on the right."""
         joined: dict[str, Any] = {}
-        ids, joined["attention_mask"] = left_padded(
+        ids, joined["attention_mask"] = pad_left(
             [row["input_ids"][0] for row in rows], self.processor.tokenizer.pad_token_id
         )
         joined["input_ids"] = ids
