@@ -3,7 +3,7 @@
     python -m benchmarks.calibration_step --output runs/benchmarks/calibration_step.json
 
 The fine-tuning step runs context and turns with gradients through LoRA on all tokens and a cross entropy. The
-calibration step of scope 'after' shares one prefill without gradients between teacher and student. With `data.keep:
+calibration step of scope 'after' shares one prefill without gradients between teacher and student. With `data.cache:
 prefill` the teacher is asked every question on a clip's first visit; on later ones that prefill and what the teacher
 said are kept. Scope 'all' prefills once more, with gradients. Unless a line says otherwise all adapt the same layers at
 the same rank; all start from encoded clips. Steps take turns, so that a drift of the machine meets all.
@@ -123,8 +123,8 @@ def batches(questions: int, clips: int, length: int = 1) -> tuple[CalibrationBat
         validation_questions=str(file),
         video_root=str(video_folder(file)),
         batch_size=clips,
-        turns=questions,
-        keep="prefill",
+        questions_per_clip=questions,
+        cache="prefill",
     )
     data.setup()
     module = CalibrationModule()

@@ -71,7 +71,7 @@ class Study:
     def __init__(self, given: argparse.Namespace, console: Console) -> None:
         self.given, self.console = given, console
         self.config: dict[str, Any] = yaml.safe_load(given.config.read_text(encoding="utf-8"))
-        options = {**self.config["data"], "keep": "prefill", "cache_dir": given.cache_dir}
+        options = {**self.config["data"], "cache": "prefill", "cache_dir": given.cache_dir}
         self.data = AVDataModule(**options)
 
     def run(self, variant: Variant, seed: int) -> None:

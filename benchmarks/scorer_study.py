@@ -137,7 +137,7 @@ def validation_kl(
     seed_everything(seed, verbose=False)
     data.reorder(seed)
     learn = tuple(group for group in WEIGHT_GROUPS if group != "places")
-    options = {"seed": seed, "validation_ratios": RATIOS, "match": None, "learn": learn}
+    options = {"seed": seed, "validation_ratios": RATIOS, "feature_loss": None, "trainable": learn}
     module = WithScorer(**config["model"] | options)
     module.weights_class, module.extra = SCORERS[scorer]
     trainer = plain_trainer(config, steps, folder, val_check_interval=steps, check_val_every_n_epoch=None)
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     quiet_libraries()
     config = yaml.safe_load(given.config.read_text(encoding="utf-8"))
-    data = AVDataModule(**{**config["data"], "keep": "prefill", "cache_dir": given.cache_dir})
+    data = AVDataModule(**{**config["data"], "cache": "prefill", "cache_dir": given.cache_dir})
     table = Table("scorer", *(f"KL at {ratio:g}" for ratio in RATIOS), box=box.SIMPLE_HEAD)
     rows: dict[str, dict[str, float]] = {}
     for label in SCORERS:

@@ -33,12 +33,12 @@ class Variant:
 
 def _plain(name: str, label: str, steps: int | None = None, **options: Any) -> Variant:
     """Calibrated by KL alone, with a scorer that sees no places."""
-    return Variant(name, label, {"match": None, "learn": GROUPS, **options}, steps)
+    return Variant(name, label, {"feature_loss": None, "trainable": GROUPS, **options}, steps)
 
 
 def _up_to(group: str) -> dict[str, Any]:
     """Only the weights up to a group learn, and no LoRA."""
-    return {"learn": GROUPS[: GROUPS.index(group) + 1], "lora_rank": 0}
+    return {"trainable": GROUPS[: GROUPS.index(group) + 1], "lora_rank": 0}
 
 
 def _at(ratio: float) -> dict[str, Any]:
@@ -50,9 +50,9 @@ def _without(group: str) -> tuple[str, ...]:
     return tuple(name for name in GROUPS if name != group)
 
 
-MERGING = {"overrides": {"integration": True}}
-ONE_STAGE: dict[str, Any] = {"tight_share": 0.0}
-EVERY_RATIO: dict[str, Any] = ONE_STAGE | {"match": "attention", "match_from": 0.0}
+MERGING = {"compression": {"integration": True}}
+ONE_STAGE: dict[str, Any] = {"low_ratio_share": 0.0}
+EVERY_RATIO: dict[str, Any] = ONE_STAGE | {"feature_loss": "attention", "feature_loss_min_ratio": 0.0}
 #: Steps of the trainings at full length that were compared before the default had two stages.
 THIRD = 3200
 STUDIES: dict[str, tuple[Variant, ...]] = {
@@ -67,15 +67,15 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         _plain("alignment", "+ alignment (merging on)", **_up_to("alignment"), **MERGING),
         _plain("lora_merging", "+ LoRA (merging on)", **MERGING),
         _plain(KL_ALONE, "all, merging off"),
-        Variant("places", "all, merging off, + places", {"match": None}),
+        Variant("places", "all, merging off, + places", {"feature_loss": None}),
         Variant(SHORT, "all, merging off, + places, + attention outputs (the default)"),
-        _plain("only_scorer", "scorer and probes alone", learn=("probes", "scorer"), lora_rank=0),
-        _plain("only_lora", "LoRA alone", learn=()),
-        _plain("no_budgets", "all without learned budgets (focusing)", learn=_without("budgets")),
-        _plain("no_gains", "all without gains and redistribution", learn=_without("gains")),
-        _plain("no_alignment", "all without cross-calibration", learn=_without("alignment")),
-        _plain("no_scorer", "all without the scorer", learn=_without("scorer")),
-        _plain("no_redundancy", "all without competition", learn=_without("redundancy")),
+        _plain("only_scorer", "scorer and probes alone", trainable=("probes", "scorer"), lora_rank=0),
+        _plain("only_lora", "LoRA alone", trainable=()),
+        _plain("no_budgets", "all without learned budgets (focusing)", trainable=_without("budgets")),
+        _plain("no_gains", "all without gains and redistribution", trainable=_without("gains")),
+        _plain("no_alignment", "all without cross-calibration", trainable=_without("alignment")),
+        _plain("no_scorer", "all without the scorer", trainable=_without("scorer")),
+        _plain("no_redundancy", "all without competition", trainable=_without("redundancy")),
     ),
     "scopes": (
         _plain("rank0", "weights only (rank 0)", lora_rank=0),
@@ -100,14 +100,19 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
     ),
     "losses": (
         _plain("reverse", "reverse KL", divergence="reverse"),
-        _plain("hidden", "KL and hidden states, at every ratio", match="hidden", match_from=0.0),
-        _plain("attention_output", "KL and attention outputs, at every ratio", match="attention", match_from=0.0),
-        _plain("attention_from", "KL and attention outputs, from 0.05 on", match="attention"),
+        _plain("hidden", "KL and hidden states, at every ratio", feature_loss="hidden", feature_loss_min_ratio=0.0),
+        _plain(
+            "attention_output",
+            "KL and attention outputs, at every ratio",
+            feature_loss="attention",
+            feature_loss_min_ratio=0.0,
+        ),
+        _plain("attention_from", "KL and attention outputs, from 0.05 on", feature_loss="attention"),
     ),
     "selection": (
-        _plain("share_heads", "one selection for all KV heads", overrides={"share_heads": True}),
+        _plain("share_heads", "one selection for all KV heads", compression={"share_heads": True}),
         _plain("soft", "gates end at 0.04", temperature_end=0.04),
-        _plain("no_probes", "no probe queries", learn=_without("probes"), probe_queries=0),
+        _plain("no_probes", "no probe queries", trainable=_without("probes"), probe_queries=0),
     ),
 }
 TITLES: dict[str, tuple[str, tuple[str, ...]]] = {

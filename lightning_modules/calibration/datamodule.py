@@ -63,8 +63,8 @@ class AVDataModule(LightningDataModule):
         dtype: of the model that answers them; linked to the model's.
         load_options: of the model and its processor; linked to the model's.
         batch_size: clips a step and process.
-        turns: questions about each clip in a step; 0 takes all.
-        keep: what is held of a clip after its first visit. 'embeddings': it is not decoded and encoded again
+        questions_per_clip: questions about each clip in a step; 0 takes all.
+        cache: what is held of a clip after its first visit. 'embeddings': it is not decoded and encoded again
             (hidden size x tokens numbers a clip). 'prefill': the base model's prefill is not run again either (its
             keys and values too), nor what it says about the clip's questions, all of which it is asked on the first
             visit (likeliest words and matched outputs of the answers' tokens), so that a step costs the student alone.
@@ -104,8 +104,8 @@ class AVDataModule(LightningDataModule):
         dtype: str = "float32",
         load_options: dict[str, Any] | None = None,
         batch_size: int = 8,
-        turns: int = 0,
-        keep: Keep = "embeddings",
+        questions_per_clip: int = 0,
+        cache: Keep = "embeddings",
         cache_memory_gb: float = 8.0,
         teacher_top_p: float = 0.999,
         seed: int = 0,
@@ -131,7 +131,7 @@ class AVDataModule(LightningDataModule):
             ("train_clips", train_clips, 1),
             ("validation_clips", validation_clips, 1),
             ("batch_size", batch_size, 1),
-            ("turns", turns, 0),
+            ("questions_per_clip", questions_per_clip, 0),
             ("max_new_tokens", max_new_tokens, 1),
             ("num_workers", num_workers, 0),
         ):
@@ -185,9 +185,9 @@ class AVDataModule(LightningDataModule):
                 self.records(split),
                 processor,
                 options.when,
-                options.turns,
+                options.questions_per_clip,
                 options.seed,
-                options.keep,
+                options.cache,
                 cache,
                 options.teacher_top_p,
                 split,

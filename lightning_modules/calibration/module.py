@@ -67,27 +67,29 @@ class CalibrationModule(CalibrationState):
         base_model: 'tiny' (packaged), a folder or a hub id.
         when: compress after the media ('context') or after the whole prompt ('prompt').
         preset: training-free method that the weights start from and are residuals of: 'context' or 'paper'.
-        overrides: options of the preset that are to be others, such as ``{integration: true}``.
+        compression: options of the preset that are to be others, such as ``{integration: true}``.
         divergence: KL(teacher || student) is 'forward': the student covers all that the teacher may say. 'reverse': it
             says nothing that the teacher would not.
-        match: what else is brought close to the teacher's in every layer: 'hidden' states, 'attention' outputs or None.
-        match_weight: of that term, a share of the teacher's mean square in the batch of all processes. Accumulated
-            batches have one scale each: they equal one large batch exactly with `match: null` alone.
-        match_from: least ratio at which it counts. With next to nothing kept no layer can give its teacher's output,
-            and trying costs the answer.
-        learn: groups of weights that are trained, of budgets, gains, probes, scorer, places, redundancy, merging and
-            alignment; the others stay at the preset.
+        feature_loss: features that are brought close to the teacher's in every layer besides: 'hidden' states,
+            'attention' outputs or None.
+        feature_loss_weight: weight of that term, a share of the teacher's mean square in the batch of all processes.
+            Accumulated batches have one scale each: they equal one large batch exactly with `feature_loss: null` alone.
+        feature_loss_min_ratio: least ratio at which that term counts. With next to nothing kept no layer can give its
+            teacher's output, and trying costs the answer.
+        trainable: groups of weights that are trained, of budgets, gains, probes, scorer, places, redundancy, merging
+            and alignment; the others stay at the preset.
         ratio_min: least kept share drawn at a step.
         ratio_max: largest kept share drawn at a step.
         ratio_power: 1 draws ratios log-uniformly; above 1, the tight ones more often.
-        tight_share: share of the training that sees `ratio_min` alone. What it learned is then settled, LoRA included,
-            for ratios below 1.5 times `ratio_min`; the weights of all other ratios start from it. 0 for none.
-        full_share: share of the steps in which the student reads the full cache, so that LoRA costs nothing there.
+        low_ratio_share: share of the training that sees `ratio_min` alone, the low-ratio stage. What it learned then
+            holds, LoRA included, for ratios below 1.5 times `ratio_min`; all others start from it. 0 for none.
+        full_cache_probability: share of the steps in which the student reads the full cache, so that LoRA costs nothing
+            there.
         temperature_start: of the gates, in standard deviations of the score.
         temperature_end: of the gates at the end; small, so that what is trained is what is shipped.
-        temperature_after_tight: of the gates after `tight_share`, in place of `temperature_start`.
-        anneal: share of the training in which the temperature falls, or of each part of it where there is a
-            `tight_share`; it then stays at its end.
+        temperature_after_low_ratio: of the gates after `low_ratio_share`, in place of `temperature_start`.
+        anneal_fraction: share of the training in which the temperature falls, or of each part of it where there is a
+            `low_ratio_share`; it then stays at its end.
         lora_rank: 0 trains no LoRA.
         lora_alpha: LoRA scale times rank; None is twice the rank.
         lora_targets: linear layers of the decoder that LoRA adapts, by name.
@@ -97,7 +99,7 @@ class CalibrationModule(CalibrationState):
         lr_lora: peak learning rate of LoRA.
         lr_redundancy: peak learning rate of what an entry loses for its neighbours.
         lr_other: peak learning rate of all other weights.
-        warmup: steps of linear warm-up; a cosine to 5 % follows. Both begin anew after `tight_share`.
+        warmup: steps of linear warm-up; a cosine to 5 % follows. Both begin anew after `low_ratio_share`.
         layer_floor: least share of the uniform budget that a layer keeps.
         probe_queries: learned probe queries a head; 0 for none.
         validation_ratios: ratios of the validation KL.
@@ -117,21 +119,21 @@ class CalibrationModule(CalibrationState):
         base_model: str = "tiny",
         when: When = "context",
         preset: str = "context",
-        overrides: dict[str, Any] | None = None,
+        compression: dict[str, Any] | None = None,
         divergence: Divergence = "forward",
-        match: Match | None = "attention",
-        match_weight: float = 1.0,
-        match_from: float = 0.05,
-        learn: tuple[str, ...] = tuple(WEIGHT_GROUPS),
+        feature_loss: Match | None = "attention",
+        feature_loss_weight: float = 1.0,
+        feature_loss_min_ratio: float = 0.05,
+        trainable: tuple[str, ...] = tuple(WEIGHT_GROUPS),
         ratio_min: float = 0.02,
         ratio_max: float = 0.5,
         ratio_power: float = 1.6,
-        tight_share: float = 0.0,
-        full_share: float = 0.1,
+        low_ratio_share: float = 0.0,
+        full_cache_probability: float = 0.1,
         temperature_start: float = 0.5,
         temperature_end: float = 0.005,
-        temperature_after_tight: float = 0.1,
-        anneal: float = 0.6,
+        temperature_after_low_ratio: float = 0.1,
+        anneal_fraction: float = 0.6,
         lora_rank: int = 16,
         lora_alpha: float | None = None,
         lora_targets: tuple[str, ...] = LORA_TARGETS,
@@ -154,7 +156,7 @@ class CalibrationModule(CalibrationState):
         self.save_hyperparameters()
         check_options(self.options)
         options = {"when": when, "layer_floor": layer_floor, "probe_queries": probe_queries, "ratio": 0.1}
-        self.compression = CompressionConfig.preset(preset, **{**options, **(overrides or {})})
+        self.compression = CompressionConfig.preset(preset, **{**options, **(compression or {})})
         self.step_mean = StepMean()
         self.last_step: dict[str, Any] = {}
         """What the last optimiser step came to, by name."""
@@ -171,7 +173,7 @@ class CalibrationModule(CalibrationState):
         weights = self.weights_class(
             sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], options.probe_queries
         )
-        learned = [name for group in options.learn for name in WEIGHT_GROUPS[group]]
+        learned = [name for group in options.trainable for name in WEIGHT_GROUPS[group]]
         for name, weight in weights.named_parameters():
             weight.requires_grad_(name in learned)
         adapter_weights = None
@@ -191,11 +193,11 @@ class CalibrationModule(CalibrationState):
             enable_checkpointing(self.live.adapter.decoder)
         if self.device_mesh is not None:
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            if data.options.keep == "prefill":
+            if data.options.cache == "prefill":
                 message = (
                     "is 'prefill': one process may have kept what another has to run, and a split model needs both"
                 )
-                raise InputError(f"{message} in every forward; take 'embeddings'", field="data.keep")
+                raise InputError(f"{message} in every forward; take 'embeddings'", field="data.cache")
             shard_frozen(self, self.live.adapter.decoder, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:
@@ -213,13 +215,13 @@ class CalibrationModule(CalibrationState):
         steps = self.trainer.estimated_stepping_batches
         if self.resumed is not None and self.trainer.state.fn != TrainerFn.FITTING:
             steps = self.resumed.planned
-        return Stages(self.options.tight_share, steps, self.settled_at)
+        return Stages(self.options.low_ratio_share, steps, self.settled_at)
 
     def temperature(self, step: int | None = None) -> float:
         """Of the gates at a step; None is this one."""
         stages, options, step = self.stages, self.options, self.global_step if step is None else step
-        start = options.temperature_after_tight if stages.settled(step) else options.temperature_start
-        cooled = min(stages.progress(step) / options.anneal, 1.0)
+        start = options.temperature_after_low_ratio if stages.settled(step) else options.temperature_start
+        cooled = min(stages.progress(step) / options.anneal_fraction, 1.0)
         return start * (options.temperature_end / start) ** cooled
 
     def draw_ratio(self, number: int) -> float:
@@ -227,12 +229,13 @@ class CalibrationModule(CalibrationState):
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
         low, high = math.log(self.tight_below or self.options.ratio_min), math.log(self.options.ratio_max)
         ratio, kind = torch.rand(2, generator=generator, device="cpu").tolist()
-        return 1.0 if kind < self.options.full_share else math.exp(low + (high - low) * ratio**self.options.ratio_power)
+        full = kind < self.options.full_cache_probability
+        return 1.0 if full else math.exp(low + (high - low) * ratio**self.options.ratio_power)
 
     @property
     def tight_below(self) -> float:
         """Ratios below it are those of the tight stage; 0 without one."""
-        return TIGHT_REACH * self.options.ratio_min if self.options.tight_share else 0.0
+        return TIGHT_REACH * self.options.ratio_min if self.options.low_ratio_share else 0.0
 
     def on_fit_start(self) -> None:
         if self.trainer.max_steps >= 0:  # they alone end it: the one epoch of a run that goes on is used up
@@ -286,7 +289,7 @@ class CalibrationModule(CalibrationState):
         scope_all = options.lora_scope == "all" and session.attached is not None
         training = torch.is_grad_enabled()
         prefill, targets = self.teacher_targets(batch)
-        matched = self._matched() if training and ratio >= options.match_from else []
+        matched = self._matched() if training and ratio >= options.feature_loss_min_ratio else []
         if scope_all:
             prefill = session.prefill(prefill.embedded, self.compressor.policy.rows, gradients=training)
         with torch.autocast(self.device.type, enabled=False):  # sessions select in full precision
@@ -300,7 +303,7 @@ class CalibrationModule(CalibrationState):
             loss = targets.divergence(student, weight, "reverse")
         if matched:
             outputs = outputs_at(turns.counted, found, student)
-            loss = loss + options.match_weight * mismatch(targets.outputs, outputs, weight.sum())
+            loss = loss + options.feature_loss_weight * mismatch(targets.outputs, outputs, weight.sum())
         return Distillation(kl, loss, plans)
 
     def teacher_targets(self, batch: CalibrationBatch) -> tuple[Prefill, TeacherTargets]:
@@ -321,7 +324,7 @@ class CalibrationModule(CalibrationState):
 
     def _matched(self) -> list[torch.nn.Module]:
         """Modules whose outputs are matched."""
-        adapter, match = self.live.adapter, self.options.match
+        adapter, match = self.live.adapter, self.options.feature_loss
         if match is None:
             return []
         return list(adapter.decoder.layers) if match == "hidden" else adapter.decoder_attention

@@ -18,8 +18,8 @@ FIXED = (
     "base_model",
     "when",
     "preset",
-    "overrides",
-    "learn",
+    "compression",
+    "trainable",
     "lora_rank",
     "lora_alpha",
     "lora_targets",
@@ -27,7 +27,7 @@ FIXED = (
     "probe_queries",
 )
 #: Further ones once a low-ratio stage is over.
-FIXED_BY_STAGE = ("ratio_min", "tight_share")
+FIXED_BY_STAGE = ("ratio_min", "low_ratio_share")
 #: Of a run, in its folder: the options that it was last started with.
 CONFIG_FILE = "config.yaml"
 #: What a checkpoint says of the training besides what Lightning does.

@@ -16,7 +16,7 @@ class Stages:
     """Where a training stands.
 
     Args:
-        tight_share: share of the steps in the tight stage; 0 for none.
+        low_ratio_share: share of the steps in the tight stage; 0 for none.
         steps: of the whole training; infinite where it has no end.
         settled_at: the step with which all ratios began, where they have; it stays, however long a training gets.
 
@@ -24,14 +24,14 @@ class Stages:
         InputError: a share is asked of a training without an end.
     """
 
-    tight_share: float
+    low_ratio_share: float
     steps: float
     settled_at: int | None = None
 
     def __post_init__(self) -> None:
-        if self.tight_share and math.isinf(self.steps):
+        if self.low_ratio_share and math.isinf(self.steps):
             raise InputError(
-                "is a share of a training that has no end; set trainer.max_steps", field="model.tight_share"
+                "is a share of a training that has no end; set trainer.max_steps", field="model.low_ratio_share"
             )
 
     @property
@@ -39,7 +39,7 @@ class Stages:
         """The step with which all ratios begin."""
         if self.settled_at is not None:
             return self.settled_at
-        return round(self.tight_share * self.steps) if self.tight_share else 0
+        return round(self.low_ratio_share * self.steps) if self.low_ratio_share else 0
 
     def tight(self, step: int) -> bool:
         """Whether a step sees the tightest ratio alone."""

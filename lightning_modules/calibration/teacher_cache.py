@@ -90,7 +90,7 @@ class TeacherCache:
             mapped = load_file(name)
         except Exception as error:  # safetensors has errors of its own for a full disk
             raise InputError(
-                f"cannot hold what is kept of clips ({error}); raise data.cache_memory_gb or take data.keep embeddings",
+                f"no room for what is kept of clips ({error}); raise it, or set data.cache to embeddings",
                 source=self.folder,
                 field="data.cache_memory_gb",
             ) from error

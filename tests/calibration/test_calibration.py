@@ -63,7 +63,7 @@ def fit(
         train_clips=6,
         validation_clips=2,
         batch_size=2,
-        turns=2,
+        questions_per_clip=2,
         cache_dir=str(cache),
     )
     checkpoint = ModelCheckpoint(dirpath=folder, filename="step-{step}", every_n_train_steps=2, save_top_k=-1)
@@ -99,7 +99,9 @@ def moved_weights(module: CalibrationModule) -> set[str]:
     return {name for name, value in weights.state_dict().items() if not torch.equal(value, start[name])}
 
 
-@pytest.mark.parametrize("options", [{}, {"tight_share": 0.5}, {"tight_share": 0.25}], ids=["", "between", "within"])
+@pytest.mark.parametrize(
+    "options", [{}, {"low_ratio_share": 0.5}, {"low_ratio_share": 0.25}], ids=["", "between", "within"]
+)
 def test_resume_is_exact(cache: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     whole = fit(cache, tmp_path / "whole", **options)
     fit(cache, tmp_path / "cut", stop=2, **options)
@@ -133,7 +135,7 @@ class NoteTrained(Callback):
 def test_all_ratios_start_from_what_the_tightest_learned(cache: Path, tmp_path: Path) -> None:
     """The tightest alone at first; then that is settled, LoRA included, and the others go on from it."""
     noted = NoteTrained()
-    options = {"tight_share": 0.5, "ratio_min": 0.1, "ratio_max": 0.3, "full_share": 0.0, "warmup": 1}
+    options = {"low_ratio_share": 0.5, "ratio_min": 0.1, "ratio_max": 0.3, "full_cache_probability": 0.0, "warmup": 1}
     module = fit(cache, tmp_path, also=[noted], **options)
     assert noted.ratios[:2] == [pytest.approx(0.1)] * 2 and all(0.15 <= ratio <= 0.3 for ratio in noted.ratios[2:])
     loaded = KVCompressor.from_pretrained(tmp_path / "export")
@@ -161,14 +163,14 @@ def test_all_ratios_start_from_what_the_tightest_learned(cache: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora_scope": "all"}, "model.tight_share: has an adapter of its own"),
+        ({"lora_scope": "all"}, "model.low_ratio_share: has an adapter of its own"),
         ({"ratio_min": 0.2, "ratio_max": 0.3}, "model.ratio_max: leaves no ratio above 1.5 times ratio_min"),
-        ({"temperature_after_tight": 0.001}, "model.temperature_after_tight: is below temperature_end"),
+        ({"temperature_after_low_ratio": 0.001}, "model.temperature_after_low_ratio: is below temperature_end"),
     ],
 )
 def test_options_that_do_not_go_with_a_tight_stage(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        CalibrationModule(tight_share=0.5, **options)
+        CalibrationModule(low_ratio_share=0.5, **options)
     CalibrationModule(**options)
 
 
@@ -184,7 +186,7 @@ def test_stages(step: int, tight: bool, settled: bool, progress: float, rate: fl
     assert not alone.tight(step) and not alone.settled(step) and alone.progress(step) == step / 10
     endless = Stages(0.0, float("inf"))
     assert endless.progress(step) == 0 and endless.rate(step, 20) == (step + 1) / 20
-    with pytest.raises(InputError, match=r"model.tight_share: is a share of a training that has no end"):
+    with pytest.raises(InputError, match=r"model.low_ratio_share: is a share of a training that has no end"):
         Stages(0.6, float("inf"))
 
 
@@ -209,7 +211,7 @@ def test_a_run_that_fails_leaves_nothing_behind(cache: Path, tmp_path: Path) -> 
         num_sanity_val_steps=0,
         default_root_dir=tmp_path,
     )
-    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, turns=1, cache_dir=str(cache))
+    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, questions_per_clip=1, cache_dir=str(cache))
     with pytest.raises(RuntimeError, match="the disk is full"):
         trainer.fit(module, data)
     assert dict(ALL_ATTENTION_FUNCTIONS._local_mapping) == shadowed
@@ -226,8 +228,8 @@ def test_a_run_that_fails_leaves_nothing_behind(cache: Path, tmp_path: Path) -> 
         {"lora_scope": "all"},
         {"lora_rank": 0, "preset": "paper"},
         {"when": "prompt", "preset": "paper"},
-        {"overrides": {"integration": True}, "divergence": "reverse", "match": "hidden"},
-        {"lora_targets": ("q_proj", "v_proj"), "match": "attention", "full_share": 0.0},
+        {"compression": {"integration": True}, "divergence": "reverse", "feature_loss": "hidden"},
+        {"lora_targets": ("q_proj", "v_proj"), "feature_loss": "attention", "full_cache_probability": 0.0},
     ],
     ids=["scope-all", "weights-only", "prompt", "hidden", "attention"],
 )
@@ -240,12 +242,12 @@ def test_variants_train_and_export(cache: Path, tmp_path: Path, options: dict[st
 
 
 def test_only_the_groups_that_learn_move(cache: Path, tmp_path: Path) -> None:
-    module = fit(cache, tmp_path, steps=2, learn=("budgets", "redundancy"), lora_rank=0)
+    module = fit(cache, tmp_path, steps=2, trainable=("budgets", "redundancy"), lora_rank=0)
     assert moved_weights(module) == {"layer_budget", "modality_budget", "redundancy"}
-    with pytest.raises(InputError, match=r"model\.learn: 'head' is not one of budgets, "):
-        CalibrationModule(learn=("head",))
-    with pytest.raises(InputError, match=r"model\.learn: is empty"):
-        CalibrationModule(learn=(), lora_rank=0)
+    with pytest.raises(InputError, match=r"model\.trainable: 'head' is not one of budgets, "):
+        CalibrationModule(trainable=("head",))
+    with pytest.raises(InputError, match=r"model\.trainable: is empty"):
+        CalibrationModule(trainable=(), lora_rank=0)
 
 
 def test_losses() -> None:
@@ -264,7 +266,7 @@ def test_losses() -> None:
 
 
 def test_ratios_are_drawn_by_number() -> None:
-    module = CalibrationModule(ratio_min=0.02, ratio_max=0.5, full_share=0.25)
+    module = CalibrationModule(ratio_min=0.02, ratio_max=0.5, full_cache_probability=0.25)
     drawn = [module.draw_ratio(number) for number in range(400)]
     assert drawn[:3] == [module.draw_ratio(number) for number in range(3)]
     assert 60 < drawn.count(1.0) < 140
@@ -287,7 +289,7 @@ def test_the_teacher_is_the_student_at_ratio_one(cache: Path) -> None:
 
 
 def test_outputs_are_matched_from_a_ratio_on(cache: Path) -> None:
-    module = CalibrationModule(match_from=0.1)
+    module = CalibrationModule(feature_loss_min_ratio=0.1)
     module.configure_model()
     data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
     data.setup()
@@ -329,7 +331,9 @@ def test_a_second_visit_starts_from_what_was_kept(cache: Path, keep: Any) -> Non
     module.configure_model()
     losses = []
     for kept in (keep, "nothing"):
-        data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, turns=3, cache_dir=str(cache), keep=kept)
+        data = AVDataModule(
+            train_clips=6, validation_clips=2, batch_size=2, questions_per_clip=3, cache_dir=str(cache), cache=kept
+        )
         data.setup()
         dataset = data.datasets["validation"]
         first = dataset.collate([dataset[(index, 0)] for index in (0, 1)])
@@ -422,8 +426,8 @@ def test_batches_depend_on_their_number_only() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(InputError, match=r"model\.ratio_min"):
         CalibrationModule(ratio_min=0.5, ratio_max=0.1)
-    with pytest.raises(InputError, match=r"model\.match_from: -1 is below 0"):
-        CalibrationModule(match_from=-1)
+    with pytest.raises(InputError, match=r"model\.feature_loss_min_ratio: -1 is below 0"):
+        CalibrationModule(feature_loss_min_ratio=-1)
     with pytest.raises(InputError, match=r"data\.train_questions: is needed"):
         AVDataModule(source="music_avqa")
     with pytest.raises(InputError, match=r"lora_targets: 'qkv' names no linear layer of the decoder"):

@@ -37,7 +37,7 @@ def test_a_wrongly_written_low_ratio_stage_is_noticed(
 
     monkeypatch.setattr(KVCompressor, "save_pretrained", save_one_twice)
     with pytest.raises(RuntimeError, match=r"tight\.weights\.layer_budget, .* differ from what was trained"):
-        fit(cache, tmp_path, tight_share=0.5)
+        fit(cache, tmp_path, low_ratio_share=0.5)
     loaded = KVCompressor.from_pretrained(tmp_path / "export")
     assert different_tensors(loaded, loaded) == []
     loaded.lora.tensors = {name: tensor for name, tensor in loaded.lora.tensors.items() if "layers.0" not in name}

@@ -21,7 +21,7 @@ from tests.cli.test_configs import door
 SMALL = """\
 seed_everything: 0
 model: {lora_rank: 2, lora_targets: [q_proj], ratio_min: 0.1}
-data: {train_clips: 6, validation_clips: 2, batch_size: 2, turns: 1, seed: 5}
+data: {train_clips: 6, validation_clips: 2, batch_size: 2, questions_per_clip: 1, seed: 5}
 evaluation: {clips: 0}
 export: {new_tokens: 2}
 checkpoint: {every_n_train_steps: 2, save_top_k: -1}
@@ -173,7 +173,11 @@ def test_what_contradicts_a_checkpoint_is_refused_in_one_line(
     ("name", "value", "message"),
     [
         ("preset", "paper", "model.preset: is 'paper', and the checkpoint was trained with 'context'"),
-        ("learn", ("budgets",), "model.learn: is ['budgets'], and the checkpoint was trained with ['budgets', 'gains'"),
+        (
+            "trainable",
+            ("budgets",),
+            "model.trainable: is ['budgets'], and the checkpoint was trained with ['budgets', 'gains'",
+        ),
         (
             "lora_targets",
             ["v_proj"],
@@ -187,7 +191,7 @@ def test_options_that_were_trained_under_are_fixed(name: str, value: Any, messag
     saved = dict(CalibrationModule().hparams)
     for settled, fixed in ((None, name != "ratio_min"), (2, True)):
         checkpoint = {"hyper_parameters": saved, TRAINING: {"settled_at": settled}}
-        check_fixed({**saved, "lora_alpha": 32.0, "lr_lora": 1.0, "overrides": {}}, checkpoint)  # all the same
+        check_fixed({**saved, "lora_alpha": 32.0, "lr_lora": 1.0, "compression": {}}, checkpoint)  # all the same
         if fixed:
             with pytest.raises(InputError, match=re.escape(message)):
                 check_fixed({**saved, name: value}, checkpoint)
@@ -212,7 +216,7 @@ def test_the_module_refuses_another_checkpoint_too(run: Path, cache: Path, tmp_p
 
 def test_a_finished_run_goes_on_with_more_steps(cache: Path, tmp_path: Path) -> None:
     """Each step once, under the schedule of the longer training; what the low-ratio stage learned stays."""
-    options: dict[str, Any] = {"tight_share": 0.5, "lora_targets": ("q_proj",)}
+    options: dict[str, Any] = {"low_ratio_share": 0.5, "lora_targets": ("q_proj",)}
     first = fit(cache, tmp_path, **options)
     rates = Rates()
     module = fit(cache, tmp_path, steps=6, resume=tmp_path / "step-step=4.ckpt", also=[rates], **options)

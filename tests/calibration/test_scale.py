@@ -38,7 +38,9 @@ def fit(
 ) -> CalibrationModule:
     torch.manual_seed(0)
     module = CalibrationModule(**(options or {}))
-    data = AVDataModule(train_clips=4, validation_clips=2, batch_size=batch_size, turns=3, cache_dir=str(cache))
+    data = AVDataModule(
+        train_clips=4, validation_clips=2, batch_size=batch_size, questions_per_clip=3, cache_dir=str(cache)
+    )
     settings: dict[str, Any] = {
         "max_steps": steps,
         "max_epochs": 1,
@@ -82,7 +84,7 @@ def test_accumulated_batches_equal_one_large_batch(cache: Path, tmp_path: Path) 
     runs = {batch_size: Curve() for batch_size in (4, 2)}
     for batch_size, curve_ in runs.items():
         trainer = {"callbacks": [curve_], "accumulate_grad_batches": 4 // batch_size}
-        module = fit(cache, tmp_path, batch_size, options={"match": None}, **trainer)
+        module = fit(cache, tmp_path, batch_size, options={"feature_loss": None}, **trainer)
         assert module.trainer.global_step == module.trainer.estimated_stepping_batches == 2
     assert_close(runs[4].gradients, runs[2].gradients, 1e-5)
     assert max(gradient.abs().max() for gradient in runs[4].gradients.values()) > 1e-2
@@ -155,7 +157,7 @@ def curve(folder: Path, column: str) -> list[float]:
         return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
 
 
-SHORT = ("--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--model.match_from=0")
+SHORT = ("--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--model.feature_loss_min_ratio=0")
 FSDP = (
     *(
         "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
@@ -163,7 +165,7 @@ FSDP = (
     ),
     *("--trainer.strategy.tensor_parallel_size=1", "--trainer.strategy.process_group_backend=gloo"),
     "--trainer.strategy.save_distributed_checkpoint=false",
-    "--data.keep=embeddings",
+    "--data.cache=embeddings",
 )
 
 
@@ -207,7 +209,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(
 @pytest.mark.slow
 def test_two_processes_settle_alike(cache: Path, tmp_path: Path) -> None:
     """A step of each stage: the same losses, and what was settled after the first is the same."""
-    stages = ["--model.tight_share=0.5", "--model.full_share=0"]
+    stages = ["--model.low_ratio_share=0.5", "--model.full_cache_probability=0"]
     kinds = {
         "one": ["--data.batch_size=4"],
         "two": ["--data.batch_size=2", "--trainer.devices=2", "--trainer.strategy=ddp"],
@@ -230,7 +232,7 @@ def test_a_split_model_keeps_no_prefills(cache: Path, tmp_path: Path) -> None:
     split = [option for option in FSDP if "data" not in option]
     options = command(cache, tmp_path, *SHORT, *split, "--trainer.devices=1", "--trainer.strategy.data_parallel_size=1")
     done = subprocess.run([sys.executable, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and "data.keep: is 'prefill'" in done.stderr, done.stderr
+    assert done.returncode == 2 and "data.cache: is 'prefill'" in done.stderr, done.stderr
 
 
 def test_early_stopping_on_validation_kl(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +240,12 @@ def test_early_stopping_on_validation_kl(cache: Path, tmp_path: Path, monkeypatc
     stop = [
         *("--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.monitor=val/kl"),
         *("--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=100"),
-        *("--trainer.max_steps=20", "--trainer.val_check_interval=1", "--data.batch_size=2", "--data.turns=1"),
+        *(
+            "--trainer.max_steps=20",
+            "--trainer.val_check_interval=1",
+            "--data.batch_size=2",
+            "--data.questions_per_clip=1",
+        ),
     ]
     monkeypatch.setattr(sys, "argv", command(cache, tmp_path, *stop))
     main()

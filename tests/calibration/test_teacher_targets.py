@@ -83,10 +83,16 @@ def test_it_holds_little_of_a_large_vocabulary_and_misses_little() -> None:
 
 def losses(cache: Path, **options: Any) -> tuple[list[float], Any]:
     """KL and loss of a first visit of two clips and of a second one, and the data."""
-    module = CalibrationModule(lora_rank=0, match="attention")
+    module = CalibrationModule(lora_rank=0, feature_loss="attention")
     module.configure_model()
     data = AVDataModule(
-        train_clips=6, validation_clips=2, batch_size=2, turns=3, cache_dir=str(cache), keep="prefill", **options
+        train_clips=6,
+        validation_clips=2,
+        batch_size=2,
+        questions_per_clip=3,
+        cache_dir=str(cache),
+        cache="prefill",
+        **options,
     )
     data.setup()
     dataset, found = data.datasets["validation"], []
@@ -146,7 +152,7 @@ def test_a_limit_is_of_all_kinds_together(tmp_path: Path) -> None:
     kept.put("b", 3, torch.ones(50))
     assert kept._sizes["b", 3][0] == "memory" and "b of 3 (" in kept.describe()
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"data\.cache_memory_gb: cannot hold what is kept of clips .* embeddings"):
+    with pytest.raises(InputError, match=r"data\.cache_memory_gb: no room for what is kept of clips .* embeddings"):
         TeacherCache(0, tmp_path / "file").put("a", 1, torch.ones(3))
     for name, value in (("cache_memory_gb", -1.0), ("teacher_top_p", 0.0)):
         with pytest.raises(InputError, match=rf"data\.{name}: "):

@@ -26,7 +26,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(cache: Path, folder: Path, *options: str) -> list[str]:
     return [
         *("train.py", "--model.lora_targets=[q_proj]", "--data.train_clips=4", "--data.validation_clips=2"),
-        *("--data.batch_size=2", "--data.turns=1", f"--data.cache_dir={cache}", "--evaluation.clips=0"),
+        *("--data.batch_size=2", "--data.questions_per_clip=1", f"--data.cache_dir={cache}", "--evaluation.clips=0"),
         *("--export.new_tokens=2", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.max_steps=2"),
         *(
             "--trainer.limit_val_batches=1",

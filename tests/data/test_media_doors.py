@@ -180,7 +180,7 @@ def test_a_calibration_is_the_same_with_worker_processes(
     for keep in ("nothing", "prefill"):
         none, two = (
             train(
-                videos, tmp_path / f"{keep}{count}", monkeypatch, f"--data.num_workers={count}", f"--data.keep={keep}"
+                videos, tmp_path / f"{keep}{count}", monkeypatch, f"--data.num_workers={count}", f"--data.cache={keep}"
             )
             for count in (0, 2)
         )

@@ -36,18 +36,18 @@ from tests.support.simulated_training import simulated_training
 VARIANTS: dict[str, list[str]] = {
     "all_at_once": [
         "--model.preset=paper",
-        "--model.match=hidden",
+        "--model.feature_loss=hidden",
         "--model.gradient_checkpointing=true",
-        "--model.tight_share=0.5",
+        "--model.low_ratio_share=0.5",
         "--model.ratio_min=0.1",
-        "--data.keep=prefill",
+        "--data.cache=prefill",
     ],
     "context": ["--model.divergence=reverse"],
     "prompt": ["--model.when=prompt"],
     "scope_all": ["--model.lora_scope=all"],
-    "low_ratio": ["--model.tight_share=0.5", "--model.ratio_min=0.1"],
+    "low_ratio": ["--model.low_ratio_share=0.5", "--model.ratio_min=0.1"],
     "paper": ["--model.preset=paper", "--model.gradient_checkpointing=true"],
-    "hidden": ["--model.match=hidden"],
+    "hidden": ["--model.feature_loss=hidden"],
     "bf16": ["--model.dtype=bfloat16"],
     "bf16_mixed": ["--trainer.precision=bf16-mixed"],
 }
@@ -76,7 +76,7 @@ def train(monkeypatch: pytest.MonkeyPatch, accelerator: str, clips: Path, root: 
         "data.train_clips": 2,
         "data.validation_clips": 1,
         "data.batch_size": 2,
-        "data.turns": 1,
+        "data.questions_per_clip": 1,
         "data.cache_dir": clips,
         "evaluation.clips": 0,
         "export.new_tokens": 1,
@@ -142,7 +142,7 @@ class SyncsByStep(Callback):
 
 def test_no_step_waits_for_the_device_to_log(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing reads a number between the steps that are logged but a bar, once a second."""
-    data = AVDataModule(train_clips=2, validation_clips=1, batch_size=2, turns=1, cache_dir=str(clips))
+    data = AVDataModule(train_clips=2, validation_clips=1, batch_size=2, questions_per_clip=1, cache_dir=str(clips))
     module = CalibrationModule(lora_targets=("q_proj",), probe_queries=0)
     with simulated_training(monkeypatch, "/lightning") as accelerator:
         monkeypatch.setattr("lightning_modules.calibration.training_progress.time.monotonic", lambda: 0.0)

@@ -36,7 +36,7 @@ def test_every_variant_can_be_built_and_changes_what_it_says(variant: Variant) -
 def test_variants_have_names_of_their_own_and_take_every_group_away() -> None:
     assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
     groups = [name for name in WEIGHT_GROUPS if name != "places"]
-    steps = [set(variant.options["learn"]) for variant in STUDIES["ablations"] if variant.name in groups]
+    steps = [set(variant.options["trainable"]) for variant in STUDIES["ablations"] if variant.name in groups]
     added = [after - before for before, after in zip([set(), *steps], steps, strict=False)]
     assert [name for names in added for name in names] == groups
 

@@ -63,7 +63,9 @@ def test_a_quantised_base_calibrates_and_evaluates(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("lightning_modules.calibration.module.load_model", lambda *args, **options: (model, processor))
     torch.manual_seed(0)
     module = CalibrationModule(lora_rank=2)
-    data = AVDataModule(train_clips=4, validation_clips=2, batch_size=2, turns=1, cache_dir=str(tmp_path / "clips"))
+    data = AVDataModule(
+        train_clips=4, validation_clips=2, batch_size=2, questions_per_clip=1, cache_dir=str(tmp_path / "clips")
+    )
     trainer = Trainer(
         max_steps=2,
         max_epochs=1,
