@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--costs", type=Path, help="what benchmarks.calibration_step wrote, for a table of LoRA's scopes"
     )
     parser.add_argument("--scorers", type=Path, help="file of benchmarks.scorer_study, for a table of them")
-    parser.add_argument("--readme", type=Path, help="file whose section between the study's marks is replaced")
+    parser.add_argument("--page", type=Path, help="file whose section between the study's marks is replaced")
     given = parser.parse_args(arguments)
     quiet_libraries()
     console = Console(width=170)
@@ -163,8 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = markdown(lines, training_free, costs, scorers)
     with whole_file(given.output / TEXT_FILE) as file:
         file.write_text(text, encoding="utf-8")
-    if given.readme:
-        write_section(given.readme, text)
+    if given.page:
+        write_section(given.page, text)
     plot(given.output / PLOT, lines, rivals)
     console.print(table(lines))
 

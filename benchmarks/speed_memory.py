@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write; a PNG of its name beside it")
     parser.add_argument("--quick", action="store_true", help="a small grid within a minute")
     parser.add_argument("--policies", type=names, help="separated by ';'; default: all but other papers'")
-    parser.add_argument("--readme", type=Path, help="file whose section between the marks of speed is replaced")
+    parser.add_argument("--page", type=Path, help="file whose section between the marks of speed is replaced")
     parser.add_argument("--contexts", type=numbers(int), help="tokens of a clip; default: 1024,4096,8192,16384,32768")
     parser.add_argument("--batches", type=numbers(int), help="rows that decode together; default: 1,4,16")
     parser.add_argument("--ratios", type=numbers(float), help="kept shares; default: 0.1")
@@ -315,9 +315,9 @@ def main() -> None:
         file.write_text(json.dumps({"format": FORMAT, "rows": rows}, indent=1) + "\n")
     plot(rows, options.output.with_suffix(".png"))
     Console(width=120).print(table(rows))
-    if options.readme:
+    if options.page:
         command = f"python -m benchmarks.speed_memory {shlex.join(sys.argv[1:])}"
-        write_section(options.readme, markdown(rows, command), MARKS)
+        write_section(options.page, markdown(rows, command), MARKS)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ from rich.table import Table
 
 from acckv.io.files import whole_file
 
-#: Around the table that ``--readme`` writes.
-MARKS = ("<!-- speed: written by benchmarks.speed_memory --readme -->", "<!-- end of speed -->")
+#: Around the table that ``--page`` writes.
+MARKS = ("<!-- speed: written by benchmarks.speed_memory --page -->", "<!-- end of speed -->")
 
 
 def markdown(rows: list[dict[str, Any]], command: str) -> str:
-    """The README's table, with the command that made it."""
+    """The table of docs/speed.md, with the command that made it."""
     lines = [
         f"`{command}`\n",
         "| policy | context | batch | step / limit | step / full cache | prefill + | KV bytes | of the full cache |",

@@ -1,4 +1,4 @@
-"""The tables of the calibration study in README, and its plot."""
+"""The tables of the calibration study in docs/results.md, and its plot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.study_results import RATIOS, Line, Scores, mean_score
 from benchmarks.study_variants import DEFAULT, STUDIES, TITLES
 from lightning_modules.evaluation.run import CALIBRATED
 
-START, END = "<!-- study: written by benchmarks.calibration_study --readme -->", "<!-- end of study -->"
+START, END = "<!-- study: written by benchmarks.calibration_study --page -->", "<!-- end of study -->"
 
 
 def table(lines: Sequence[Line]) -> Table:
@@ -39,7 +39,7 @@ def table(lines: Sequence[Line]) -> Table:
 def markdown(
     lines: Sequence[Line], training_free: dict[str, float], costs: Sequence[dict[str, Any]], scorers: dict[str, Any]
 ) -> str:
-    """The tables of the README's section.
+    """The tables of the page's section.
 
     Args:
         lines: of all variants.
@@ -63,12 +63,12 @@ def markdown(
         chosen = [line for line in lines if line.variant in variants]
         chosen.sort(key=lambda line: variants.index(line.variant))
         if {line.variant for line in chosen} - set(references):
-            text += ["", f"#### {title}", "", f"In % of the full cache's accuracy. {_how(chosen)}:", ""]
+            text += ["", f"## {title}", "", f"In % of the full cache's accuracy. {_how(chosen)}:", ""]
             text += _variants(chosen, costs if name == "scopes" else ())
         if name == "scopes" and costs:
-            text += ["", "#### What a step costs", "", *_steps(costs)]
+            text += ["", "## What a step costs", "", *_steps(costs)]
     if scorers:
-        text += ["", "#### What the scorer sees, and its size", ""]
+        text += ["", "## What the scorer sees, and its size", ""]
         text += [
             f"KL to the full cache's answers on the validation clips, in nats a token, after {scorers['steps']} steps:",
             "",
@@ -172,18 +172,18 @@ def _range(ends: tuple[float, float] | None) -> str:
     return "" if ends is None else f"({100 * ends[0]:.1f} to {100 * ends[1]:.1f})"
 
 
-def write_section(readme: Path, text: str, marks: tuple[str, str] = (START, END)) -> None:
+def write_section(page: Path, text: str, marks: tuple[str, str] = (START, END)) -> None:
     """Put tables between two marks of a file.
 
     Raises:
         InputError: it has no such marks.
     """
-    whole = readme.read_text(encoding="utf-8")
+    whole = page.read_text(encoding="utf-8")
     before, start, rest = whole.partition(marks[0])
     _, end, after = rest.partition(marks[1])
     if not start or not end:
-        raise InputError(f"has no section between {marks[0]} and {marks[1]}", source=readme)
-    with whole_file(readme) as file:
+        raise InputError(f"has no section between {marks[0]} and {marks[1]}", source=page)
+    with whole_file(page) as file:
         file.write_text(f"{before}{start}\n\n{text}\n{end}{after}", encoding="utf-8")
 
 

@@ -116,9 +116,9 @@ def test_no_mask_where_none_is_needed(name: str, policy: str, monkeypatch: pytes
 def test_the_benchmark_writes_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "speed.json"
     options = {"contexts": "96,128", "prefill-up-to": 100, "batches": "1,2", "policies": "acckv;acckv-calibrated"}
-    readme = tmp_path / "notes.md"
-    readme.write_text("Before.\n" + "\n\n".join(MARKS) + "\nAfter.\n")
-    options |= {"repeats": 1, "decode-repeats": 1, "steps": 2, "output": file, "readme": readme}
+    page = tmp_path / "notes.md"
+    page.write_text("Before.\n" + "\n\n".join(MARKS) + "\nAfter.\n")
+    options |= {"repeats": 1, "decode-repeats": 1, "steps": 2, "output": file, "page": page}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     monkeypatch.setattr(sys, "argv", ["speed_memory", "--quick", *arguments])
     threads = torch.get_num_threads()
@@ -129,8 +129,8 @@ def test_the_benchmark_writes_what_it_says(tmp_path: Path, monkeypatch: pytest.M
     result = json.loads(file.read_text())
     assert result["format"] == 1 and len(result["rows"]) == 2 * 2 * 2
     assert file.with_suffix(".png").stat().st_size > 1000
-    lines = readme.read_text().splitlines()
-    assert lines[0] == "Before." and lines[-1] == "After." and any("--readme=" in line for line in lines)
+    lines = page.read_text().splitlines()
+    assert lines[0] == "Before." and lines[-1] == "After." and any("--page=" in line for line in lines)
     assert sum(line.startswith("| acckv-calibrated | ") for line in lines) == 4
     for row in result["rows"]:
         context, batch = row["context"], row["batch"]

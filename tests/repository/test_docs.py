@@ -1,0 +1,223 @@
+"""Every Python block of the README and of docs/ runs, every command takes its options, and what is named exists."""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+import runpy
+import sys
+import tomllib
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from acckv import CompressionConfig, KVCompressor
+from acckv.data.encoding import encode
+from acckv.data.media import read_media
+from acckv.method.weights import CalibratedWeights
+from acckv.models import find_adapter, load_model
+from benchmarks.headline import NAMED, RESULTS, curves
+from tests.data.media_files import write_video
+from tests.families import FAMILIES
+from tests.paths import ROOT
+from tests.repository.pages import PAGES, blocks, commands, prose, spans
+
+README = ROOT / "README.md"
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a reader has at hand: a clip and an export in the current folder, a model, and a decoder of their own."""
+    monkeypatch.chdir(tmp_path)
+    sound = np.sin(np.arange(6 * 16_000) / 20).astype(np.float32)[None]
+    write_video(Path("clip.mp4"), [0.0, 1.0, 2.5, 4.0, 5.9], [40, 90, 140, 190, 40], sound, size=(84, 84))
+    model, processor = load_model("tiny")
+    sizes = find_adapter(model).dimensions
+    weights = CalibratedWeights(sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], 4)
+    compressor = KVCompressor(CompressionConfig.preset("context"), weights, base={"name": "tiny", **sizes})
+    compressor.save_pretrained("runs/calib/export")
+    decoder = FAMILIES["videollama2"].build()
+    return {
+        "__name__": "page",
+        "compressor": compressor.with_ratio(0.1),
+        "model": model,
+        "processor": processor,
+        "clip": read_media("clip.mp4"),
+        "inputs": encode(processor, [read_media("clip.mp4")], ["what colour ?"]),
+        "decoder": decoder,
+        "embed": decoder.get_input_embeddings(),
+        "prompt_ids": torch.tensor([[2, 10]]),
+        "question_ids": torch.tensor([[20, 21]]),
+        "video_features": torch.randn(1, 30, 64),
+        "audio_features": torch.randn(1, 10, 64),
+    }
+
+
+def test_python_blocks_run(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    ran = {}
+    for page in PAGES:
+        seen = dict(names)
+        for block in blocks(page, "python"):
+            code = compile("\n" * block.line + block.code, str(block.page), "exec")
+            if block.runs:
+                exec(code, seen)
+        ran[page.name] = seen
+    assert ran["README.md"]["output"].shape[1] > ran["README.md"]["inputs"]["input_ids"].shape[1]
+    assert ran["own-model.md"]["output"].shape == (1, 64)
+    held = [layer.physical for layer in ran["usage.md"]["cache"].layers]
+    assert held == [64] * len(held)  # the stream's budget
+    assert len(capsys.readouterr().out.splitlines()) == 2  # two answers about one clip
+    assert isinstance(ran["sessions.md"]["text"], str) and not ran["sessions.md"]["thread"].is_alive()
+
+
+# ------------------------------------------------------------------ commands
+
+
+@pytest.fixture(scope="module")
+def options_of() -> Callable[..., set[str]]:
+    """The options that a script or module prints with ``--help``, asked once."""
+    known: dict[tuple[str, ...], set[str]] = {}
+
+    def options(*words: str) -> set[str]:
+        if words not in known:
+            known[words] = set(re.findall(r"--[\w.-]*\w", _help(*words)))
+        return known[words]
+
+    return options
+
+
+def _help(target: str, *words: str) -> str:
+    patch, before = pytest.MonkeyPatch(), sys.stdout
+    out = StringIO()
+    patch.chdir(ROOT)
+    patch.setattr(sys, "argv", [target, *words, "--help"])
+    patch.setenv("COLUMNS", "200")
+    patch.setattr(sys, "stdout", out)
+    try:
+        if target.endswith(".py"):
+            runpy.run_path(target, run_name="__main__")
+        else:
+            runpy.run_module(target, run_name="__main__", alter_sys=False)
+    except SystemExit:
+        pass
+    finally:
+        sys.stdout = before
+        patch.undo()
+    return out.getvalue()
+
+
+SUBCOMMANDS = {"train.py": ("fit", "validate", "export"), "evaluate.py": ("ask", "merge")}
+#: Checked by other means, or no program of ours.
+FOREIGN = {"pip", "pytest", "mkdocs", "make", "jupyter", "lmms-eval", ".ci/run"}
+
+
+def _check(words: list[str], options_of: Callable[..., set[str]]) -> None:
+    """A command's program exists, and takes the options that are given."""
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    program, *rest = words
+    if program == "pip":
+        for extra in re.findall(r"\[(\w+)\]", " ".join(rest)):
+            assert extra in EXTRAS, extra
+    if program == "python":
+        target, *rest = rest[1:] if rest[0] == "-m" else rest
+        if target == "pytest" or target.startswith("tests."):
+            return
+        default = SUBCOMMANDS.get(target, ())[:1] if target == "train.py" else ()
+        sub = (rest[0],) if rest and rest[0] in SUBCOMMANDS.get(target, ()) else default
+        for word in rest:
+            name = word.partition("=")[0]
+            if name.startswith("--"):
+                assert name in options_of(target, *sub), f"{target} {' '.join(sub)} has no {name}"
+    else:
+        assert program in FOREIGN, f"unknown command {program}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_take_their_options(page: Path, options_of: Callable[..., set[str]]) -> None:
+    for block in blocks(page, "bash"):
+        for words in commands(block):
+            _check(words, options_of)
+
+
+# ------------------------------------------------------------------ names
+
+
+@pytest.fixture(scope="module")
+def every_option(options_of: Callable[..., set[str]]) -> set[str]:
+    """The options of every script and benchmark."""
+    known = {"--nproc_per_node", "--model_args"}  # of torchrun and lmms-eval
+    for script, subcommands in SUBCOMMANDS.items():
+        known |= options_of(script).union(*(options_of(script, name) for name in subcommands))
+    for file in sorted(ROOT.glob("benchmarks/*.py")) + sorted(ROOT.glob("acckv/tiny/*.py")):
+        if "argparse" in file.read_text(encoding="utf-8") and '__name__ == "__main__"' in file.read_text(
+            encoding="utf-8"
+        ):
+            known |= options_of(".".join(file.relative_to(ROOT).with_suffix("").parts))
+    return known
+
+
+#: Packages and folders of the repository that pages name.
+HERE = "acckv|lightning_modules|benchmarks|tests|configs|docs|examples"
+#: Files of a run or an export.
+OF_A_RUN = {"config.yaml", "model.safetensors"}
+#: A method that looks like an option of the group `model`.
+METHOD = "model.generate"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_named_exists(page: Path, every_option: set[str]) -> None:
+    if page.name == "models-sweep.md":
+        return
+    for span in spans(page):
+        for option in re.findall(r"(?<![\w-])--[\w.-]*\w", span):
+            assert option in every_option, option
+        for option in re.findall(r"(?<![\w./-])(?:model|data|trainer|checkpoint|evaluation)\.[\w.]*\w", span):
+            assert f"--{option}" in every_option or option in {METHOD, *OF_A_RUN}, option
+        for name in re.findall(rf"(?<![\w/.-])(?:{HERE})(?:\.\w+)+", span):
+            assert pkgutil.resolve_name(name) is not None
+        for file in re.findall(rf"(?<![\w/.-])(?:{HERE})/[\w./-]*\w", span):
+            assert (ROOT / file).exists(), file
+        for config in re.findall(r"(?<![\w/])\w+\.yaml", span):
+            assert config in OF_A_RUN or (ROOT / "configs" / config).is_file(), config
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", prose(page)):
+        if not target.startswith("http"):
+            generated = page.parent.name == "docs" and target in ("index.md", "contributing.md", "changelog.md")
+            assert generated or (page.parent / target).exists(), target
+
+
+# ------------------------------------------------------------------ the README
+
+
+def test_the_readme_is_short() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200 and len(text.split()) <= 2000
+
+
+def test_results_at_a_glance_are_rows_of_the_measured_table() -> None:
+    text = README.read_text(encoding="utf-8")
+    section = text[text.index("## Results at a glance") : text.index("## Limits")]
+    table = [line for line in section.splitlines() if line.startswith("|")]
+    measured = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
+    assert len(table) == 8 and set(table) <= set(measured)
+    lines, policies, full, control = curves(RESULTS / "study.json")
+    rows = {row.split("|")[1].strip(" *"): row.split("|")[2:-1] for row in table[2:]}
+    drawn = {**{name: [None, *policies[name], None] for name in NAMED}, "full cache": [full], "acckv-calibrated": []}
+    assert len(policies) == 13 and {*rows} == {*drawn, "every entry evicted (control)"}
+    for name, values in drawn.items():
+        for cell, value in zip(rows[name], values, strict=False):
+            assert cell.strip(" *") == ("" if value is None else f"{100 * value:.1f}")
+    assert [cell.strip(" *") for cell in rows["acckv-calibrated"]][1:-1] == [
+        f"{100 * line.accuracy:.1f}" for line in lines
+    ]
+    assert f"{100 * control:.1f}" == rows["every entry evicted (control)"][-1].strip()
