@@ -1,9 +1,10 @@
-"""The export: config.json, model.safetensors, adapter/, the same two in tight/, and a model card. No pickle, no
+"""The export: config.json, model.safetensors, adapter/, the same two in low_ratio/, and a model card. No pickle, no
 half-written file."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,67 +12,98 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from acckv.compressor import KVCompressor
 from acckv.config import CompressionConfig, LoraScope
 from acckv.data.calibration_record import FIELD, CalibrationRecord
 from acckv.errors import InputError
 from acckv.io.files import whole_folder
 from acckv.io.hub import download, is_hub_id
 from acckv.method.weights import CalibratedWeights
+from acckv.report.card import render_card
 from acckv.runtime.lora import LoraWeights
 
-FORMAT = 3
+FORMAT = 4
 CONFIG, WEIGHTS, ADAPTER, CARD = "config.json", "model.safetensors", "adapter", "README.md"
-#: Folder of the weights and the adapter of the tightest ratios, where they have their own.
-TIGHT = "tight"
-_REQUIRED = ("format", "compression", "base", "lora_scope", "has_weights", "has_lora")
+#: Folder of the weights and the adapter of the lowest ratios, where they have their own.
+LOW_RATIO = "low_ratio"
+_REQUIRED = ("format", "compression", "base", "lora_scope", "has_weights", "has_lora", "low_ratio_below")
 _BASE = ("name", "layers", "query_heads", "kv_heads", "head_size")
 
 
-def save(compressor: KVCompressor, folder: Path) -> None:
-    """Write `compressor` to `folder`: into a folder beside it first, then moved, so that a stop leaves no half export.
+@dataclass
+class LowRatio:
+    """What the lowest ratios have of their own.
+
+    Args:
+        below: ratios below it use it.
+        weights, lora: as those of an :class:`Export`.
+    """
+
+    below: float
+    weights: CalibratedWeights | None
+    lora: LoraWeights | None = None
+
+
+@dataclass
+class Export:
+    """The contents of an export folder.
+
+    Args:
+        config: the options.
+        weights: what calibration learned, or None for a training-free policy.
+        lora: the adapter that goes with the weights, or None.
+        lora_scope: 'after' adapts only tokens after compression, 'all' the prompt too.
+        base: where the weights belong: ``{"name", "layers", "query_heads", "kv_heads", "head_size"}``.
+        low_ratio: of the lowest ratios, where those have their own, or None.
+        calibration: what the weights were calibrated on; None where that is not known.
+    """
+
+    config: CompressionConfig
+    weights: CalibratedWeights | None
+    lora: LoraWeights | None
+    lora_scope: LoraScope
+    base: dict[str, Any] | None
+    low_ratio: LowRatio | None
+    calibration: CalibrationRecord | None
+
+
+def save(export: Export, folder: Path) -> None:
+    """Write `export` to `folder`: into a folder beside it first, then moved, so that a stop leaves no half export.
 
     Raises:
         InputError: `folder` holds something that is no export.
     """
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())):
         raise InputError("exists and is no export; choose another folder", source=folder)
-    with whole_folder(folder) as staging:
-        _write(compressor, staging)
-
-
-def _write(compressor: KVCompressor, folder: Path) -> None:
-    from acckv.report.card import render_card
-
     config = {
         "format": FORMAT,
-        "base": compressor.base,
-        "compression": compressor.config.to_dict(),
-        "lora_scope": compressor.lora_scope,
-        "has_weights": compressor.weights is not None,
-        "has_lora": compressor.lora is not None,
-        "tight_below": compressor.tight_below,
-        FIELD: None if compressor.calibration is None else compressor.calibration.to_dict(),
+        "base": export.base,
+        "compression": export.config.to_dict(),
+        "lora_scope": export.lora_scope,
+        "has_weights": export.weights is not None,
+        "has_lora": export.lora is not None,
+        "low_ratio_below": 0.0 if export.low_ratio is None else export.low_ratio.below,
+        FIELD: None if export.calibration is None else export.calibration.to_dict(),
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    _write_learned(compressor, folder)
-    if compressor.tight is not None:
-        (folder / TIGHT).mkdir()
-        _write_learned(compressor.tight, folder / TIGHT)
-    (folder / CARD).write_text(render_card(config))
+    with whole_folder(folder) as staging:
+        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        _write_learned(export, staging)
+        if export.low_ratio is not None:
+            (staging / LOW_RATIO).mkdir()
+            _write_learned(export.low_ratio, staging / LOW_RATIO)
+        (staging / CARD).write_text(render_card(config))
 
 
-def _write_learned(compressor: KVCompressor, folder: Path) -> None:
-    if compressor.weights is not None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compressor.weights.state_dict().items()}
+def _write_learned(part: Export | LowRatio, folder: Path) -> None:
+    if part.weights is not None:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in part.weights.state_dict().items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    if compressor.lora is not None:
+    if part.lora is not None:
         (folder / ADAPTER).mkdir()
-        compressor.lora.config.save_pretrained(str(folder / ADAPTER))
-        save_file(compressor.lora.tensors, folder / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+        part.lora.config.save_pretrained(str(folder / ADAPTER))
+        save_file(part.lora.tensors, folder / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def load(name: str | Path, options: dict[str, Any] | None = None) -> KVCompressor:
+def load(name: str | Path, options: dict[str, Any] | None = None) -> Export:
     """Read an export.
 
     Args:
@@ -85,15 +117,13 @@ def load(name: str | Path, options: dict[str, Any] | None = None) -> KVCompresso
     config = _read_config(folder / CONFIG)
     source = folder / CONFIG
     compression = CompressionConfig.from_dict({**config["compression"], **(options or {})}, source)
-    base, below = config["base"], config.get("tight_below", 0.0)  # earlier exports have nothing of the kind
+    base, below = config["base"], config["low_ratio_below"]
     if config["has_weights"] and (not isinstance(base, dict) or not all(key in base for key in _BASE)):
         raise InputError(f"must hold {', '.join(_BASE)}", source=source, field="base")
     calibration = CalibrationRecord.from_dict(config.get(FIELD), source)
-    tight = KVCompressor(compression, *_load_learned(config, compression, folder / TIGHT)) if below else None
+    low_ratio = LowRatio(below, *_load_learned(config, compression, folder / LOW_RATIO)) if below else None
     weights, lora = _load_learned(config, compression, folder)
-    scope = config["lora_scope"]
-    compressor = KVCompressor(compression, weights, lora, scope, base, str(name), tight, below, calibration)
-    return compressor.requires_grad_(False).eval()
+    return Export(compression, weights, lora, config["lora_scope"], base, low_ratio, calibration)
 
 
 def _load_learned(
@@ -114,7 +144,9 @@ def _folder(name: str | Path) -> Path:
         return folder
     if not is_hub_id(name):
         raise InputError("is no export folder", source=name)
-    return download(str(name), "a hub repository", allow_patterns=[CONFIG, WEIGHTS, f"{ADAPTER}/*", f"{TIGHT}/*", CARD])
+    return download(
+        str(name), "a hub repository", allow_patterns=[CONFIG, WEIGHTS, f"{ADAPTER}/*", f"{LOW_RATIO}/*", CARD]
+    )
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -126,20 +158,23 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise InputError(f"is no JSON: {error}", source=file) from error
     if not isinstance(config, dict):
         raise InputError("must hold a JSON object", source=file)
+    if config.get("format", FORMAT) != FORMAT:
+        raise InputError(
+            f"version {config['format']!r} is unknown; this acckv reads {FORMAT}: export the run again with "
+            "`train.py export`, or calibrate anew",
+            source=file,
+            field="format",
+        )
     for field in _REQUIRED:
         if field not in config:
             raise InputError("is missing", source=file, field=field)
-    if config["format"] != FORMAT:
-        raise InputError(
-            f"version {config['format']!r} is unknown; this acckv reads {FORMAT}", source=file, field="format"
-        )
     if config["lora_scope"] not in get_args(LoraScope):
         raise InputError(f"{config['lora_scope']!r} is not 'after' or 'all'", source=file, field="lora_scope")
-    below = config.get("tight_below", 0.0)
+    below = config["low_ratio_below"]
     if not isinstance(below, int | float) or not 0 <= below <= 1:
-        raise InputError(f"{below!r} is not 0 to 1", source=file, field="tight_below")
+        raise InputError(f"{below!r} is not 0 to 1", source=file, field="low_ratio_below")
     if below and config["lora_scope"] == "all":
-        raise InputError("is 'all', which does not go with tight_below", source=file, field="lora_scope")
+        raise InputError("is 'all', which does not go with low_ratio_below", source=file, field="lora_scope")
     if not isinstance(config["compression"], dict):
         raise InputError("must be a JSON object", source=file, field="compression")
     return config

@@ -222,7 +222,7 @@ def compressed(
         cache = fresh_cache(session.adapter)
         labels = ModalityMap(inputs["modality_ids"])
         places = labels.media[0].nonzero()[:, 0]
-        total, layers = int(session.compressor.config.ratio * len(full.layers) * len(places) + 1e-9), len(full.layers)
+        total, layers = int(session.planners.config.ratio * len(full.layers) * len(places) + 1e-9), len(full.layers)
         for index, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):
             layer.update(source.keys, source.values)
             keep = labels.text.clone()

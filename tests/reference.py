@@ -62,11 +62,11 @@ class Ledger:
         commit = CompressedLayer.commit
 
         def followed(
-            layer: CompressedLayer, plan: Any, labels: Tensor, offered: Any = None, tight: bool = False
+            layer: CompressedLayer, plan: Any, labels: Tensor, offered: Any = None, low_ratio: bool = False
         ) -> None:
             slot, region, before = layer.slot, layer.region, layer.physical
             length = labels.shape[-1]
-            commit(layer, plan, labels, offered, tight)
+            commit(layer, plan, labels, offered, low_ratio)
             heads = layer.keys.shape[1]
             assert plan.bias.shape[-1] == 0, "a merged entry is no token"
             later = torch.arange(layer.seen - (length - region), layer.seen).expand(heads, -1)

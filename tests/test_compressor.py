@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.cache.cache import compressed_layers
 from acckv.data.calibration_record import CalibrationRecord
+from acckv.export import LowRatio
 from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter
 from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
@@ -67,16 +68,17 @@ def test_untrained_weights_select_what_the_preset_selects(model: Any, preset: st
     assert any(not torch.equal(a.log_gates, b.log_gates) for a, b in zip(plans[0], other, strict=True))
 
 
-def with_tight(wide: KVCompressor, tight: KVCompressor, below: float) -> KVCompressor:
-    parts = wide.config, wide.weights, wide.lora, "after", wide.base, None, tight, below
+def with_low_ratio(wide: KVCompressor, low: KVCompressor, below: float) -> KVCompressor:
+    low_ratio = LowRatio(below, low.weights, low.lora)
+    parts = wide.config, wide.weights, wide.lora, "after", wide.base, None, low_ratio
     return KVCompressor(*parts).eval()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{"ratio": 0.3}, {"budget": 5}])
-def test_tight_ratios_have_a_calibration_of_their_own(model: Any, options: dict[str, Any]) -> None:
+def test_the_lowest_ratios_have_a_calibration_of_their_own(model: Any, options: dict[str, Any]) -> None:
     """Evicted during the prefill or planned afterwards, read by generate or a session; 0.3 or 5 of 18 entries."""
     config = CompressionConfig.preset("context", **options)
-    wide, tight = calibrated(model, config, noise=1.0, rank=2), calibrated(model, config, noise=0.3, rank=2)
+    wide, low = calibrated(model, config, noise=1.0, rank=2), calibrated(model, config, noise=0.3, rank=2)
     question = torch.tensor([[20, 21, 22]])
 
     def outcome(compressor: KVCompressor) -> list[torch.Tensor]:
@@ -93,17 +95,17 @@ def test_tight_ratios_have_a_calibration_of_their_own(model: Any, options: dict[
     def alike(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
         return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
-    by_wide, by_tight = outcome(wide), outcome(tight)
-    assert not alike(by_wide, by_tight) and not torch.equal(by_wide[-1], by_tight[-1])
-    assert alike(outcome(with_tight(wide, tight, 0.27)), by_wide)
-    assert alike(outcome(with_tight(wide, tight, 0.31)), by_tight)
-    assert alike(outcome(with_tight(wide, tight, 0.31).with_ratio(0.31)), outcome(wide.with_ratio(0.31)))
+    by_wide, by_low = outcome(wide), outcome(low)
+    assert not alike(by_wide, by_low) and not torch.equal(by_wide[-1], by_low[-1])
+    assert alike(outcome(with_low_ratio(wide, low, 0.27)), by_wide)
+    assert alike(outcome(with_low_ratio(wide, low, 0.31)), by_low)
+    assert alike(outcome(with_low_ratio(wide, low, 0.31).with_ratio(0.31)), outcome(wide.with_ratio(0.31)))
 
 
 def test_a_cache_is_read_with_the_adapter_of_its_ratio(model: Any) -> None:
     """Whatever was compressed or asked in between."""
     config = CompressionConfig.preset("context")
-    wide, tight = calibrated(model, config, noise=1.0, rank=2), calibrated(model, config, noise=0.3, rank=2)
+    wide, low = calibrated(model, config, noise=1.0, rank=2), calibrated(model, config, noise=0.3, rank=2)
     question = torch.tensor([[20, 21, 22]])
 
     def answers(compressor: KVCompressor, *ratios: float) -> list[list[int]]:
@@ -112,27 +114,27 @@ def test_a_cache_is_read_with_the_adapter_of_its_ratio(model: Any) -> None:
             caches = [session.compress(prefill, ratio) for ratio in ratios]
             return [session.answer(cache, question, **GREEDY)[0].tolist() for cache in (*caches, *caches)]
 
-    both = answers(with_tight(wide, tight, 0.3), 0.2, 0.5, 1.0)
-    assert both == [*answers(tight, 0.2)[:1], *answers(wide, 0.5, 1.0)[:2]] * 2
-    assert both[0] != answers(wide, 0.2)[0] and both[1] != answers(tight, 0.5)[0]
+    both = answers(with_low_ratio(wide, low, 0.3), 0.2, 0.5, 1.0)
+    assert both == [*answers(low, 0.2)[:1], *answers(wide, 0.5, 1.0)[:2]] * 2
+    assert both[0] != answers(wide, 0.2)[0] and both[1] != answers(low, 0.5)[0]
 
 
-def test_an_export_holds_the_calibration_of_tight_ratios(model: Any, tmp_path: Path) -> None:
+def test_an_export_holds_the_calibration_of_the_lowest_ratios(model: Any, tmp_path: Path) -> None:
     config = CompressionConfig.preset("context")
-    wide, tight = calibrated(model, config, noise=1.0, rank=2), calibrated(model, config, noise=0.3, rank=2)
-    with_tight(wide, tight, 0.3).save_pretrained(tmp_path / "export")
+    wide, low = calibrated(model, config, noise=1.0, rank=2), calibrated(model, config, noise=0.3, rank=2)
+    with_low_ratio(wide, low, 0.3).save_pretrained(tmp_path / "export")
     loaded = KVCompressor.from_pretrained(tmp_path / "export")
-    assert loaded.tight is not None and loaded.tight_below == 0.3
-    for found, saved in ((loaded, wide), (loaded.tight, tight), (loaded.with_ratio(0.1).at(0.1), tight)):
+    assert loaded.low_ratio is not None and loaded.low_ratio.below == 0.3
+    for found, saved in ((loaded, wide), (loaded.low_ratio, low), (loaded.with_ratio(0.1).low_ratio, low)):
         assert found.lora.tensors.keys() == saved.lora.tensors.keys()
         assert all(torch.equal(found.lora.tensors[name], saved.lora.tensors[name]) for name in saved.lora.tensors)
         assert torch.equal(found.weights.saliency, saved.weights.saliency)
     assert "Ratios below 0.3" in (tmp_path / "export" / "README.md").read_text()
     edit(tmp_path / "export" / "config.json", lora_scope="all")
-    with pytest.raises(InputError, match=r"config\.json: lora_scope: is 'all', which does not go with tight_below"):
+    with pytest.raises(InputError, match=r"config\.json: lora_scope: is 'all', which does not go with low_ratio_below"):
         KVCompressor.from_pretrained(tmp_path / "export")
-    with pytest.raises(InputError, match="lora_scope: is 'all', and the tightest ratios"):
-        KVCompressor(config, wide.weights, wide.lora, "all", tight=tight, tight_below=0.3)
+    with pytest.raises(InputError, match="lora_scope: is 'all', and the lowest ratios"):
+        KVCompressor(config, wide.weights, wide.lora, "all", low_ratio=LowRatio(0.3, low.weights, low.lora))
 
 
 def test_budgets_of_learned_weights_are_exact(model: Any) -> None:
@@ -286,8 +288,11 @@ def no_number(file: Path) -> None:
         (lambda e: (e / "config.json").write_text("{"), r"config\.json: is no JSON"),
         (lambda e: edit(e / "config.json", format=7), r"config\.json: format: version 7 is unknown"),
         (lambda e: edit(e / "config.json", lora_scope="never"), r"lora_scope: 'never' is not"),
-        (lambda e: edit(e / "config.json", tight_below="low"), r"config\.json: tight_below: 'low' is not 0 to 1"),
-        (lambda e: edit(e / "config.json", tight_below=0.1), r"tight/model\.safetensors: is missing"),
+        (
+            lambda e: edit(e / "config.json", low_ratio_below="low"),
+            r"config\.json: low_ratio_below: 'low' is not 0 to 1",
+        ),
+        (lambda e: edit(e / "config.json", low_ratio_below=0.1), r"low_ratio/model\.safetensors: is missing"),
         (lambda e: edit(e / "config.json", calibration=[1]), r"config\.json: calibration: a value is missing"),
         (lambda e: edit(e / "config.json", base=None), r"config\.json: base: is missing"),
         (lambda e: edit(e / "config.json", compression={"ratio": 1.5}), r"config\.json: ratio: 1\.5 is not a number"),

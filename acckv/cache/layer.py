@@ -23,7 +23,7 @@ class CompressedLayer(DynamicLayer):
             that kept fewer entries than the longest, other values are the log mass of merged entries. None is zero.
         labels: int8 ``[B, 1 or K, region]`` modality of each entry of the region, by head where heads chose apart.
         offered: int64 ``[B, 2]`` video and audio entries that were there to choose from, evicted ones included.
-        tight: whether it was compressed, and is to be read, with what the tightest ratios have of their own.
+        low_ratio: whether it was compressed, and is to be read, with what the lowest ratios have of their own.
         lengths: entries held by every compressed layer of the cache, one list for all; slot: this layer's place.
             Numbers and not the layers themselves: a ring of references would keep dropped caches in memory.
     """
@@ -39,7 +39,7 @@ class CompressedLayer(DynamicLayer):
         self.bias: Tensor | None = None
         self.labels: Tensor | None = None
         self.offered: Tensor | None = None
-        self.tight = False
+        self.low_ratio = False
         self.slot, self.lengths = len(lengths), lengths
         lengths.append(0)
 
@@ -88,7 +88,7 @@ class CompressedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.region, self.bias, self.labels, self.offered, self.tight = 0, 0, None, None, None, False
+        self.seen, self.region, self.bias, self.labels, self.offered, self.low_ratio = 0, 0, None, None, None, False
         self.lengths[self.slot] = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -109,7 +109,7 @@ class CompressedLayer(DynamicLayer):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
 
-    def commit(self, plan: LayerPlan, labels: Tensor, offered: Tensor | None = None, tight: bool = False) -> None:
+    def commit(self, plan: LayerPlan, labels: Tensor, offered: Tensor | None = None, low_ratio: bool = False) -> None:
         """Evict: hold what the plan keeps, in order of position, merged entries last; all of it is the new region.
 
         Entries after those that the plan speaks of (a probe prompt's) are dropped; `seen` takes them back.
@@ -118,9 +118,9 @@ class CompressedLayer(DynamicLayer):
             plan: hard log gates (0 or -inf) over the first N entries held and over merged ones.
             labels: integers ``[B, 1 or K, N]``: modality of these entries.
             offered: int64 ``[B, 2]`` video and audio entries that `labels` brought for the first time.
-            tight: whether the plan is one of the tightest ratios.
+            low_ratio: whether the plan is one of the lowest ratios.
         """
-        self.tight = tight
+        self.low_ratio = low_ratio
         length, merged = labels.shape[-1], plan.bias.shape[-1]
         labels = labels.to(self.keys.device, torch.int8)
         if merged:

@@ -140,11 +140,11 @@ def _compressor_digest(compressor: KVCompressor) -> str:
     """Of everything that a compressor decides by."""
     hashed = hashlib.sha256(_digest([asdict(compressor.config), compressor.lora_scope]).encode())
     tensors = dict(compressor.state_dict())
-    for part, one in (("", compressor), ("tight.", compressor.tight)):
+    for part, one in (("", compressor), ("low_ratio.", compressor.low_ratio)):
         if one is not None and one.lora is not None:
             hashed.update(_digest(one.lora.config.to_dict()).encode())
             tensors |= {f"{part}lora.{name}": tensor for name, tensor in one.lora.tensors.items()}
-    hashed.update(str(compressor.tight_below).encode())
+    hashed.update(str(compressor.planners.below).encode())
     for name, tensor in sorted(tensors.items()):
         _add(hashed, name, tensor, tensor.shape)
     return hashed.hexdigest()[:16]

@@ -119,7 +119,7 @@ class Answerer:
                 new = []
                 for question in questions:
                     new.append(self._generate(self._moved(self._prompt(clip, question, system)), generation))
-                    if not self.compressor.keeps_all():  # else nothing is made
+                    if not self.compressor.planners.keeps_all():  # else nothing is made
                         self.sizes.add(_made(session))
         self.cut += sum(self._is_cut(row, generation) for row in new)
         texts = self.processor.tokenizer.batch_decode([row.tolist() for row in new], skip_special_tokens=True)

@@ -25,6 +25,7 @@ class Policy(ABC):
             prompt where no text has been seen yet (`when: context`). 'repetition' are rows of no prompt but of the
             context fed in again (see :mod:`acckv.runtime.context_reconstruction`).
         rotated: whether it needs the rotary embedding of its rows.
+        keeps_all: whether it evicts nothing, whatever the ratio; None where the ratio decides.
         cross_layer: whether a layer's score or budget depends on other layers' scores. Then nothing can be evicted
             before the last layer has run, and a prefill's peak is the full cache.
     """
@@ -32,6 +33,7 @@ class Policy(ABC):
     rows: Rows = "none"
     rotated: ClassVar[bool] = False
     cross_layer: ClassVar[bool] = False
+    keeps_all: ClassVar[bool | None] = None
     name: ClassVar[str]
 
     def __init__(self, config: CompressionConfig) -> None:
@@ -56,6 +58,14 @@ class Policy(ABC):
             float ``[1 or B, L]``; equal unless overridden.
         """
         return torch.ones(1, len(scores), device=total.device)
+
+    def fixed_plan(self, observation: Observation, labels: ModalityMap) -> LayerPlan | None:
+        """The plan of a layer that no budget has a say in; None unless overridden.
+
+        Args:
+            labels: on the device of the observation's keys.
+        """
+        return None
 
     def merge(self, plan: LayerPlan, keys: Tensor, values: Tensor, labels: ModalityMap) -> LayerPlan:
         """The plan with evicted entries merged into kept ones; nothing is merged unless overridden.

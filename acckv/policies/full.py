@@ -11,9 +11,10 @@ from acckv.policies.base import Policy
 
 
 class Full(Policy):
-    """Keep everything; the compressor treats its ratio as 1."""
+    """Keep everything, at any ratio."""
 
     name = "full"
+    keeps_all = True
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
         batch, _, entries = observation.keys.shape[:3]

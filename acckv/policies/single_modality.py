@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from acckv.compressor import KVCompressor
 from acckv.config import CompressionConfig, When
 from acckv.errors import InputError
 from acckv.method.modality import COMPRESSED, Modality, ModalityMap
 from acckv.method.plan import LayerPlan, LayerScore
 from acckv.method.scoring import Observation
+from acckv.policies.base import Policy
 
 
-class EvictedModality(KVCompressor):
+class EvictedModality(Policy):
     """Evict every entry of one modality and keep all others, in every layer, whatever the ratio.
 
     What is then still answered right needs only the other modality (or no media at all).
@@ -27,26 +25,23 @@ class EvictedModality(KVCompressor):
         InputError: a modality that is never compressed.
     """
 
+    keeps_all = False
+
     def __init__(self, modality: Modality, when: When = "context") -> None:
         if modality not in COMPRESSED:
             raise InputError(f"{modality.name.lower()} is neither video nor audio", field="modality")
-        super().__init__(CompressionConfig(policy="full", when=when))
+        super().__init__(CompressionConfig(policy="random", when=when, ratio=0.0))
         self.modality = modality
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return f"control_{self.modality.name.lower()}_evicted"
 
-    def keeps_all(self, ratio: float | None = None) -> bool:
-        return False
+    def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
+        batch, _, entries = observation.keys.shape[:3]
+        return LayerScore(torch.zeros(batch, 1, entries, device=observation.keys.device), None)
 
-    def with_ratio(self, ratio: float) -> KVCompressor:
-        raise InputError("keeps one modality whole and has no ratio", field="ratio")
-
-    def plan_one(
-        self, layer: int, score: LayerScore, observation: Observation, labels: ModalityMap, *args: Any
-    ) -> LayerPlan:
-        """Keep text and the other modality; the budget counts for nothing."""
+    def fixed_plan(self, observation: Observation, labels: ModalityMap) -> LayerPlan:
         gates = torch.zeros(labels.labels.shape, device=labels.labels.device)
         gates = gates.masked_fill((labels.labels == self.modality) | ~labels.real, -torch.inf)[:, None]
         keys, values = observation.keys, observation.values

@@ -26,8 +26,8 @@ class RunFacts:
         temperature: of the gates at that one, in standard deviations of the score; it falls from `temperature_start` to
             `temperature_end`.
         ratio_range: least and largest kept share that was trained.
-        tight_steps: of the planned ones, how many see the least alone, at first; 0 without such a stage.
-        tight_below: ratios below it keep what those steps learned.
+        low_ratio_steps: of the planned ones, how many see the least alone, at first; 0 without such a stage.
+        low_ratio_below: ratios below it keep what those steps learned.
     """
 
     model: str
@@ -39,8 +39,8 @@ class RunFacts:
     temperature_start: float
     temperature_end: float
     ratio_range: tuple[float, float]
-    tight_steps: int = 0
-    tight_below: float = 0.0
+    low_ratio_steps: int = 0
+    low_ratio_below: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ def render_report(facts: RunFacts, kept: KeptShares, results: Results | None, pl
     run = f"{facts.steps} of {facts.planned} optimiser steps, `when: {facts.when}`, ratios {low:g} to {high:g}."
     if facts.exported != facts.steps:
         run += f" Exported is step {facts.exported}, the best of the checkpoints by the metric that was monitored."
-    if facts.tight_steps:
-        run += f" The first {facts.tight_steps} see {low:g} alone; what they learn holds below {facts.tight_below:g}."
+    if facts.low_ratio_steps:
+        stage = f" The first {facts.low_ratio_steps} see {low:g} alone; what they learn"
+        run += f"{stage} holds below {facts.low_ratio_below:g}."
     parts = [
         f"# Calibration of {facts.model}",
         run,
@@ -115,7 +116,7 @@ def _warnings(facts: RunFacts, results: Results | None) -> list[str]:
             f"warning: training ended before the gates were hard (temperature {facts.temperature:.3g}, planned "
             f"{facts.temperature_end:g}); what was trained is not quite what is shipped"
         )
-    if facts.tight_steps and facts.exported <= facts.tight_steps:
+    if facts.low_ratio_steps and facts.exported <= facts.low_ratio_steps:
         warnings.append(f"warning: training ended before it saw a ratio above {facts.ratio_range[0]:g}")
     return warnings
 

@@ -33,7 +33,7 @@ def render_card(
 
     Args:
         config: the export's `config.json`, parsed; read are `base` (its `name`), `compression`, `calibration`,
-            `has_weights`, `lora_scope` and `tight_below`.
+            `has_weights`, `lora_scope` and `low_ratio_below`.
         rows: of an evaluation, for the table; none where nothing has been measured yet.
         setting: what was measured, in one sentence, above the table.
         command: the command that the table came from.
@@ -56,7 +56,7 @@ def render_card(
     return environment.get_template("card.md.jinja").render(
         base_model=base.get("name") or "unknown",
         lora_scope=config.get("lora_scope") if config.get("has_lora") else None,
-        tight_below=config.get("tight_below"),
+        low_ratio_below=config.get("low_ratio_below"),
         options=compression,
         has_weights=config.get("has_weights", False),
         calibration=CalibrationRecord.from_dict(config.get(FIELD)),

@@ -12,16 +12,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from acckv.cache.cache import CompressedCache, adopt, as_compressed, compressed_layers
-from acckv.compressor import KVCompressor
 from acckv.errors import InputError
 from acckv.method.modality import Modality, ModalityMap
 from acckv.models.base import ModelAdapter
 from acckv.models.batching import DecoderInputs, next_position, observed_queries
+from acckv.planner import Planners
 from acckv.policies.base import Rows
 from acckv.runtime.attention import SIMULATION, Tap
 from acckv.runtime.hooks import Wiring
 from acckv.runtime.layer_eviction import Eviction
-from acckv.runtime.lora import SessionLora
+from acckv.runtime.lora import LoraSets, SessionLora
 from acckv.runtime.model_inputs import Turn
 from acckv.runtime.observation import Recorder, WatchListener
 from acckv.runtime.policy_inputs import SecondLook
@@ -55,11 +55,14 @@ class Router:
         lora: the compressor's, while it is on the model.
     """
 
-    def __init__(self, compressor: KVCompressor, adapter: ModelAdapter, probe: ProbePrompt) -> None:
-        self.compressor, self.adapter, self.probe = compressor, adapter, probe
+    def __init__(
+        self, planners: Planners, adapter: ModelAdapter, probe: ProbePrompt, lora: LoraSets | None = None
+    ) -> None:
+        self.planners, self.adapter, self.probe = planners, adapter, probe
+        self._adapts_prompt = lora is not None and lora.scope == "all"
         self.tap = Tap(adapter.attention_layers)
-        self.look = SecondLook(compressor, adapter, self.tap, probe.processor)
-        self.wiring = Wiring(adapter, self._decode, compressor.config.when, self._compresses)
+        self.look = SecondLook(planners.default, adapter, self.tap, probe.processor)
+        self.wiring = Wiring(adapter, self._decode, planners.config.when, self._compresses)
         self.last_cache: CompressedCache | None = None
         self.lora: SessionLora | None = None
         self._task: Task | None = None
@@ -88,7 +91,7 @@ class Router:
         if self._simulation is not None:
             return original(**arguments, **{SIMULATION: self._simulation})
         cache: Cache | None = arguments.get("cache")
-        self._adapt(cache is not None and any(layer.tight for layer in compressed_layers(cache)))
+        self._adapt(cache is not None and any(layer.low_ratio for layer in compressed_layers(cache)))
         before, self.tap.cache, self.tap.reached = self.tap.cache, cache, False
         try:
             output = self._routed(original, cache, turn, arguments)
@@ -126,7 +129,7 @@ class Router:
 
     def _compresses(self) -> bool:
         """Whether media under the user's own call are compressed, or read with an adapter."""
-        return self.lora is not None or not self.compressor.keeps_all()
+        return self.lora is not None or not self.planners.keeps_all()
 
     def _check_announced(self, arguments: dict[str, Any]) -> None:
         """Refuse a prompt that the user gives to the decoder past its model: what of it is media, nobody knows."""
@@ -173,15 +176,15 @@ class Router:
         self, run: PromptRun, cache: Cache, turn: Turn, ratio: float | None
     ) -> tuple[WatchListener | None, Tensor | None]:
         """Who evicts while the front runs, and the probe prompt that it needs; nobody where all is kept."""
-        if self.compressor.keeps_all(ratio) or not turn.has_media:
+        if self.planners.keeps_all(ratio) or not turn.has_media:
             return None, None
-        rows = self.compressor.policy.rows
-        by_probe = rows == "text" and self.compressor.config.when == "context"
+        rows = self.planners.policy.rows
+        by_probe = rows == "text" and self.planners.config.when == "context"
         probe = self._probe_ids(turn) if by_probe else None
-        mask = observed_queries(run.front_labels, "none" if by_probe else rows, self.compressor.config.window)
+        mask = observed_queries(run.front_labels, "none" if by_probe else rows, self.planners.config.window)
         watch = run.watch(mask, 0 if probe is None else probe.shape[1])
-        eviction = Eviction(self.compressor, cache, watch, run.embedded_front, self.look, ratio, by_probe)
-        self._adapt(eviction.tight)  # what follows the front is read with the adapter of its ratio
+        eviction = Eviction(self.planners, cache, watch, run.embedded_front, self.look, ratio, by_probe)
+        self._adapt(eviction.is_low)  # what follows the front is read with the adapter of its ratio
         return eviction, probe
 
     def _recorder(
@@ -189,8 +192,8 @@ class Router:
     ) -> tuple[WatchListener | None, Tensor | None]:
         rows: Rows = task.rows or "all"
         wanted = rows == "text" or (rows == "all" and self.probe.processor is not None)
-        probe = self._probe_ids(turn) if wanted and self.compressor.config.when == "context" else None
-        mask = observed_queries(turn.labels, rows, self.compressor.config.window)
+        probe = self._probe_ids(turn) if wanted and self.planners.config.when == "context" else None
+        mask = observed_queries(turn.labels, rows, self.planners.config.window)
         task.embedded = run.embedded
         task.recorder = Recorder(run.watch(mask, 0 if probe is None else probe.shape[1]), cache)
         return task.recorder, probe
@@ -199,14 +202,14 @@ class Router:
         labels = turn.labels.labels
         return self.probe.ids(labels.shape[0], labels.device)
 
-    def _adapt(self, tight: bool) -> None:
+    def _adapt(self, is_low: bool) -> None:
         if self.lora is not None:
-            self.lora.select(tight)
+            self.lora.select(is_low)
 
     @property
     def adapts_prompt(self) -> bool:
         """Whether LoRA acts on the prompt too, so that a prefill of the base model is of no use here."""
-        return self.lora is not None and self.compressor.lora_scope == "all"
+        return self.lora is not None and self._adapts_prompt
 
     def prompt_adapters(self) -> AbstractContextManager[Any]:
         """LoRA of scope 'after' is off while the prompt runs."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,18 +12,17 @@ from transformers.cache_utils import Cache
 
 from acckv.cache.cache import compressed_layers
 from acckv.errors import InputError
-from acckv.method.budgets import share_out, total_budget
+from acckv.method.budgets import total_budget
 from acckv.method.heads import join_heads, one_head
 from acckv.method.modality import Modality, ModalityMap
-from acckv.method.plan import LayerPlan
+from acckv.method.plan import LayerPlan, LayerScore
 from acckv.method.scoring import Observation
 from acckv.models.base import AttentionLayer
 from acckv.models.batching import DecoderInputs
+from acckv.planner import Planner, Planners, effective_ratio
+from acckv.policies.base import Policy
 from acckv.runtime.observation import Watch
 from acckv.runtime.policy_inputs import SecondLook, behind
-
-if TYPE_CHECKING:
-    from acckv.compressor import KVCompressor
 
 
 class Eviction:
@@ -48,7 +47,7 @@ class Eviction:
 
     def __init__(
         self,
-        compressor: KVCompressor,
+        planners: Planners,
         cache: Cache,
         watch: Watch,
         embedded: DecoderInputs,
@@ -58,29 +57,27 @@ class Eviction:
     ) -> None:
         self.cache, self.watch = cache, watch
         self.embedded, self.look, self.by_probe = embedded, look, by_probe
-        self.config = compressor.config
+        self.config = planners.config
         self.layers = compressed_layers(cache)
         self.before = [layer.physical for layer in self.layers]
         self.competing = self.config.budget is not None and ratio is None
         self.ratio = self.config.ratio if ratio is None else ratio
-        self._check(compressor)
+        self._check(planners.policy)
         self.rotations = look.rotations(embedded.position_ids)
         self.new = watch.labels.counts()
         self.held = self._held_labels()
         self.available = torch.stack([held.media_count for held in self.held], dim=1)
         self.total = self._total()
         if self.competing:
-            self.ratio = compressor.effective_ratio(self.total, self._offered(), len(self.layers))
-        self.tight = compressor.is_tight(self.ratio)
-        self.compressor = compressor = compressor.at(self.ratio)
-        if not compressor.policy.cross_layer:
-            shares = compressor.layer_shares([None] * len(self.layers), watch.labels, self.total, self.ratio)
-            self.budgets = share_out(self.total, shares, self.available)
+            self.ratio = effective_ratio(self.total, self._offered(), len(self.layers))
+        self.is_low = planners.is_low(self.ratio)
+        self.planner = planners.at(self.ratio)
+        if not self.planner.policy.cross_layer:
+            self.budgets = self._budgets([None] * len(self.layers))
         self.waiting: list[Observation] = []
         self._new: dict[torch.device, Tensor] = {}
 
-    def _check(self, compressor: KVCompressor) -> None:
-        policy = compressor.policy
+    def _check(self, policy: Policy) -> None:
         if not any(self.before):
             return
         if policy.rows == "repetition":
@@ -127,7 +124,7 @@ class Eviction:
             seen = look(real, query, key, value, scaling)
             rotation = behind(self.rotations[layer.slot], self.before[layer.slot])
             seen = replace(seen, rotation=rotation and rotation.to(key.device))
-            if self.compressor.policy.cross_layer:
+            if self.planner.policy.cross_layer:
                 self.waiting.append(self._new_alone(layer.slot, seen))
             else:
                 self._commit(layer.slot, self._plan(layer.slot, seen))
@@ -135,41 +132,37 @@ class Eviction:
         self.watch.forget_probe(self.cache, layer)
 
     @cached_property
-    def heads(self) -> list[KVCompressor]:
-        """What each KV head is compressed with where heads hold different entries; the same in all layers."""
-        return [self.compressor.head(index) for index in range(max(len(held.planned) for held in self.held))]
+    def heads(self) -> list[Planner]:
+        """The planner of each KV head where heads hold different entries; the same in all layers."""
+        return [self.planner.head(index) for index in range(max(len(held.planned) for held in self.held))]
 
     def _plan(self, slot: int, seen: Observation) -> LayerPlan:
         """What becomes of a layer whose budget is settled."""
         maps = [labels.to(seen.keys.device) for labels in self.held[slot].planned]
         if len(maps) == 1:
-            return self._plan_with(self.compressor, slot, seen, maps[0])
+            return self.planner.compress_layer(slot, seen, maps[0], self.budgets[:, slot], self.ratio)
         # Heads hold different entries: each is planned as if the layer had no other.
-        return join_heads(
-            [
-                self._plan_with(self.heads[index], slot, one_head(seen, index), labels)
-                for index, labels in enumerate(maps)
-            ]
-        )
+        heads = [(self.heads[index], one_head(seen, index), labels) for index, labels in enumerate(maps)]
+        budget = self.budgets[:, slot]
+        return join_heads([head.compress_layer(slot, one, labels, budget, self.ratio) for head, one, labels in heads])
 
-    def _plan_with(self, compressor: KVCompressor, slot: int, seen: Observation, labels: ModalityMap) -> LayerPlan:
-        score = compressor.policy.score(slot, seen, labels).on_host()
-        split = compressor.split(slot, score, self.budgets[:, slot], labels.counts(), self.ratio)
-        return compressor.plan_one(slot, score, seen, labels, split)
+    def _budgets(self, scores: Sequence[LayerScore | None]) -> Tensor:
+        """int64 ``[B, L]``: entries that each layer keeps of those that compete."""
+        labels, available = self.watch.labels, self.available
+        return self.planner.layer_budgets(scores, labels, self.total, available, self.ratio)
 
     def finish(self) -> None:
         """Evict what had to wait for the last layer."""
         if not self.waiting:
             return
-        compressor, labels = self.compressor, self.watch.labels
+        labels = self.watch.labels
         waiting = self.look.complete(self.waiting, self.cache.layers, self.embedded, [])
         device = self.embedded.embeds.device
-        scores = [score.to(device).on_host() for score in compressor.scores(waiting, labels)]
-        shares = compressor.layer_shares(scores, labels, self.total, self.ratio)
-        budgets = share_out(self.total, shares, self.available)
+        scores = [score.to(device).on_host() for score in self.planner.scores(waiting, labels)]
+        self.budgets = self._budgets(scores)
         for slot, seen in enumerate(waiting):
-            split = compressor.split(slot, scores[slot], budgets[:, slot], self.new, self.ratio)
-            plan = compressor.plan_one(slot, scores[slot], seen, labels, split)
+            budget = self.budgets[:, slot]
+            plan = self.planner.compress_layer(slot, seen, labels, budget, self.ratio, scores[slot])
             self._commit(slot, self._behind(slot, plan))
 
     def _new_alone(self, slot: int, seen: Observation) -> Observation:
@@ -198,7 +191,7 @@ class Eviction:
 
     def _commit(self, slot: int, plan: LayerPlan) -> None:
         layer = self.layers[slot]
-        layer.commit(plan, self.held[slot].on(layer.keys.device), self._new_on(layer.keys.device), self.tight)
+        layer.commit(plan, self.held[slot].on(layer.keys.device), self._new_on(layer.keys.device), self.is_low)
 
     def _new_on(self, device: torch.device) -> Tensor:
         if device not in self._new:

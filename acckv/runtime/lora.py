@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Parameter
 
+from acckv.config import LoraScope
 from acckv.errors import InputError
 from acckv.models.base import ModelAdapter
 from acckv.models.lora_targets import check_adaptable
 
-#: Names of the two sets of a session as peft's adapters: of all ratios, and of the low ratios that have their own.
-DEFAULT, TIGHT = "default", "tight"
+#: Names of the two sets of a session as peft's adapters: of all ratios, and of the lowest ones with a set of their own.
+DEFAULT, LOW_RATIO = "default", "low_ratio"
 
 
 @dataclass
@@ -54,6 +55,20 @@ class LoraWeights:
         return weights
 
 
+@dataclass(frozen=True)
+class LoraSets:
+    """The LoRA of a compressor.
+
+    Args:
+        default: of all ratios; low_ratio: of the lowest ones, where those have their own, or None.
+        scope: 'after' adapts only tokens after compression, 'all' the prompt too.
+    """
+
+    default: LoraWeights
+    low_ratio: LoraWeights | None
+    scope: LoraScope
+
+
 def lora_config(adapter: ModelAdapter, rank: int, alpha: float, targets: tuple[str, ...], base: str) -> LoraConfig:
     """A LoRA of the decoder's projections, by full module names: leaf names would hit the audio tower too."""
     layers = adapter.projections(targets)
@@ -67,20 +82,20 @@ class SessionLora(ABC):
     """The LoRA of a session: which set acts now, or none.
 
     Attributes:
-        tight: whether the set of the tightest ratios acts, and not the one of all others.
+        is_low: whether the set of the lowest ratios acts, and not the one of all others.
     """
 
-    tight: bool = False
+    is_low: bool = False
 
     @abstractmethod
-    def select(self, tight: bool) -> None:
-        """Let the set of the tightest ratios act, or that of all others; they are the same where there is one."""
+    def select(self, is_low: bool) -> None:
+        """Let the set of the lowest ratios act, or that of all others; they are the same where there is one."""
 
     @contextmanager
-    def selected(self, tight: bool) -> Iterator[None]:
+    def selected(self, is_low: bool) -> Iterator[None]:
         """The same while the context is open."""
-        before = self.tight
-        self.select(tight)
+        before = self.is_low
+        self.select(is_low)
         try:
             yield
         finally:
@@ -102,7 +117,7 @@ class AttachedLora(SessionLora):
 
     Args:
         adapter: of the model; config: from :func:`lora_config`; tensors: as peft saves them, None for fresh ones.
-        tight: tensors of the tightest ratios, or None.
+        low_ratio: tensors of the lowest ratios, or None.
 
     Raises:
         InputError: the model carries an adapter already, or the tensors belong to another model.
@@ -113,7 +128,7 @@ class AttachedLora(SessionLora):
         adapter: ModelAdapter,
         config: LoraConfig,
         tensors: dict[str, Tensor] | None = None,
-        tight: dict[str, Tensor] | None = None,
+        low_ratio: dict[str, Tensor] | None = None,
     ) -> None:
         model = adapter.model
         if hasattr(model, "peft_config"):
@@ -131,8 +146,8 @@ class AttachedLora(SessionLora):
         self.layers: list[Any] = list(layers.values())
         if tensors is not None:
             self._load(tensors, DEFAULT)
-        if tight is not None:
-            self.settle(tight)
+        if low_ratio is not None:
+            self.keep_low_ratio(low_ratio)
 
     def _load(self, tensors: dict[str, Tensor], name: str) -> None:
         expected = {key: tensor.shape for key, tensor in self.tensors().items()}
@@ -144,37 +159,37 @@ class AttachedLora(SessionLora):
     @property
     def sets(self) -> list[str]:
         """Names of the adapters that there are."""
-        return [name for name in (DEFAULT, TIGHT) if name in self.wrapped.peft_config]
+        return [name for name in (DEFAULT, LOW_RATIO) if name in self.wrapped.peft_config]
 
-    def tensors(self, tight: bool = False) -> dict[str, Tensor]:
+    def tensors(self, low_ratio: bool = False) -> dict[str, Tensor]:
         """The adapter's tensors as peft saves them, on the CPU.
 
         Args:
-            tight: those of the tightest ratios, where they have their own.
+            low_ratio: those of the lowest ratios, where they have their own.
         """
-        name = TIGHT if tight and TIGHT in self.sets else DEFAULT
+        name = LOW_RATIO if low_ratio and LOW_RATIO in self.sets else DEFAULT
         state = get_peft_model_state_dict(self.wrapped, adapter_name=name, save_embedding_layers=False)
         return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
 
     def parameters(self) -> list[Parameter]:
-        """Those that act at all ratios but the tightest: what is trained."""
+        """Those that act at all ratios but the lowest: what is trained."""
         return [p for name, p in self.adapter.model.named_parameters() if ".lora_" in name and f".{DEFAULT}." in name]
 
-    def settle(self, tensors: dict[str, Tensor] | None = None) -> None:
-        """Keep the values as they are now, or these, for the tightest ratios."""
+    def keep_low_ratio(self, tensors: dict[str, Tensor] | None = None) -> None:
+        """Keep the values as they are now, or these, for the lowest ratios."""
         values = self.tensors() if tensors is None else tensors
-        if TIGHT not in self.sets:
-            self.wrapped.add_adapter(TIGHT, LoraConfig(**self.wrapped.peft_config[DEFAULT].to_dict()))
-        self._load(values, TIGHT)
+        if LOW_RATIO not in self.sets:
+            self.wrapped.add_adapter(LOW_RATIO, LoraConfig(**self.wrapped.peft_config[DEFAULT].to_dict()))
+        self._load(values, LOW_RATIO)
         self._activate()
 
-    def select(self, tight: bool) -> None:
-        if tight != self.tight:
-            self.tight = tight
+    def select(self, is_low: bool) -> None:
+        if is_low != self.is_low:
+            self.is_low = is_low
             self._activate()
 
     def _activate(self) -> None:
-        name = TIGHT if self.tight and TIGHT in self.sets else DEFAULT
+        name = LOW_RATIO if self.is_low and LOW_RATIO in self.sets else DEFAULT
         for layer in self.layers:
             layer.set_adapter(name)
 

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from acckv.errors import InputError
 from acckv.models.base import ModelAdapter
-from acckv.runtime.lora import DEFAULT, TIGHT, AttachedLora, LoraWeights, SessionLora
+from acckv.runtime.lora import DEFAULT, LOW_RATIO, AttachedLora, LoraSets, SessionLora
 from acckv.runtime.patching import patch_method
 
 #: How a session applies LoRA: from copies of the weights with it in them, by peft's layers beside them, or whichever
@@ -26,11 +26,10 @@ LoraMode = Literal["auto", "merged", "separate"]
 MEMORY_SHARE = 0.5
 
 
-def attach(adapter: ModelAdapter, lora: LoraWeights, tight: LoraWeights | None, mode: LoraMode) -> SessionLora:
+def attach(adapter: ModelAdapter, lora: LoraSets, mode: LoraMode) -> SessionLora:
     """Put LoRA on a model.
 
     Args:
-        lora, tight: of all ratios, and of the tightest where those have their own.
         mode: 'auto' merges where weights are plain and the copies take at most half of the memory that is free, and
             warns where they would take more.
 
@@ -39,8 +38,9 @@ def attach(adapter: ModelAdapter, lora: LoraWeights, tight: LoraWeights | None, 
     """
     if mode not in ("auto", "merged", "separate"):
         raise InputError(f"{mode!r} is not one of auto, merged, separate", field="lora_mode")
-    attached = AttachedLora(adapter, lora.config, lora.tensors or None, None if tight is None else tight.tensors)
-    if mode == "separate" or (mode == "auto" and not lora.tensors):  # fresh ones are there to be trained
+    low_ratio = None if lora.low_ratio is None else lora.low_ratio.tensors
+    attached = AttachedLora(adapter, lora.default.config, lora.default.tensors or None, low_ratio)
+    if mode == "separate" or (mode == "auto" and not lora.default.tensors):  # fresh ones are there to be trained
         return attached
     if obstacle := _obstacle(attached):
         if mode == "auto":
@@ -60,7 +60,7 @@ def attach(adapter: ModelAdapter, lora: LoraWeights, tight: LoraWeights | None, 
 class MergedLora(SessionLora):
     """The projections' weights with LoRA in them, beside the base model's own, which stand aside meanwhile.
 
-    A change between base, LoRA and the LoRA of the tightest ratios sets pointers, and no values. Memory: a copy of the
+    A change between base, LoRA and the LoRA of the lowest ratios sets pointers, and no values. Memory: a copy of the
     adapted weights for each set that has been used. A merged weight is computed in float32 and rounded once to the type
     of the base weight.
 
@@ -84,16 +84,16 @@ class MergedLora(SessionLora):
         for owner in (attached.adapter.model, decoder):  # before anything of the model is loaded
             self._guards.callback(owner.register_load_state_dict_pre_hook(_refuse_state).remove)
         self._guards.enter_context(patch_method(decoder, "_apply", self._move))
-        self._select(self.tight)
+        self._select(self.is_low)
 
-    def select(self, tight: bool) -> None:
-        if tight != self.tight:
-            self._select(tight)
+    def select(self, is_low: bool) -> None:
+        if is_low != self.is_low:
+            self._select(is_low)
 
-    def _select(self, tight: bool) -> None:
-        self.tight = tight
+    def _select(self, is_low: bool) -> None:
+        self.is_low = is_low
         if not self._off:
-            self._put(self._weights(TIGHT if tight and TIGHT in self._sets else DEFAULT))
+            self._put(self._weights(LOW_RATIO if is_low and LOW_RATIO in self._sets else DEFAULT))
 
     def _weights(self, name: str) -> list[Any]:
         """The merged weights of a set, made when they are first used."""
@@ -112,7 +112,7 @@ class MergedLora(SessionLora):
         finally:
             self._base = [module.weight for module in self._modules]
             self._merged.clear()
-            self._select(self.tight)
+            self._select(self.is_low)
 
     def _put(self, weights: list[Any]) -> None:
         for module, weight in zip(self._modules, weights, strict=True):
@@ -126,7 +126,7 @@ class MergedLora(SessionLora):
             yield
         finally:
             self._off -= 1
-            self._select(self.tight)
+            self._select(self.is_low)
 
     def remove(self) -> None:
         self._guards.close()

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acckv.cache.cache import CompressedCache
-from acckv.compressor import KVCompressor
 from acckv.method.modality import ModalityMap
 from acckv.method.rotary import RotaryLayout, Rotation
 from acckv.method.scoring import Observation
 from acckv.models.base import AttentionLayer, ModelAdapter
 from acckv.models.batching import DecoderInputs, next_position, rope_positions
+from acckv.planner import Planner
 from acckv.runtime.attention import Tap
 from acckv.runtime.context_reconstruction import REPEAT_PROMPT, Record, watch_repetition
 from acckv.runtime.prefill_run import TOKEN_TYPES, ProbePrompt
@@ -23,14 +23,14 @@ from acckv.runtime.rotary_probe import find_layouts, spread
 
 
 class SecondLook:
-    """Completes observations for the policy of a compressor, with the session's model.
+    """Completes observations for the policy of a planner, with the session's model.
 
     Args:
         tap: through which the decoder's attention is watched; processor: tokenises the repeat prompt.
     """
 
-    def __init__(self, compressor: KVCompressor, adapter: ModelAdapter, tap: Tap, processor: Any) -> None:
-        self.policy, self.config = compressor.policy, compressor.config
+    def __init__(self, planner: Planner, adapter: ModelAdapter, tap: Tap, processor: Any) -> None:
+        self.policy, self.config = planner.policy, planner.config
         self.adapter, self.tap = adapter, tap
         self.prompt = ProbePrompt(processor, REPEAT_PROMPT)
         self.layouts: list[RotaryLayout] = []

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from acckv.cache.cache import CompressedCache, branch_layers, compressed_layers, fresh_cache
-from acckv.compressor import KVCompressor
 from acckv.errors import InputError
 from acckv.method.modality import ModalityMap
 from acckv.method.plan import LayerPlan
 from acckv.models import find_adapter
 from acckv.models.batching import DecoderInputs, next_position
+from acckv.planner import Planners
 from acckv.policies.base import Rows
 from acckv.runtime.attention import attention_of_masks, shadow_attention
 from acckv.runtime.dispatch import Router, Task
 from acckv.runtime.hooks import served
 from acckv.runtime.logits import at_places, chosen_logits, last_position
-from acckv.runtime.lora import AttachedLora
+from acckv.runtime.lora import AttachedLora, LoraSets
 from acckv.runtime.merged_lora import LoraMode, attach
 from acckv.runtime.model_inputs import Turn, embedded_turn, new_mask, read_turn
 from acckv.runtime.patching import in_use
@@ -40,7 +40,9 @@ class Session:
     and :meth:`answer` are for several questions about one clip, several turns, and streams.
 
     Args:
-        compressor: what to do; model: of a supported family; processor: tokenises the probe prompt, if one is needed.
+        planners: decide what is kept; model: of a supported family; processor: tokenises the probe prompt, if one is
+            needed.
+        lora: the compressor's, or None.
         probe_prompt: text run once after the media and forgotten, whose attention stands for the question's.
         lora_mode: 'merged' holds copies of the weights with the compressor's LoRA in them, so that an adapted token
             costs no more than one of the base model; 'separate' runs LoRA beside the weights, which training and
@@ -50,41 +52,29 @@ class Session:
 
     def __init__(
         self,
-        compressor: KVCompressor,
+        planners: Planners,
         model: Any,
         processor: Any = None,
+        lora: LoraSets | None = None,
         probe_prompt: str = "describe the clip",
         lora_mode: LoraMode = "auto",
     ) -> None:
-        self.compressor = compressor
+        self.planners, self.lora = planners, lora
         model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; prompts run uncompiled in a session
         self.adapter = find_adapter(model)
         self.model = self.adapter.model
         self.lora_mode = lora_mode
-        self.router = Router(compressor, self.adapter, ProbePrompt(processor, probe_prompt))
+        self.router = Router(planners, self.adapter, ProbePrompt(processor, probe_prompt), lora)
         self._stack = ExitStack()
-        if compressor.base is not None:
-            self._check_base(compressor.base)
 
     # ------------------------------------------------------------------ scope
-
-    def _check_base(self, base: dict[str, Any]) -> None:
-        """A calibrated compressor fits one architecture."""
-        for name, size in self.adapter.dimensions.items():
-            if base.get(name) != size:
-                raise InputError(
-                    f"was calibrated for {base.get('name')} with {name} {base.get(name)}; this model has {size}",
-                    source=self.compressor.source,
-                    field=name,
-                )
 
     def __enter__(self) -> Session:
         adapter = self.adapter
         with ExitStack() as stack:
             stack.enter_context(in_use(adapter.decoder))
-            if self.compressor.lora is not None:
-                tight = None if self.compressor.tight is None else self.compressor.tight.lora
-                self.router.lora = attach(adapter, self.compressor.lora, tight, self.lora_mode)
+            if self.lora is not None:
+                self.router.lora = attach(adapter, self.lora, self.lora_mode)
                 stack.callback(self.router.lora.remove)
             stack.enter_context(attention_of_masks(adapter))
             modules = [layer.module for layer in adapter.attention_layers]
@@ -126,7 +116,7 @@ class Session:
         own."""
         with self.router.wiring.lock:
             lora = self.router.lora
-            with nullcontext() if lora is None else lora.selected(self.compressor.is_tight(ratio)):
+            with nullcontext() if lora is None else lora.selected(self.planners.is_low(ratio)):
                 yield
 
     # ----------------------------------------------- compressing, and answering
@@ -189,11 +179,11 @@ class Session:
         if prefill.adapted != self.adapts_prompt:
             raise InputError("was made with other LoRA weights; run this session's own prefill", field="prefill")
         cache = CompressedCache(branch_layers(prefill.cache.layers), prefill.labels, prefill.next_position)
-        if not self.compressor.keeps_all(ratio):
+        if not self.planners.keeps_all(ratio):
             labels, offered = prefill.labels.labels[:, None], prefill.labels.counts()
-            tight = self.compressor.is_tight(self._ratio(prefill, ratio))
+            is_low = self.planners.is_low(self._ratio(prefill, ratio))
             for layer, plan in zip(compressed_layers(cache), self.plan(prefill, ratio), strict=True):
-                layer.commit(plan, labels, offered, tight)
+                layer.commit(plan, labels, offered, is_low)
         self.router.last_cache = cache
         return cache
 
@@ -245,13 +235,12 @@ class Session:
     @served
     def plan(self, prefill: Prefill, ratio: float | None = None, temperature: float | None = None) -> list[LayerPlan]:
         """What :meth:`compress` would keep; with a temperature, the differentiable twin of it."""
-        rows = self.compressor.policy.rows
-        seen = prefill.watched(rows, self.compressor.config)
+        rows = self.planners.policy.rows
+        seen = prefill.watched(rows, self.planners.config)
         with self.router.prompt_adapters() if rows == "repetition" else nullcontext():  # the one that runs the model
             observations = self.router.look.complete(seen, prefill.cache.layers, prefill.embedded, prefill.repetition)
-        compressor = self.compressor.at(self._ratio(prefill, ratio))
-        scores = compressor.scores(observations, prefill.labels)
-        return compressor.plan(scores, observations, prefill.labels, ratio, temperature)
+        planner = self.planners.at(self._ratio(prefill, ratio))
+        return planner.plan(observations, prefill.labels, ratio, temperature)
 
     @served
     @torch.no_grad()
@@ -325,7 +314,7 @@ class Session:
     # ------------------------------------------------------------------ inside
 
     def _ratio(self, prefill: Prefill, ratio: float | None) -> float:
-        return self.compressor.ratio_of(prefill.labels, len(prefill.observations), ratio)
+        return self.planners.default.ratio_of(prefill.labels, len(prefill.observations), ratio)
 
     def _decoder_arguments(self, embedded: DecoderInputs) -> dict[str, Any]:
         """What the decoder takes for tokens that were embedded before."""

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from acckv.compressor import KVCompressor
 from acckv.errors import InputError
 from acckv.evaluation.results import Results
+from acckv.export import LowRatio
 from acckv.io.progress import Progress
 from acckv.runtime.simulation import disable_checkpointing
 from lightning_modules.calibration.datamodule import AVDataModule
@@ -99,7 +100,7 @@ class ExportCompressor(Callback):
 
     def _compare(self, trainer: Trainer, module: CalibrationModule, exported: KVCompressor) -> None:
         folder, batch = self.path(trainer), first_batch(trainer, module)
-        ratios = [module.compression.ratio, *([module.options.ratio_min] if exported.tight is not None else [])]
+        ratios = [module.compression.ratio, *([module.options.ratio_min] if exported.low_ratio is not None else [])]
         live = [self._answers(module, module.live, batch, ratio) for ratio in ratios]
         module.teardown("fit")
         reloaded = KVCompressor.from_pretrained(folder)
@@ -116,7 +117,7 @@ class ExportCompressor(Callback):
         """Tokens that a session gives to the first turn of every clip at a ratio."""
         turns = batch.turns
         inputs: dict[str, Any] = {"max_new_tokens": self.new_tokens, "do_sample": False}
-        prefill = batch.prefilled(session, session.compressor.policy.rows)
+        prefill = batch.prefilled(session, session.planners.policy.rows)
         cache = session.compress(prefill, ratio)
         if module.compression.when == "prompt":
             # The context holds the question: what is compared is read from what was kept of it.
@@ -163,7 +164,7 @@ def load_best(trainer: Any, module: CalibrationModule) -> int | None:
 
 def different_tensors(one: KVCompressor, other: KVCompressor) -> list[str]:
     """Names of the learned tensors in which two compressors differ, those of the low-ratio stage and LoRA included."""
-    found, expected = ({**_learned(each), **_learned(each.tight, "tight.")} for each in (one, other))
+    found, expected = ({**_learned(each), **_learned(each.low_ratio, "low_ratio.")} for each in (one, other))
     return [
         name
         for name in sorted(found.keys() | expected.keys())
@@ -171,7 +172,7 @@ def different_tensors(one: KVCompressor, other: KVCompressor) -> list[str]:
     ]
 
 
-def _learned(compressor: KVCompressor | None, prefix: str = "") -> dict[str, torch.Tensor]:
+def _learned(compressor: KVCompressor | LowRatio | None, prefix: str = "") -> dict[str, torch.Tensor]:
     if compressor is None:
         return {}
     weights = {} if compressor.weights is None else compressor.weights.state_dict()

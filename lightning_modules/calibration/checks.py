@@ -6,7 +6,7 @@ from typing import Any
 
 from acckv.errors import InputError
 from acckv.method.weights import WEIGHT_GROUPS
-from lightning_modules.calibration.schedule import TIGHT_REACH
+from lightning_modules.calibration.schedule import LOW_RATIO_REACH
 
 
 def check_options(options: Any) -> None:
@@ -39,15 +39,15 @@ def check_options(options: Any) -> None:
     if not 0 < options.temperature_end <= options.temperature_start:
         raise InputError("needs 0 < temperature_end <= temperature_start", field="model.temperature_end")
     if options.low_ratio_share:
-        _check_tight_stage(options)
+        _check_low_ratio_stage(options)
     if not 0 < options.anneal_fraction <= 1:
         raise InputError(f"{options.anneal_fraction} is not above 0 and at most 1", field="model.anneal_fraction")
 
 
-def _check_tight_stage(options: Any) -> None:
+def _check_low_ratio_stage(options: Any) -> None:
     if options.temperature_after_low_ratio < options.temperature_end:
         raise InputError("is below temperature_end", field="model.temperature_after_low_ratio")
-    if TIGHT_REACH * options.ratio_min >= options.ratio_max:
-        raise InputError(f"leaves no ratio above {TIGHT_REACH:g} times ratio_min", field="model.ratio_max")
+    if LOW_RATIO_REACH * options.ratio_min >= options.ratio_max:
+        raise InputError(f"leaves no ratio above {LOW_RATIO_REACH:g} times ratio_min", field="model.ratio_max")
     if options.lora_scope == "all":
         raise InputError("has an adapter of its own, which cannot act on the prompt", field="model.low_ratio_share")

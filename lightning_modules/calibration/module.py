@@ -29,7 +29,7 @@ from lightning_modules.calibration.dataset import CalibrationBatch
 from lightning_modules.calibration.fsdp import shard_frozen
 from lightning_modules.calibration.losses import Divergence, Match, mismatch, outputs_of
 from lightning_modules.calibration.optimizer import restart_rates, scheduled_adam
-from lightning_modules.calibration.schedule import TIGHT_REACH, Stages
+from lightning_modules.calibration.schedule import LOW_RATIO_REACH, Stages
 from lightning_modules.calibration.state import CalibrationState
 from lightning_modules.calibration.step_mean import StepMean
 from lightning_modules.calibration.teacher_targets import TeacherTargets, outputs_at
@@ -80,7 +80,7 @@ class CalibrationModule(CalibrationState):
             and alignment; the others stay at the preset.
         ratio_min: least kept share drawn at a step.
         ratio_max: largest kept share drawn at a step.
-        ratio_power: 1 draws ratios log-uniformly; above 1, the tight ones more often.
+        ratio_power: 1 draws ratios log-uniformly; above 1, the low ones more often.
         low_ratio_share: share of the training that sees `ratio_min` alone, the low-ratio stage. What it learned then
             holds, LoRA included, for ratios below 1.5 times `ratio_min`; all others start from it. 0 for none.
         full_cache_probability: share of the steps in which the student reads the full cache, so that LoRA costs nothing
@@ -227,15 +227,15 @@ class CalibrationModule(CalibrationState):
     def draw_ratio(self, number: int) -> float:
         """The ratio of a batch of the stage of all ratios: 1, or between the bounds; a function of its number alone."""
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
-        low, high = math.log(self.tight_below or self.options.ratio_min), math.log(self.options.ratio_max)
+        low, high = math.log(self.low_ratio_below or self.options.ratio_min), math.log(self.options.ratio_max)
         ratio, kind = torch.rand(2, generator=generator, device="cpu").tolist()
         full = kind < self.options.full_cache_probability
         return 1.0 if full else math.exp(low + (high - low) * ratio**self.options.ratio_power)
 
     @property
-    def tight_below(self) -> float:
-        """Ratios below it are those of the tight stage; 0 without one."""
-        return TIGHT_REACH * self.options.ratio_min if self.options.low_ratio_share else 0.0
+    def low_ratio_below(self) -> float:
+        """Ratios below it are those of the low-ratio stage; 0 without one."""
+        return LOW_RATIO_REACH * self.options.ratio_min if self.options.low_ratio_share else 0.0
 
     def on_fit_start(self) -> None:
         if self.trainer.max_steps >= 0:  # they alone end it: the one epoch of a run that goes on is used up
@@ -254,7 +254,7 @@ class CalibrationModule(CalibrationState):
 
     def training_step(self, batch: CalibrationBatch, batch_idx: int) -> Tensor:
         stages, ratio, temperature = self.stages, self.draw_ratio(batch.number), self.temperature()
-        if ratio < 1 and stages.tight(self.global_step):
+        if ratio < 1 and stages.is_low_ratio(self.global_step):
             ratio = self.options.ratio_min
         done, self._ratio = self.distill(batch, ratio, temperature), ratio
         # A tensor: a number would have to wait for the device at every step.
@@ -293,7 +293,7 @@ class CalibrationModule(CalibrationState):
         if scope_all:
             prefill = session.prefill(prefill.embedded, self.compressor.policy.rows, gradients=training)
         with torch.autocast(self.device.type, enabled=False):  # sessions select in full precision
-            plans = None if self.compressor.keeps_all(ratio) else session.plan(prefill, ratio, temperature)
+            plans = None if self.compressor.planners.keeps_all(ratio) else session.plan(prefill, ratio, temperature)
         with session.adapted(ratio), outputs_of(matched) as found:
             student = self._logits(prefill, plans, turns)
         weight = turns.weight.flatten()[turns.counted]

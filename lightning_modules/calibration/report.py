@@ -77,7 +77,7 @@ class CalibrationReport(Callback):
         floor = module.compression.layer_floor
         self.steps.append(trainer.global_step)
         self.temperatures.append(module.temperature())
-        held = [(cast(CalibratedWeights, module.compressor.at(ratio).weights), ratio) for ratio in self.ratios]
+        held = [(cast(CalibratedWeights, module.compressor.planners.at(ratio).weights), ratio) for ratio in self.ratios]
         self.shares.append(torch.stack([learned_shares(*each, floor) for each in held]).cpu())
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             file = self.path(trainer) / HISTORY_FILE
@@ -110,8 +110,8 @@ class CalibrationReport(Callback):
             temperature_start=module.options.temperature_start,
             temperature_end=module.options.temperature_end,
             ratio_range=(module.options.ratio_min, module.options.ratio_max),
-            tight_steps=module.stages.first_wide,
-            tight_below=module.tight_below,
+            low_ratio_steps=module.stages.first_wide,
+            low_ratio_below=module.low_ratio_below,
         )
         text = render_report(facts, kept, evaluation.results if evaluation else None, (KEPT_PLOT, HISTORY_PLOT))
         with whole_file(folder / REPORT_FILE) as temporary:
@@ -123,7 +123,7 @@ class CalibrationReport(Callback):
         """What the export keeps of the first validation batch."""
         batch = first_batch(trainer, module)
         with KVCompressor.from_pretrained(folder)(module.model, module.processor) as session:
-            prefill = batch.prefilled(session, session.compressor.policy.rows)
+            prefill = batch.prefilled(session, session.planners.policy.rows)
             caches = {ratio: session.compress(prefill, ratio) for ratio in sorted(self.ratios, reverse=True)}
         entries = {ratio: cache.kept_entries().double().cpu() for ratio, cache in caches.items()}
         return KeptShares(entries, next(iter(caches.values())).full_entries().double().cpu())

@@ -1,4 +1,4 @@
-"""The stages of a calibration: a stretch at the tightest ratio alone may come before all ratios."""
+"""The stages of a calibration: a stretch at the lowest ratio alone may come before all ratios."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from acckv.errors import InputError
 
-#: What the tight stage learned holds below this many times the tightest ratio.
-TIGHT_REACH = 1.5
+#: What the low-ratio stage learned holds below this many times the lowest ratio.
+LOW_RATIO_REACH = 1.5
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Stages:
     """Where a training stands.
 
     Args:
-        low_ratio_share: share of the steps in the tight stage; 0 for none.
+        low_ratio_share: share of the steps in the low-ratio stage; 0 for none.
         steps: of the whole training; infinite where it has no end.
         settled_at: the step with which all ratios began, where they have; it stays, however long a training gets.
 
@@ -41,21 +41,21 @@ class Stages:
             return self.settled_at
         return round(self.low_ratio_share * self.steps) if self.low_ratio_share else 0
 
-    def tight(self, step: int) -> bool:
-        """Whether a step sees the tightest ratio alone."""
+    def is_low_ratio(self, step: int) -> bool:
+        """Whether a step sees the lowest ratio alone."""
         return step < self.first_wide
 
     def settled(self, step: int) -> bool:
-        """Whether there was a tight stage, which is over."""
+        """Whether there was a low-ratio stage, which is over."""
         return bool(self.first_wide) and step >= self.first_wide
 
     def widens(self, step: int) -> bool:
-        """Whether it is the first step after a tight stage."""
+        """Whether it is the first step after a low-ratio stage."""
         return self.settled(step) and step == self.first_wide
 
     def place(self, step: int) -> tuple[int, float]:
         """Steps since a step's stage began, and the steps of that stage, at least 1."""
-        if self.tight(step):
+        if self.is_low_ratio(step):
             return step, self.first_wide
         return step - self.first_wide, max(self.steps - self.first_wide, 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 from lightning import LightningModule
@@ -16,7 +17,7 @@ from lightning_modules.calibration.resume import TRAINING, Resumed, check_fixed
 from lightning_modules.calibration.schedule import Stages
 
 #: What a checkpoint holds of the settled ratios: weights by the beginning of their names, and LoRA.
-SETTLED, SETTLED_LORA = "compressor.tight.", "tight_lora"
+SETTLED, SETTLED_LORA = "compressor.low_ratio_weights.", "low_ratio_lora"
 
 
 class CalibrationState(LightningModule):
@@ -47,7 +48,7 @@ class CalibrationState(LightningModule):
         raise NotImplementedError
 
     @property
-    def tight_below(self) -> float:
+    def low_ratio_below(self) -> float:
         raise NotImplementedError
 
     @property
@@ -65,37 +66,36 @@ class CalibrationState(LightningModule):
         """A frozen copy of what was learned so far, LoRA included."""
         compressor, attached = self.compressor, self.live.attached
 
-        def adapter_weights(tight: bool) -> LoraWeights | None:
+        def lora(low_ratio: bool) -> LoraWeights | None:
             if compressor.lora is None or attached is None:
                 return None
-            return LoraWeights(compressor.lora.config, attached.tensors(tight))
+            return LoraWeights(compressor.lora.config, attached.tensors(low_ratio))
 
-        tight = None
-        if compressor.tight is not None:
-            tight = KVCompressor(compressor.config, compressor.tight.weights, adapter_weights(tight=True))
+        low_ratio = None
+        if compressor.low_ratio is not None:
+            low_ratio = dataclasses.replace(compressor.low_ratio, lora=lora(low_ratio=True))
         return KVCompressor(
             compressor.config,
             compressor.weights,
-            adapter_weights(tight=False),
+            lora(low_ratio=False),
             compressor.lora_scope,
             compressor.base,
-            tight=tight,
-            tight_below=compressor.tight_below,
+            low_ratio=low_ratio,
         )
 
     def settle(self, lora: dict[str, Tensor] | None = None) -> None:
-        """Keep what was learned so far, or this LoRA, for the ratios of the tight stage."""
-        self.compressor.settle(self.tight_below)
+        """Keep what was learned so far, or this LoRA, for the ratios of the low-ratio stage."""
+        self.compressor.keep_low_ratio(self.low_ratio_below)
         if self.live.attached is not None:
-            self.live.attached.settle(lora)
+            self.live.attached.keep_low_ratio(lora)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = self._trained()
         kept = {k: v for k, v in checkpoint["state_dict"].items() if k in trained or k.startswith(SETTLED)}
         checkpoint["state_dict"] = kept
         checkpoint[TRAINING] = {"planned": self.stages.steps, "settled_at": self.settled_at}
-        if self.compressor.tight is not None and self.live.attached is not None:
-            checkpoint[SETTLED_LORA] = self.live.attached.tensors(tight=True)
+        if self.compressor.low_ratio is not None and self.live.attached is not None:
+            checkpoint[SETTLED_LORA] = self.live.attached.tensors(low_ratio=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make room for what the checkpoint holds, which is loaded next.

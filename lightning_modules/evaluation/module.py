@@ -209,7 +209,7 @@ class EvaluationModule(LightningModule):
     def _is_full(self, number: int) -> bool:
         """Whether a cell evicts nothing and adapts nothing: it is the full cache, which was answered from already."""
         cell = self.cells[number]
-        return cell.compressor.lora is None and cell.compressor.keeps_all(cell.ratio)
+        return cell.compressor.lora is None and cell.compressor.planners.keeps_all(cell.ratio)
 
     def _answer_after_prompt(self, clips: list[_Clip]) -> Iterator[Part]:
         for protocol, limit in self.asking.max_new_tokens.items():

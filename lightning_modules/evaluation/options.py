@@ -148,8 +148,8 @@ def build_cells(options: EvaluationOptions) -> list[Cell]:
     cells = [
         Cell(FULL, 1.0, KVCompressor(CompressionConfig(policy="full", when=options.when))),
         Cell(CONTROL, 0.0, KVCompressor(CompressionConfig(policy="random", when=options.when, seed=options.seed))),
-        Cell(AUDIO_EVICTED, 0.0, EvictedModality(Modality.AUDIO, options.when)),
-        Cell(VIDEO_EVICTED, 0.0, EvictedModality(Modality.VIDEO, options.when)),
+        Cell(AUDIO_EVICTED, 0.0, _control(Modality.AUDIO, options.when)),
+        Cell(VIDEO_EVICTED, 0.0, _control(Modality.VIDEO, options.when)),
     ]
     for policy in options.policy_list():
         if policy == FULL:
@@ -176,3 +176,8 @@ def _load_compressor(options: EvaluationOptions) -> KVCompressor:
 
 def _as_list(given: Sequence[float] | float) -> Sequence[float]:
     return [given] if isinstance(given, (int, float)) else given
+
+
+def _control(modality: Modality, when: When) -> KVCompressor:
+    """A compressor that evicts one modality and keeps the other."""
+    return KVCompressor(CompressionConfig(policy="full", when=when), policy=EvictedModality(modality, when))

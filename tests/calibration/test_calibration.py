@@ -107,7 +107,7 @@ def test_resume_is_exact(cache: Path, tmp_path: Path, options: dict[str, Any]) -
     fit(cache, tmp_path / "cut", stop=2, **options)
     checkpoint = tmp_path / "cut" / "step-step=2.ckpt"
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
-    kinds = ("compressor.weights.", "compressor.tight.weights.")
+    kinds = ("compressor.weights.", "compressor.low_ratio_weights.")
     assert state and all(name.startswith(kinds) or ".lora_" in name for name in state)
     resumed = fit(cache, tmp_path / "cut", resume=checkpoint, **options)
     expected, found = trained(whole), trained(resumed)
@@ -132,14 +132,14 @@ class NoteTrained(Callback):
         self.ratios.append(float(trainer.callback_metrics["train/ratio"]))
 
 
-def test_all_ratios_start_from_what_the_tightest_learned(cache: Path, tmp_path: Path) -> None:
-    """The tightest alone at first; then that is settled, LoRA included, and the others go on from it."""
+def test_all_ratios_start_from_what_the_lowest_learned(cache: Path, tmp_path: Path) -> None:
+    """The lowest alone at first; then that is settled, LoRA included, and the others go on from it."""
     noted = NoteTrained()
     options = {"low_ratio_share": 0.5, "ratio_min": 0.1, "ratio_max": 0.3, "full_cache_probability": 0.0, "warmup": 1}
     module = fit(cache, tmp_path, also=[noted], **options)
     assert noted.ratios[:2] == [pytest.approx(0.1)] * 2 and all(0.15 <= ratio <= 0.3 for ratio in noted.ratios[2:])
     loaded = KVCompressor.from_pretrained(tmp_path / "export")
-    assert loaded.tight is not None and loaded.tight_below == pytest.approx(0.15)
+    assert loaded.low_ratio is not None and loaded.low_ratio.below == pytest.approx(0.15)
 
     def held(compressor: KVCompressor) -> dict[str, torch.Tensor]:
         values = {f"compressor.weights.{name}": value for name, value in compressor.weights.state_dict().items()}
@@ -149,15 +149,20 @@ def test_all_ratios_start_from_what_the_tightest_learned(cache: Path, tmp_path: 
         return all(torch.equal(one[name], two[name]) for name in one)
 
     assert held(loaded).keys() == noted.before[0].keys()
-    assert same(held(loaded.tight), noted.before[2]) and not same(noted.before[1], noted.before[2])
-    last = {name: value for name, value in trained(module).items() if not name.startswith("compressor.tight.")}
-    assert same(last, held(loaded)) and not same(held(loaded), held(loaded.tight))
+    assert same(held(loaded.low_ratio), noted.before[2]) and not same(noted.before[1], noted.before[2])
+    last = {
+        name: value for name, value in trained(module).items() if not name.startswith("compressor.low_ratio_weights.")
+    }
+    assert same(last, held(loaded)) and not same(held(loaded), held(loaded.low_ratio))
     lora = loaded.lora.tensors
-    assert not same({name: loaded.tight.lora.tensors[name] for name in lora}, lora)
+    assert not same({name: loaded.low_ratio.lora.tensors[name] for name in lora}, lora)
     with loaded(module.model, module.processor, lora_mode="separate") as session:
         with session.adapted(0.1):
-            assert same(session.attached.tensors(tight=True), loaded.tight.lora.tensors) and session.attached.tight
-        assert same(session.attached.tensors(), lora) and not session.attached.tight
+            assert (
+                same(session.attached.tensors(low_ratio=True), loaded.low_ratio.lora.tensors)
+                and session.attached.is_low
+            )
+        assert same(session.attached.tensors(), lora) and not session.attached.is_low
 
 
 @pytest.mark.parametrize(
@@ -168,22 +173,22 @@ def test_all_ratios_start_from_what_the_tightest_learned(cache: Path, tmp_path: 
         ({"temperature_after_low_ratio": 0.001}, "model.temperature_after_low_ratio: is below temperature_end"),
     ],
 )
-def test_options_that_do_not_go_with_a_tight_stage(options: dict[str, Any], message: str) -> None:
+def test_options_that_do_not_go_with_a_low_ratio_stage(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         CalibrationModule(low_ratio_share=0.5, **options)
     CalibrationModule(**options)
 
 
 @pytest.mark.parametrize(
-    ("step", "tight", "settled", "progress", "rate"),
+    ("step", "low", "settled", "progress", "rate"),
     [(0, True, False, 0, 1), (3, True, False, 0.5, 0.525), (6, False, True, 0, 1), (10, False, True, 1, 0.05)],
 )
-def test_stages(step: int, tight: bool, settled: bool, progress: float, rate: float) -> None:
+def test_stages(step: int, low: bool, settled: bool, progress: float, rate: float) -> None:
     stages = Stages(0.6, 10)
-    assert (stages.tight(step), stages.settled(step)) == (tight, settled)
+    assert (stages.is_low_ratio(step), stages.settled(step)) == (low, settled)
     assert stages.progress(step) == progress and stages.rate(step, 0) == pytest.approx(rate)
     alone = Stages(0.0, 10)
-    assert not alone.tight(step) and not alone.settled(step) and alone.progress(step) == step / 10
+    assert not alone.is_low_ratio(step) and not alone.settled(step) and alone.progress(step) == step / 10
     endless = Stages(0.0, float("inf"))
     assert endless.progress(step) == 0 and endless.rate(step, 20) == (step + 1) / 20
     with pytest.raises(InputError, match=r"model.low_ratio_share: is a share of a training that has no end"):
@@ -272,7 +277,7 @@ def test_ratios_are_drawn_by_number() -> None:
     assert 60 < drawn.count(1.0) < 140
     rest = [ratio for ratio in drawn if ratio < 1]
     assert 0.02 <= min(rest) < 0.022 and 0.3 < max(rest) <= 0.5
-    assert sorted(rest)[len(rest) // 2] < 0.1  # tight ones more often than the geometric mean, 0.1
+    assert sorted(rest)[len(rest) // 2] < 0.1  # low ones more often than the geometric mean, 0.1
 
 
 def test_the_teacher_is_the_student_at_ratio_one(cache: Path) -> None:

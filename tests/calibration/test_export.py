@@ -32,17 +32,17 @@ def test_a_wrongly_written_low_ratio_stage_is_noticed(
 
     def save_one_twice(self: KVCompressor, folder: Any, *rest: Any) -> None:
         save(self, folder, *rest)
-        if self.tight is not None:
-            shutil.copy(Path(folder) / "model.safetensors", Path(folder) / "tight" / "model.safetensors")
+        if self.low_ratio is not None:
+            shutil.copy(Path(folder) / "model.safetensors", Path(folder) / "low_ratio" / "model.safetensors")
 
     monkeypatch.setattr(KVCompressor, "save_pretrained", save_one_twice)
-    with pytest.raises(RuntimeError, match=r"tight\.weights\.layer_budget, .* differ from what was trained"):
+    with pytest.raises(RuntimeError, match=r"low_ratio\.weights\.layer_budget, .* differ from what was trained"):
         fit(cache, tmp_path, low_ratio_share=0.5)
     loaded = KVCompressor.from_pretrained(tmp_path / "export")
     assert different_tensors(loaded, loaded) == []
     loaded.lora.tensors = {name: tensor for name, tensor in loaded.lora.tensors.items() if "layers.0" not in name}
     missing = different_tensors(loaded, KVCompressor.from_pretrained(tmp_path / "export"))
-    assert missing and all("layers.0" in name and not name.startswith("tight") for name in missing)
+    assert missing and all("layers.0" in name and not name.startswith("low_ratio") for name in missing)
 
 
 def test_the_closing_evaluation_asks_the_model_in_memory(

@@ -222,7 +222,7 @@ def test_two_processes_settle_alike(cache: Path, tmp_path: Path) -> None:
         one, both = (curve(tmp_path / name, column) for name in kinds)
         assert len(one) == 2 and both == pytest.approx(one, abs=1e-4)
     assert one[0] == pytest.approx(0.02) and one[1] >= 0.03
-    settled = [load_file(tmp_path / name / "export" / "tight" / "model.safetensors") for name in kinds]
+    settled = [load_file(tmp_path / name / "export" / "low_ratio" / "model.safetensors") for name in kinds]
     assert settled[0]["layer_budget"].abs().max() > 5e-4
     assert_close({"": settled[0]["layer_budget"]}, {"": settled[1]["layer_budget"]}, 1e-4)
 

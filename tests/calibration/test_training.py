@@ -14,6 +14,7 @@ from acckv.method.plan import LayerPlan
 from acckv.method.scoring import Observation
 from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter
+from acckv.planner import Planner
 from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
 from acckv.runtime.prefill import Prefill
 from acckv.runtime.simulation import Simulation
@@ -211,16 +212,15 @@ def test_a_head_alone_is_planned_as_beside_the_others(built: Built, preset: str)
     with compressor(model, Tokenizer()) as session, torch.no_grad():
         prefill = session.prefill(**family.context(model, frames=3, sounds=9))
         seen = (prefill.probes if config.observes_attention else prefill.observations)[1]
-    labels, counts = prefill.labels, prefill.labels.counts()
+    labels = prefill.labels
 
-    def plan(compressor: KVCompressor, seen: Observation) -> LayerPlan:
-        score = compressor.policy.score(1, seen, labels)
-        split = compressor.split(1, score, torch.tensor([7]), counts, 0.3)
-        return compressor.plan_one(1, score, seen, labels, split)
+    def plan(planner: Planner, seen: Observation) -> LayerPlan:
+        return planner.compress_layer(1, seen, labels, torch.tensor([7]), 0.3)
 
-    whole = plan(compressor, seen)
+    planner = compressor.planners.default
+    whole = plan(planner, seen)
     heads = range(seen.keys.shape[1])
-    joined = join_heads([plan(compressor.head(head), one_head(seen, head)) for head in heads])
+    joined = join_heads([plan(planner.head(head), one_head(seen, head)) for head in heads])
     assert torch.equal(whole.log_gates, joined.log_gates)
     torch.testing.assert_close((whole.keys, whole.values), (joined.keys, joined.values))
     torch.testing.assert_close(whole.bias, joined.bias)

@@ -20,6 +20,7 @@ from acckv.method.modality import Modality, ModalityMap
 from acckv.method.rotary import RotaryLayout, Rotation, rotate, unrotate
 from acckv.method.scoring import Observation
 from acckv.models.batching import DecoderInputs
+from acckv.planner import Planner
 from acckv.policies import POLICIES
 from acckv.policies.expected_attention import SINKS
 from acckv.policies.look_m import pivotal_merging
@@ -131,6 +132,13 @@ def received(seen: Observation, b: int, k: int, rows: list[int]) -> list[float]:
     return score
 
 
+def layer_budgets(planner: Planner, observations: list[Observation], labels: ModalityMap) -> Tensor:
+    """int64 ``[B, L]``: what each layer keeps."""
+    total = planner.total(labels, LAYERS)
+    available = labels.counts().sum(-1, keepdim=True).expand(-1, LAYERS)
+    return planner.layer_budgets(planner.scores(observations, labels), labels, total, available, planner.config.ratio)
+
+
 def compressor_of(policy: str, **options: Any) -> KVCompressor:
     return KVCompressor(CompressionConfig(policy=policy, **options))  # type: ignore[arg-type]
 
@@ -148,7 +156,7 @@ def test_pyramidkv_scores_as_snapkv(seed: int) -> None:
     observations, labels = layers_of(seed)
     window, kernel = 5, 3
     seen = watched(observations[0], "pyramidkv", window)
-    score = compressor_of("pyramidkv", window=window, kernel=kernel).scores([seen], labels)[0].score
+    score = compressor_of("pyramidkv", window=window, kernel=kernel).planners.default.scores([seen], labels)[0].score
     for b in range(2):
         for k in range(KV_HEADS):
             plain = received(seen, b, k, list(range(ENTRIES - window, ENTRIES)))
@@ -162,7 +170,7 @@ def test_pyramidkv_scores_as_snapkv(seed: int) -> None:
 def test_pyramidkv_budgets_fall_on_a_line(seed: int, ratio: float, beta: float) -> None:
     observations, labels = layers_of(seed)
     compressor = compressor_of("pyramidkv", ratio=ratio, steepness=beta)
-    budgets = compressor.budgets(compressor.scores(observations, labels), labels)[..., 0]
+    budgets = layer_budgets(compressor.planners.default, observations, labels)
     for b, total in enumerate(totals(labels, ratio)):
         average = total / LAYERS
         smallest = average / beta
@@ -180,7 +188,7 @@ def test_pyramidkv_budgets_fall_on_a_line(seed: int, ratio: float, beta: float) 
 @settings(max_examples=3, deadline=None)
 def test_knorm_is_minus_the_norm_of_the_key(seed: int) -> None:
     observations, labels = layers_of(seed)
-    score = compressor_of("knorm").scores(observations, labels)[2].score
+    score = compressor_of("knorm").planners.default.scores(observations, labels)[2].score
     for b in range(2):
         for k in range(KV_HEADS):
             for j in range(ENTRIES):
@@ -193,7 +201,7 @@ def test_knorm_is_minus_the_norm_of_the_key(seed: int) -> None:
 def test_fastv_ranks_by_the_last_row_of_layer_k(seed: int) -> None:
     observations, labels = layers_of(seed)
     seen = [watched(part, "fastv", 7) for part in observations]
-    scores = compressor_of("fastv", dense_layers=3).scores(seen, labels)
+    scores = compressor_of("fastv", dense_layers=3).planners.default.scores(seen, labels)
     for b in range(2):
         rows = [attention(seen[2], b, h, ENTRIES - 1) for h in range(HEADS)]
         mean = [sum(column) / HEADS for column in zip(*rows, strict=True)]
@@ -207,7 +215,7 @@ def test_fastv_budgets(seed: int, ratio: float, dense: int) -> None:
     """The first K layers keep everything, as long as that is no more than half of all."""
     observations, labels = layers_of(seed)
     compressor = compressor_of("fastv", ratio=ratio, dense_layers=dense)
-    budgets = compressor.budgets(compressor.scores(observations, labels), labels)[..., 0]
+    budgets = layer_budgets(compressor.planners.default, observations, labels)
     below = min(dense, LAYERS)
     for b, total in enumerate(totals(labels, ratio)):
         available = int(labels.counts()[b].sum())
@@ -233,8 +241,11 @@ def test_madakv(seed: int, ratio: float, coverage: float) -> None:
     window = 4
     seen = [watched(part, "madakv", window) for part in observations]
     compressor = compressor_of("madakv", ratio=ratio, window=window, coverage=coverage)
-    scores = compressor.scores(seen, labels)
-    budgets = compressor.budgets(scores, labels)
+    planner = compressor.planners.default
+    scores = planner.scores(seen, labels)
+    by_layer = layer_budgets(planner, seen, labels)
+    split = [planner.split(layer, score, by_layer[:, layer], labels, ratio) for layer, score in enumerate(scores)]
+    budgets = torch.stack(split, dim=1)
     demands = compressor.policy.layer_shares(scores, labels, torch.tensor(totals(labels, ratio)))
     for b, total in enumerate(totals(labels, ratio)):
         members = [[j for j in range(ENTRIES) if labels.labels[b, j] == m] for m in (Modality.VIDEO, Modality.AUDIO)]
@@ -292,14 +303,14 @@ def test_pivotal_merging(seed: int) -> None:
 def test_look_m_changes_kept_media_only(seed: int) -> None:
     observations, labels = layers_of(seed)
     compressor = compressor_of("look_m", ratio=0.3)
-    scores = compressor.scores(observations, labels)
-    for seen, plan in zip(observations, compressor.plan(scores, observations, labels), strict=True):
+    scores = compressor.planners.default.scores(observations, labels)
+    for seen, plan in zip(observations, compressor.planners.default.plan(observations, labels), strict=True):
         kept = torch.isfinite(plan.log_gates)
         keys, _, _ = plan.apply(seen.keys, seen.values)
         changed = (keys != seen.keys).any(-1)
         assert not bool((changed & ~(kept & labels.media[:, None])).any())
         assert bool(changed.any())
-    nothing = compressor.plan(scores, observations, labels, ratio=0.0)
+    nothing = compressor.planners.default.plan(observations, labels, ratio=0.0)
     assert all(plan.pivots is None for plan in nothing)
     for row in received(observations[1], 1, 0, list(range(PADDING, ENTRIES))), scores[1].score[1, 0].tolist():
         assert row == pytest.approx(scores[1].score[1, 0].tolist(), abs=1e-5)
@@ -311,7 +322,7 @@ def test_expected_attention(seed: int) -> None:
     """With complex numbers for the pairs of the rotary embedding, and sums written out."""
     observations, labels = layers_of(seed)
     seen = observations[0]
-    score = compressor_of("expected_attention").scores([seen], labels)[0].score
+    score = compressor_of("expected_attention").planners.default.scores([seen], labels)[0].score
     half = SIZE // 2
     for b, padding in ((0, 0), (1, PADDING)):
         rows = list(range(padding + SINKS, ENTRIES))
@@ -446,7 +457,7 @@ def test_kvzip_repeats_each_clip_in_its_own_chunks() -> None:
 def test_kvzip_ranks_all_layers_together(seed: int, ratio: float) -> None:
     observations, labels = layers_of(seed)
     compressor = compressor_of("kvzip", ratio=ratio)
-    budgets = compressor.budgets(compressor.scores(observations, labels), labels)[..., 0]
+    budgets = layer_budgets(compressor.planners.default, observations, labels)
     for b, total in enumerate(totals(labels, ratio)):
         ranked = sorted(
             (
@@ -491,7 +502,7 @@ def test_budgets_are_exact_and_text_stays(policy: str, share_heads: bool, seed: 
     observations, labels = layers_of(seed)
     compressor = compressor_of(policy, ratio=ratio, share_heads=share_heads, window=6)
     seen = [watched(part, policy, 6) for part in observations]
-    plans = compressor.plan(compressor.scores(seen, labels), seen, labels)
+    plans = compressor.planners.default.plan(seen, labels)
     kept = torch.stack([torch.isfinite(plan.log_gates).expand(-1, KV_HEADS, -1) for plan in plans], dim=1)
     media = torch.nn.functional.pad(labels.media, (0, kept.shape[-1] - ENTRIES), value=True)
     entries = (kept & media[:, None, None]).sum(-1)
@@ -511,7 +522,7 @@ def test_a_padded_row_is_planned_as_the_row_alone(policy: str, seed: int, ratio:
         observations, labels = layers_of(seed, padded)
         first = PADDING if padded else 0
         seen = [watched(part, policy, 6) for part in observations]
-        plans = compressor.plan(compressor.scores(seen, labels), seen, labels)
+        plans = compressor.planners.default.plan(seen, labels)
         gates.append([plan.log_gates[-1, ..., first:] for plan in plans])
         applied = [plan.apply(part.keys, part.values)[:2] for plan, part in zip(plans, seen, strict=True)]
         entries.append([torch.cat(pair, dim=-1)[-1, :, first:] for pair in applied])

@@ -312,6 +312,8 @@ def test_the_report_says_what_the_tightest_ratio_saw_alone() -> None:
 
     alone = "The first 6 see 0.02 alone; what they learn holds below 0.03."
     early = "warning: training ended before it saw a ratio above 0.02"
-    assert alone in text(10, tight_steps=6, tight_below=0.03) and early not in text(7, tight_steps=6, tight_below=0.03)
-    assert early in text(6, tight_steps=6, tight_below=0.03)
+    assert alone in text(10, low_ratio_steps=6, low_ratio_below=0.03) and early not in text(
+        7, low_ratio_steps=6, low_ratio_below=0.03
+    )
+    assert early in text(6, low_ratio_steps=6, low_ratio_below=0.03)
     assert "alone" not in text(10) and early not in text(10)

@@ -55,7 +55,8 @@ def test_recorded_entries_are_those_of_the_cache(policy: str, tiny, media: Media
 def test_control_evicts_one_modality_and_nothing_else(modality: Modality, tiny, media: Media) -> None:
     model, processor = tiny
     inputs = encode_context(processor, media)
-    with EvictedModality(modality)(model, processor) as session:
+    control = KVCompressor(CompressionConfig(policy="full"), policy=EvictedModality(modality))
+    with control(model, processor) as session:
         prefill = session.prefill(**inputs)
         caches = [session.compress(prefill, 0.0), session.compress(**inputs)]
         answers = [
@@ -69,10 +70,8 @@ def test_control_evicts_one_modality_and_nothing_else(modality: Modality, tiny, 
     assert torch.equal(*answers)
 
 
-def test_control_has_no_ratio_and_no_text() -> None:
+def test_no_control_evicts_text() -> None:
     assert EvictedModality(Modality.AUDIO).name == "control_audio_evicted"
-    with pytest.raises(InputError, match="ratio: keeps one modality whole"):
-        EvictedModality(Modality.AUDIO).with_ratio(0.5)
     with pytest.raises(InputError, match="modality: text is neither video nor audio"):
         EvictedModality(Modality.TEXT)
 

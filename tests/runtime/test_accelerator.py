@@ -126,7 +126,7 @@ def test_draws_are_the_same_whatever_device_is_the_default(family: Family, model
     module = CalibrationModule(lora_rank=0)
     with KVCompressor(CompressionConfig(policy="random"))(model) as session:
         prefill = session.prefill(**family.context(model))
-    seen, labels, policy = prefill.observations[0], prefill.labels, session.compressor.policy
+    seen, labels, policy = prefill.observations[0], prefill.labels, session.planners.policy
     expected = [policy.score(0, seen, labels).score, torch.tensor([module.draw_ratio(step) for step in range(9)])]
     with SimulatedAccelerator(), torch.device("sim"):
         here = replace(seen, keys=on_device(seen.keys))

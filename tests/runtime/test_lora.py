@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.errors import InputError
+from acckv.export import LowRatio
 from acckv.models import find_adapter
 from acckv.runtime import merged_lora
 from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
@@ -37,8 +38,8 @@ def weights(model: Any, seed: int, targets: tuple[str, ...] = TARGETS) -> LoraWe
 def compressor(model: Any, scope: Any = "after") -> KVCompressor:
     """Of two sets where the scope allows it: ratios below 0.2 have their own."""
     base = {"name": "tiny", **find_adapter(model).dimensions}
-    low = KVCompressor(CONFIG, lora=weights(model, 2)) if scope == "after" else None
-    return KVCompressor(CONFIG, None, weights(model, 1), scope, base, None, low, 0.2 if low else 0.0)
+    low = LowRatio(0.2, None, weights(model, 2)) if scope == "after" else None
+    return KVCompressor(CONFIG, None, weights(model, 1), scope, base, None, low)
 
 
 def logits(model: Any, compress: KVCompressor, ratio: float, **options: Any) -> list[Tensor]:
@@ -145,12 +146,12 @@ def test_fresh_lora_is_there_to_be_trained() -> None:
     compress = KVCompressor(CONFIG, None, fresh)
     with compress(model) as session:
         assert session.attached is not None
-        session.attached.settle()
+        session.attached.keep_low_ratio()
         for parameter in session.attached.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        session.attached.settle()
+        session.attached.keep_low_ratio()
         with session.attached.selected(True):
-            held = session.attached.tensors(tight=True)
+            held = session.attached.tensors(low_ratio=True)
         now = session.attached.tensors()
         assert all(torch.equal(held[name], value) for name, value in now.items())
         prefill = session.prefill(**tiny_omni.context())

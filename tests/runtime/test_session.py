@@ -244,7 +244,7 @@ def test_a_prefill_that_recorded_too_little(sdpa: Any, recorded: Any, policy: An
         with pytest.raises(InputError, match="prefill: recorded other rows than this policy reads"):
             session.compress(prefill)
         whole = session.compress(session.prefill(**tiny_omni.context()))
-        alone = session.compress(session.prefill(rows=session.compressor.policy.rows, **tiny_omni.context()))
+        alone = session.compress(session.prefill(rows=session.planners.policy.rows, **tiny_omni.context()))
     for one, other in zip(compressed_layers(whole), compressed_layers(alone), strict=True):
         assert torch.equal(one.keys, other.keys)
 

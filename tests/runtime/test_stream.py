@@ -92,7 +92,7 @@ def test_a_long_stream_stays_flat(decoder: Built, policy: str, monkeypatch: pyte
         chunks = stream(family, model, 2)
         cache = run(session, chunks)
         held, peak = cache.kv_bytes(), Peak(monkeypatch)
-        probe = 3 if session.compressor.policy.rows == "text" else 0  # forgotten before the next layer runs
+        probe = 3 if session.planners.policy.rows == "text" else 0  # forgotten before the next layer runs
         for _ in range(198 if policy == "keydiff" else 30):
             cache = session.extend(chunks[1], cache)
     assert cache.kv_bytes() == held
@@ -165,13 +165,13 @@ def test_policies_across_layers_wait_for_the_last(decoder: Built, monkeypatch: p
     compressor = KVCompressor(CompressionConfig(policy="keydiff", ratio=0.2))
     with compressor(model) as session:
         expected = session.compress(**inputs)
-        compressor.policy = Ranked(compressor.config)
+        compressor.planners.default.policy = Ranked(compressor.config)
         peak = Peak(monkeypatch)
         cache = session.compress(**inputs)
     assert peak.together == family.layers * cache.get_seq_length()
     for one, other in zip(compressed_layers(cache), compressed_layers(expected), strict=True):
         assert torch.equal(one.keys, other.keys)
     compressor = KVCompressor(CompressionConfig(policy="keydiff", budget=BUDGET))
-    compressor.policy = Ranked(compressor.config)
+    compressor.planners.default.policy = Ranked(compressor.config)
     with compressor(model) as session, pytest.raises(InputError, match="cannot go on within an absolute budget"):
         run(session, stream(family, model, 2))

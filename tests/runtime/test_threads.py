@@ -19,7 +19,7 @@ from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.runtime.simulation import disable_checkpointing, enable_checkpointing
 from tests import tiny_omni
 from tests.families import FAMILIES, Tokenizer
-from tests.test_compressor import calibrated, with_tight
+from tests.test_compressor import calibrated, with_low_ratio
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 KEYDIFF = KVCompressor(CompressionConfig(policy="keydiff", ratio=0.3))
@@ -75,8 +75,8 @@ def test_threads_with_lora_of_two_ratios(quick_switches: None) -> None:
     """LoRA is off while one prompt runs, and of another ratio for another cache."""
     model = tiny_omni.build()
     config = CompressionConfig.preset("context")
-    wide, tight = calibrated(model, config, noise=1.0, rank=2), calibrated(model, config, noise=0.3, rank=2)
-    with with_tight(wide, tight, 0.3)(model, tiny_omni.Tokenizer()) as session:
+    wide, low = calibrated(model, config, noise=1.0, rank=2), calibrated(model, config, noise=0.3, rank=2)
+    with with_low_ratio(wide, low, 0.3)(model, tiny_omni.Tokenizer()) as session:
 
         def at(ratio: float) -> list[int]:
             return session.answer(session.compress(ratio=ratio, **tiny_omni.context()), QUESTION, **GREEDY).tolist()
