@@ -26,7 +26,7 @@ import yaml
 from lightning import Trainer, seed_everything
 from rich.console import Console
 
-from acckv.evaluation.results import FULL, PREDICTIONS_FILE, RESULTS_FILE
+from acckv.evaluation.results import CALIBRATED, FULL, PREDICTIONS_FILE, RESULTS_FILE
 from acckv.io.files import whole_file
 from benchmarks.generalisation import read_scores
 from benchmarks.study_results import RATIOS, TIMES_FILE, lines_of, mean_score, with_earlier
@@ -37,7 +37,8 @@ from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.cli.errors import quiet_libraries
 from lightning_modules.evaluation.datamodule import EvaluationData
-from lightning_modules.evaluation.run import CALIBRATED, POLICIES, EvaluationOptions, run_evaluation
+from lightning_modules.evaluation.options import POLICIES, EvaluationOptions
+from lightning_modules.evaluation.run import run_evaluation
 
 FORMAT = 1
 FILE, TEXT_FILE, PLOT = "study.json", "study.md", "study.png"

@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from acckv.data.synthetic.clips import VARIANTS
-from acckv.evaluation.results import PREDICTIONS_FILE, Results
+from acckv.evaluation.results import CALIBRATED, PREDICTIONS_FILE, Results
 from acckv.io.files import whole_file
 from acckv.metrics import PairedComparison
 from lightning_modules.cli.errors import quiet_libraries
 from lightning_modules.evaluation.datamodule import EvaluationData
-from lightning_modules.evaluation.run import CALIBRATED, EvaluationOptions, run_evaluation
+from lightning_modules.evaluation.options import EvaluationOptions
+from lightning_modules.evaluation.run import run_evaluation
 
 FORMAT = 1
 FILE, PLOT = "generalisation.json", "generalisation.png"

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from acckv.evaluation.results import CONTROLS, FULL, PREDICTIONS_FILE, RESULTS_FILE
+from acckv.evaluation.results import CALIBRATED, CONTROLS, FULL, PREDICTIONS_FILE, RESULTS_FILE
 from acckv.metrics import PairedComparison
 from benchmarks.generalisation import paired, read_scores
 from benchmarks.study_variants import Variant
-from lightning_modules.evaluation.run import CALIBRATED
 
 RATIOS = (0.5, 0.2, 0.1, 0.05, 0.02)
 TIMES_FILE = "times.json"

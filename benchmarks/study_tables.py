@@ -11,12 +11,11 @@ from rich import box
 from rich.table import Table
 
 from acckv.errors import InputError
-from acckv.evaluation.results import CONTROL, CONTROLS, FULL, REFERENCE_NAMES
+from acckv.evaluation.results import CALIBRATED, CONTROL, CONTROLS, FULL, REFERENCE_NAMES
 from acckv.io.files import whole_file
 from benchmarks.calibration_step import FINE_TUNING
 from benchmarks.study_results import RATIOS, Line, Scores, mean_score
 from benchmarks.study_variants import DEFAULT, STUDIES, TITLES
-from lightning_modules.evaluation.run import CALIBRATED
 
 START, END = "<!-- study: written by benchmarks.calibration_study --page -->", "<!-- end of study -->"
 

@@ -1,1 +1,1 @@
-"""An evaluation without Lightning: its set-up, its journal, its results and their scores."""
+"""An evaluation without Lightning: answering, the run's configuration, its journal, its scores and its results."""

@@ -1,4 +1,4 @@
-"""How long answers may be: as long as the longest right one, by the tokens of the model that gives them."""
+"""Limits of answers in tokens: as long as the longest right one, by the tokens of the model that gives them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from acckv.data.records import Record
 
 WORDS = ("word", "choice", "yes_no")
 """Protocols of short answers; the others are read as text."""
+LEAST = {"word": 4, "description": 40}
+"""Longest answers, in tokens, about generated clips and question files, where no right one is longer."""
 
 
 def longest_references(records: Iterable[Record], tokenizer: Any) -> dict[str, int]:

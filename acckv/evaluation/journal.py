@@ -1,8 +1,8 @@
-"""What an evaluation has answered so far: one line a batch in the output folder, which survives a kill.
+"""The journal of an evaluation: one line a finished batch in the output folder, which survives a kill.
 
-`run.json` says what is asked, of what, under which settings. `journal*.jsonl`, one file a process, gains a line when a
-batch of clips is finished; results are made of these lines alone, in the order of the batches. So it does not matter
-which process answered a batch, or how often an evaluation was cut off.
+`run.json` holds the configuration. `journal*.jsonl`, one file a process, gains a line when a batch of clips is
+finished; results are made of these lines alone, in the order of the batches. So it does not matter which process
+answered a batch, or how often an evaluation was cut off.
 """
 
 from __future__ import annotations
@@ -10,107 +10,85 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from acckv.benchmarks import Mode
 from acckv.errors import InputError
-from acckv.evaluation.setup import Setup
+from acckv.evaluation.results import Answer
+from acckv.evaluation.run_config import RunConfig
+from acckv.evaluation.sizes import Sizes
 from acckv.io.files import whole_file
+from acckv.io.typed import from_json, read_json
 
-FORMAT = 2
+FORMAT = 3
 RUN_FILE = "run.json"
 JOURNALS = "journal*.jsonl"
 _BLOCK = 1 << 16  # bytes
 
 
 @dataclass(frozen=True)
-class CellAnswers:
-    """What one cell made of the questions of one prefill.
-
-    Attributes:
-        texts: an answer a question.
-        kept: video and audio entries that each layer holds, [layers][2]; mean over rows.
-        full: video and audio entries before compression, [2]; mean over rows.
-        kv_bytes: of all keys and values held, over all rows.
-        rows: clips, or with `when: prompt` questions, that were prefilled together.
-        cut: of each answer, whether the limit of tokens ended it.
-    """
-
-    texts: list[str]
-    kept: list[list[float]]
-    full: list[float]
-    kv_bytes: int
-    rows: int
-    cut: list[bool]
-
-
-@dataclass(frozen=True)
-class Part:
-    """The questions of one prefill, each a clip and a place among its questions, and every cell's answers to them."""
-
-    questions: list[tuple[int, int]]
-    cells: list[CellAnswers]
-
-
-@dataclass(frozen=True)
 class Batch:
-    """A finished batch.
+    """A finished batch of clips.
 
     Attributes:
         number: of the batch.
         files: size and time of the last change of each clip's media files; a batch is answered anew if they change.
         failed: (clip, why) of each clip that could not be read.
-        parts: what was answered.
+        answers: every setting's to every question about the other clips.
+        sizes: of every setting's caches; none where no clip could be read.
     """
 
     number: int
     files: list[list[list[int] | None]]
     failed: list[tuple[int, str]]
-    parts: list[Part]
+    answers: list[Answer]
+    sizes: list[Sizes]
 
 
 class Journal:
-    """The record of one evaluation in its output folder.
+    """The batches of one evaluation in its output folder.
 
     Args:
-        folder: output folder of the evaluation; setup: what is evaluated.
+        folder: output folder of the evaluation; config: of the evaluation.
         writer: told apart by it are processes that write at the same time.
     """
 
-    def __init__(self, folder: Path, setup: Setup, writer: str = "") -> None:
-        self.folder, self.setup = folder, setup
+    def __init__(self, folder: Path, config: RunConfig, writer: str = "") -> None:
+        self.folder, self.config = folder, config
         self.path = folder / f"journal{writer}.jsonl"
 
     def open(self, overwrite: bool = False) -> None:
         """Begin, or go on with what the folder holds. Call it in one process, before any appends.
 
-        Batches whose media files have changed since are forgotten.
+        Batches whose media files have changed since are forgotten, and answers that another parser judged are judged
+        anew.
 
         Args:
-            overwrite: discard an evaluation with other settings.
+            overwrite: discard an evaluation with other options.
 
         Raises:
-            InputError: the folder holds an evaluation with other settings, or a damaged one.
+            InputError: the folder holds an evaluation with other options, or a damaged one.
         """
         kept: list[Batch] = []
         if self.check(overwrite):
-            found = read_batches(self.folder, self.setup)
-            kept = [batch for batch in found if batch.files == self.setup.files(batch.number)]
-            if len(kept) == len(found):
+            found = read_batches(self.folder, self.config.score)
+            kept = [batch for batch in found if batch.files == self.config.files(batch.number)]
+            if len(kept) == len(found) and read_config(self.folder).score == self.config.score:
                 return
-        write_evaluation(self.folder, self.setup, kept)
+        write_evaluation(self.folder, self.config, kept)
 
     def check(self, overwrite: bool = False) -> bool:
         """Whether the folder holds this evaluation already.
 
         Raises:
-            InputError: it holds an evaluation with other settings that is not to be overwritten.
+            InputError: it holds an evaluation with other options that is not to be overwritten.
         """
         if not (self.folder / RUN_FILE).exists():
             return False
         try:
-            other = read_setup(self.folder).differences(self.setup)
+            other = read_config(self.folder).differences(self.config)
         except InputError as error:
             if not overwrite:
                 raise
@@ -141,46 +119,49 @@ class Journal:
         Raises:
             InputError: a journal is damaged.
         """
-        return by_number(read_batches(self.folder, self.setup))
+        return by_number(read_batches(self.folder, self.config.score))
 
 
-def read_setup(folder: Path) -> Setup:
-    """What an output folder's evaluation is about.
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of an output folder's evaluation.
 
     Raises:
         InputError: there is none, or it is of another version.
     """
     file = folder / RUN_FILE
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError("no such file; this is no output folder of an evaluation", source=file) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read ({error}); remove the folder", source=file) from error
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+    if not file.exists():
+        raise InputError("no such file; this is no output folder of an evaluation", source=file)
+    values = read_json(file)
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise InputError("is of another version; remove the folder", source=file)
-    return Setup.from_json(values, file)
+    return from_json(RunConfig, values, file)
 
 
-def read_batches(folder: Path, setup: Setup) -> list[Batch]:
+def read_batches(folder: Path, score: Mode | None = None) -> list[Batch]:
     """Every batch in an output folder, as written.
+
+    Args:
+        score: parser that the answers are judged by, anew where it is another; None leaves them as they are.
 
     Raises:
         InputError: a line is not what this evaluation writes. A line that was cut off at the end of a file is no error.
     """
+    config = read_config(folder)
     batches = []
     for file in sorted(folder.glob(JOURNALS)):
         *lines, _ = file.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            try:
-                batch = _batch(json.loads(line))
-                setup.check(batch.number, [part.questions for part in batch.parts], [clip for clip, _ in batch.failed])
-                if any(len(part.cells) != len(setup.cells) for part in batch.parts):
-                    raise ValueError("other rows")
-            except (ValueError, TypeError, KeyError) as error:
-                raise InputError(f"line {number} is damaged ({error}); remove the file", source=file) from error
-            batches.append(batch)
-    return batches
+        batches += [_batch(line, config, file, number) for number, line in enumerate(lines, start=1)]
+    if score in (None, config.score):
+        return batches
+    config = replace(config, score=score)
+    return [judged_by(config, batch) for batch in batches]
+
+
+def judged_by(config: RunConfig, batch: Batch) -> Batch:
+    """A batch with its answers judged by the parser of `config`."""
+    judge = config.judge
+    answers = [replace(each, **asdict(judge(config.record(each), each.prediction))) for each in batch.answers]
+    return replace(batch, answers=answers)
 
 
 def by_number(batches: Iterable[Batch]) -> dict[int, Batch]:
@@ -188,29 +169,29 @@ def by_number(batches: Iterable[Batch]) -> dict[int, Batch]:
     return dict(sorted({batch.number: batch for batch in batches}.items()))
 
 
-def write_evaluation(folder: Path, setup: Setup, batches: Iterable[Batch]) -> None:
-    """Make a folder's evaluation that of `setup` with these batches, in one file. What it held before is discarded."""
+def write_evaluation(folder: Path, config: RunConfig, batches: Iterable[Batch]) -> None:
+    """Make a folder's evaluation that of `config` with these batches, in one file. What it held before is discarded."""
     with whole_file(folder / "journal.jsonl") as temporary:
         temporary.write_text("".join(map(_line, batches)), encoding="utf-8")
     for file in folder.glob(JOURNALS):
         if file.name != "journal.jsonl":
             file.unlink()
     with whole_file(folder / RUN_FILE) as temporary:
-        values = {"format": FORMAT, **setup.as_json()}
-        temporary.write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
+        values = {"format": FORMAT, **asdict(config)}
+        temporary.write_text(json.dumps(values, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
-def failed_clips(batches: Iterable[Batch]) -> dict[int, str]:
-    """Why each clip that could not be read was not, by clip in order."""
-    return dict(sorted(failure for batch in batches for failure in batch.failed))
-
-
-def _batch(values: dict[str, Any]) -> Batch:
-    parts = [
-        Part([(clip, place) for clip, place in part["questions"]], [CellAnswers(**cell) for cell in part["cells"]])
-        for part in values["parts"]
-    ]
-    return Batch(values["number"], values["files"], [(clip, error) for clip, error in values["failed"]], parts)
+def _batch(line: bytes, config: RunConfig, file: Path, number: int) -> Batch:
+    """A line of a journal."""
+    try:
+        batch = from_json(Batch, json.loads(line), file, f"line {number}")
+        if not config.is_whole(batch.number, batch.answers, [clip for clip, _ in batch.failed]):
+            raise ValueError("other questions")
+        if len(batch.sizes) != (len(config.settings) if batch.answers else 0):
+            raise ValueError("other rows")
+    except ValueError as error:  # InputError is one
+        raise InputError(f"line {number} is damaged ({error}); remove the file", source=file) from error
+    return batch
 
 
 def _line(batch: Batch) -> str:

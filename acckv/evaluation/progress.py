@@ -1,4 +1,4 @@
-"""What is seen while an evaluation runs."""
+"""The progress of an evaluation while it runs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from types import TracebackType
 
 from rich.console import Console
 
-from acckv.benchmarks.judging import Judge
-from acckv.data.records import Record
-from acckv.evaluation.journal import Batch, CellAnswers, Journal
-from acckv.evaluation.setup import Setup
+from acckv.evaluation.journal import Batch, Journal
+from acckv.evaluation.results import Answer, Setting
+from acckv.evaluation.run_config import RunConfig
+from acckv.evaluation.sizes import Sizes
 from acckv.io.progress import Progress
 
 
@@ -21,15 +21,15 @@ class EvaluationProgress:
 
     Args:
         console: to print to; None shows nothing.
-        judge: scores the answers; setup: what is evaluated.
+        config: of the evaluation.
     """
 
-    def __init__(self, console: Console | None, judge: Judge, setup: Setup) -> None:
-        self.console, self.judge, self.setup = console, judge, setup
-        cells = setup.cells
-        policy = cells[-1][0]
-        least = min((ratio for name, ratio in cells if name == policy and ratio > 0), default=cells[-1][1])
-        self._shown = {0: "full", cells.index((policy, least)): f"{policy} at {least:g}"}
+    def __init__(self, console: Console | None, config: RunConfig) -> None:
+        self.console, self.config = console, config
+        full, last = config.settings[0], config.settings[-1]
+        ratios = [each.ratio for each in config.settings if each.policy == last.policy and each.ratio > 0]
+        self._last = Setting(last.policy, min(ratios, default=last.ratio))
+        self._shown = {full: "full", self._last: str(self._last)} if self._last != full else {full: "full"}
         self._right = dict.fromkeys(self._shown, 0.0)
         self._asked = dict.fromkeys(self._shown, 0)
         self._bytes = dict.fromkeys(self._shown, 0)
@@ -52,35 +52,34 @@ class EvaluationProgress:
         """
         if self.console is None:
             return
-        clips = [self.setup.clips[clip] for number in batches for clip in self.setup.members(number)]
-        self._seen.begin(0, sum(map(len, clips)) * len(self.setup.cells))
+        clips = [self.config.clips[clip] for number in batches for clip in self.config.members(number)]
+        self._seen.begin(0, sum(map(len, clips)) * len(self.config.settings))
         finished = journal.finished()
         for batch in (finished[number] for number in batches if number in finished):
-            for part in batch.parts:
-                records = [self.setup.clips[clip][place] for clip, place in part.questions]
-                for cell, answers in enumerate(part.cells):
-                    self.add(cell, records, answers)
+            for setting, sizes in zip(self.config.settings, batch.sizes, strict=False):
+                self.add(setting, [answer for answer in batch.answers if answer.setting == setting], sizes)
             self.finish(batch)
         self._seen.begin(self._seen.done)
 
-    def add(self, cell: int, records: Sequence[Record], answers: CellAnswers) -> None:
-        """Count the answers of a cell to the questions of a prefill."""
-        if cell in self._shown and self.console is not None:
-            judged = [self.judge(record, text) for record, text in zip(records, answers.texts, strict=True)]
-            self._right[cell] += sum(one.score for one in judged)
-            self._asked[cell] += len(judged)
-            self._bytes[cell] += answers.kv_bytes
-        self._seen.advance(len(records))
+    def add(self, setting: Setting, answers: Sequence[Answer], sizes: Sizes) -> None:
+        """Count a setting's answers, given from caches of these sizes."""
+        if setting in self._shown:
+            self._right[setting] += sum(answer.score for answer in answers)
+            self._asked[setting] += len(answers)
+            self._bytes[setting] += sizes.kv_bytes
+        self._seen.advance(len(answers))
 
     def finish(self, batch: Batch) -> None:
         """Count the questions about clips that could not be read: there will be no answers to them."""
-        questions = sum(len(self.setup.clips[clip]) for clip, _ in batch.failed)
-        self._seen.advance(questions * len(self.setup.cells))
+        questions = sum(len(self.config.clips[clip]) for clip, _ in batch.failed)
+        self._seen.advance(questions * len(self.config.settings))
 
     def state(self) -> str:
         """Running accuracies, and how many of the full cache's bytes are saved."""
-        parts = [f"{name} {self._right[n] / self._asked[n]:.1%}" for n, name in self._shown.items() if self._asked[n]]
-        last = list(self._shown)[-1]
-        if last and self._asked[last] == self._asked[0] and self._bytes[0]:
-            parts.append(f"{1 - self._bytes[last] / self._bytes[0]:.0%} of KV bytes saved")
+        parts = [
+            f"{name} {self._right[one] / self._asked[one]:.1%}" for one, name in self._shown.items() if self._asked[one]
+        ]
+        full, last = next(iter(self._shown)), self._last
+        if last != full and self._asked[last] == self._asked[full] and self._bytes[full]:
+            parts.append(f"{1 - self._bytes[last] / self._bytes[full]:.0%} of KV bytes saved")
         return ", ".join(parts)

@@ -3,39 +3,108 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal, NamedTuple
 
 from acckv.errors import InputError
 from acckv.io.files import whole_file
+from acckv.io.typed import Amount, Count, Share, from_json, read_json, read_json_lines
 
 RESULTS_FORMAT = 1
 RESULTS_FILE = "results.json"
 PREDICTIONS_FILE = "predictions.jsonl"
+FAILURES_FILE = "failures.json"
+RIGHT = 0.5
+"""Least score of a right answer."""
 CONTROL = "control"
 """Policy name of the row with every audio and video entry evicted."""
 AUDIO_EVICTED, VIDEO_EVICTED = "control_audio_evicted", "control_video_evicted"
 """Policy names of the rows with all entries of one modality evicted and all of the other kept."""
 CONTROLS = (CONTROL, AUDIO_EVICTED, VIDEO_EVICTED)
 FULL = "full"
+CALIBRATED = "acckv-calibrated"
+"""Policy name of an export's rows."""
 REFERENCE_NAMES = {
     FULL: "full cache",
     CONTROL: "every entry evicted (control)",
     AUDIO_EVICTED: "audio evicted (control)",
     VIDEO_EVICTED: "video evicted (control)",
 }
-"""What tables for readers call the rows that are no compression."""
+"""Names, in tables for readers, of the rows that are no compression."""
+
+
+class Setting(NamedTuple):
+    """A policy at a ratio: one row of the table."""
+
+    policy: str
+    ratio: float
+
+    @property
+    def compresses(self) -> bool:
+        """Whether it keeps a part of the audio and video entries: neither a reference nor ratio 0 or 1."""
+        return 0 < self.ratio < 1
+
+    def __str__(self) -> str:
+        return f"{self.policy} at {self.ratio:g}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One setting's answer to one question: a line of `predictions.jsonl`, judged when it was given.
+
+    Attributes:
+        policy, ratio: of the setting.
+        id: of the question; clip: number of its clip; video: file name of the clip.
+        protocol, groups: of the question, see :class:`acckv.data.records.Record`.
+        question, answer, prediction: asked, right, given.
+        cut: whether the limit of tokens ended the answer.
+        score: 0..1, accuracies are means of it.
+        official, robust: the score by either parser; None where there is no such parser, or it leaves the answer out.
+        parsed: whether the parser that gives `score` found an answer.
+    """
+
+    policy: str
+    ratio: Share
+    id: str
+    clip: Count
+    video: str
+    protocol: str
+    groups: list[str]
+    question: str
+    answer: str
+    prediction: str
+    cut: bool
+    score: Share
+    official: Share | None
+    robust: Share | None
+    parsed: bool
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.policy, self.ratio)
+
+    @property
+    def right(self) -> bool:
+        """Whether it counts as right where an answer is right or wrong; one-word answers score 0 or 1."""
+        return self.score >= RIGHT
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A clip that could not be read, and why."""
+
+    clip: str
+    error: str
 
 
 @dataclass(frozen=True)
 class GroupScore:
     """Mean item score (0..1) over the `n` questions of one group; None for a group without questions."""
 
-    n: int
-    accuracy: float | None
+    n: Count
+    accuracy: Share | None
 
 
 @dataclass(frozen=True)
@@ -59,18 +128,22 @@ class Row:
     """
 
     policy: str
-    ratio: float
-    n: int
-    accuracy: float
-    relative: float | None
+    ratio: Share
+    n: Count
+    accuracy: Share
+    relative: Amount | None
     ci95: tuple[float, float]
-    kept_entries: float
-    full_entries: float
-    kv_bytes: int
+    kept_entries: Amount
+    full_entries: Amount
+    kv_bytes: Count
     groups: dict[str, GroupScore] = field(default_factory=dict)
-    standard_error: float | None = None
-    metrics: dict[str, float | None] = field(default_factory=dict)
-    cut: int = 0
+    standard_error: Amount | None = None
+    metrics: dict[str, Amount | None] = field(default_factory=dict)
+    cut: Count = 0
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.policy, self.ratio)
 
 
 @dataclass(frozen=True)
@@ -79,7 +152,7 @@ class Results:
 
     Attributes:
         model: name, path or hub id of the base model.
-        benchmark: what was asked, e.g. "generated-clips/test".
+        benchmark: name of the questions, e.g. "generated-clips/test".
         when: "context" or "prompt".
         seed: of the evaluation.
         rows: in the order of the table.
@@ -90,7 +163,7 @@ class Results:
 
     model: str
     benchmark: str
-    when: str
+    when: Literal["context", "prompt"]
     seed: int
     rows: list[Row]
     score: str = "robust"
@@ -100,7 +173,12 @@ class Results:
 
     def row(self, policy: str, ratio: float) -> Row | None:
         """The row of a policy at a ratio, None if it was not measured."""
-        return next((row for row in self.rows if row.policy == policy and row.ratio == ratio), None)
+        return next((row for row in self.rows if row.setting == (policy, ratio)), None)
+
+    @property
+    def policies(self) -> list[str]:
+        """The policies that compress, in the order of the rows."""
+        return list(dict.fromkeys(row.policy for row in self.rows if row.policy not in REFERENCE_NAMES))
 
     @property
     def references(self) -> list[Row]:
@@ -141,107 +219,42 @@ def read_results(path: str | Path) -> Results:
     Raises:
         InputError: no such file, no JSON, an unknown format, or a field that is missing or ill-valued.
     """
-    path = Path(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError("no such file", source=path) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"not a whole JSON file ({error})", source=path) from error
-    top = _Fields(values, path, "")
-    if top.number("format") != RESULTS_FORMAT:
-        raise InputError(
-            f"unknown format {values['format']!r}; this version reads format 1", source=path, field="format"
-        )
-    when = top.text("when")
-    if when not in ("context", "prompt"):
-        raise InputError(f"{when!r} is neither 'context' nor 'prompt'", source=path, field="when")
-    rows = [parse_row(row, path, i) for i, row in enumerate(top.items("rows"))]
-    added: dict[str, Any] = {
-        name: int(top.number(name, 0)) for name in ("clips", "failed_clips", "failed_questions") if name in values
-    }
-    if "score" in values:
-        added["score"] = top.text("score")
-    return Results(top.text("model"), top.text("benchmark"), when, int(top.number("seed")), rows, **added)
+    values = read_json(path)
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != RESULTS_FORMAT:
+        message = f"unknown format {found!r}; this version reads format {RESULTS_FORMAT}"
+        raise InputError(message, source=path, field="format")
+    return from_json(Results, values, path)
 
 
-def write_predictions(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line."""
+def write_predictions(path: str | Path, answers: Iterable[Answer]) -> None:
+    """Write `predictions.jsonl`: one answer a line."""
     with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        for answer in answers:
+            file.write(json.dumps(asdict(answer), ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def parse_row(values: Any, source: str | Path, index: int) -> Row:
-    """The row of a parsed `results.json` entry.
-
-    Args:
-        values: the entry.
-        source, index: the file and the place of the row in it, for messages.
+def read_predictions(path: str | Path) -> Iterator[Answer]:
+    """The answers of a `predictions.jsonl`.
 
     Raises:
-        InputError: a field is missing or ill-valued.
+        InputError: no such file, a line that is no JSON object, or a field that is missing or ill-valued.
     """
-    row = _Fields(values, source, f"rows[{index}].")
-    bounds = row.items("ci95")
-    if len(bounds) != 2 or not all(isinstance(b, (int, float)) and not isinstance(b, bool) for b in bounds):
-        raise row.error("ci95", "expected [low, high]")
-    groups: dict[str, GroupScore] = {}
-    named = _Fields(row.take("groups"), row.source, f"{row.prefix}groups.")
-    for name, score in named.values.items():
-        group = _Fields(score, row.source, f"{named.prefix}{name}.")
-        groups[name] = GroupScore(int(group.number("n", 0)), group.optional("accuracy", 0, 1))
-    metrics = _Fields(row.values.get("metrics", {}), row.source, f"{row.prefix}metrics.")  # older files have none
-    return Row(
-        policy=row.text("policy"),
-        ratio=row.number("ratio", 0, 1),
-        n=int(row.number("n", 0)),
-        accuracy=row.number("accuracy", 0, 1),
-        relative=row.optional("relative", 0, math.inf),
-        ci95=(bounds[0], bounds[1]),
-        kept_entries=row.number("kept_entries", 0),
-        full_entries=row.number("full_entries", 0),
-        kv_bytes=int(row.number("kv_bytes", 0)),
-        groups=groups,
-        standard_error=row.optional("standard_error", 0, math.inf) if "standard_error" in row.values else None,
-        metrics={name: metrics.optional(name, 0, math.inf) for name in metrics.values},
-        cut=int(row.number("cut", 0)) if "cut" in row.values else 0,
-    )
+    for number, values in read_json_lines(path):
+        yield from_json(Answer, values, path, f"line {number}")
 
 
-class _Fields:
-    """A parsed JSON object whose fields are checked as they are taken."""
+def write_failures(path: str | Path, failures: Iterable[Failure]) -> None:
+    """Write `failures.json`."""
+    with whole_file(path) as temporary:
+        text = json.dumps([asdict(failure) for failure in failures], indent=1, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
-    def __init__(self, values: Any, source: str | Path, prefix: str) -> None:
-        if not isinstance(values, dict):
-            raise InputError("expected an object", source=source, field=prefix.rstrip(".") or None)
-        self.values, self.source, self.prefix = values, source, prefix
 
-    def number(self, name: str, low: float = -math.inf, high: float = math.inf) -> float:
-        value = self.take(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise self.error(name, f"{value!r} is not a number from {low:g} to {high:g}")
-        return value
+def read_failures(path: str | Path) -> list[Failure]:
+    """The broken clips of an evaluation; none where there is no such file.
 
-    def text(self, name: str) -> str:
-        value = self.take(name)
-        if not isinstance(value, str):
-            raise self.error(name, f"{value!r} is not a text")
-        return value
-
-    def items(self, name: str) -> list[Any]:
-        value = self.take(name)
-        if not isinstance(value, list):
-            raise self.error(name, "expected a list")
-        return value
-
-    def optional(self, name: str, low: float, high: float) -> float | None:
-        return None if self.take(name) is None else self.number(name, low, high)
-
-    def take(self, name: str) -> Any:
-        if name not in self.values:
-            raise self.error(name, "missing")
-        return self.values[name]
-
-    def error(self, name: str, message: str) -> InputError:
-        return InputError(message, source=self.source, field=f"{self.prefix}{name}")
+    Raises:
+        InputError: the file is not a list of clips with their errors.
+    """
+    return from_json(list[Failure], read_json(path), path) if Path(path).exists() else []

@@ -1,165 +1,165 @@
-"""What is measured of one policy at one ratio, gathered from what was answered."""
+"""The rows of the table from the answers of an evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
-from torch import Tensor
 
 from acckv.benchmarks.answers import UNPARSED
-from acckv.benchmarks.judging import Judge, Judged
-from acckv.data.records import Record
-from acckv.evaluation.journal import CellAnswers
-from acckv.evaluation.results import GroupScore, Row
+from acckv.benchmarks.corpus import corpus_scores
+from acckv.errors import InputError
+from acckv.evaluation.journal import Batch
+from acckv.evaluation.results import Answer, Failure, GroupScore, Results, Row, Setting
+from acckv.evaluation.run_config import RunConfig
+from acckv.evaluation.sizes import Sizes
 from acckv.metrics import GroupedAccuracy, Interval, PairedComparison, clustered_standard_error
 
 
-class CellScores:
-    """Scores and sizes of one cell of the table.
+class SettingScores:
+    """Scores and sizes of one setting.
 
     Args:
+        config: of the evaluation.
+        answers: of the setting; full: the full cache's to the same questions, in the same order.
+        sizes: of the setting's caches.
         groups: names of all question groups.
-        judge: that scored the answers.
-        seed: of the intervals.
     """
 
-    def __init__(self, groups: Sequence[str], judge: Judge, seed: int = 0) -> None:
+    def __init__(
+        self, config: RunConfig, answers: Sequence[Answer], full: Sequence[Answer], sizes: Sizes, groups: Sequence[str]
+    ) -> None:
+        self.config, self.answers, self.sizes, self.seed = config, answers, sizes, config.options["seed"]
+        self.scores = torch.tensor([answer.score for answer in answers])
+        self.clips = torch.tensor([answer.clip for answer in answers])
+        members = torch.tensor([[group in answer.groups for group in groups] for answer in answers])
         # Every process has read all answers; none waits for another.
-        self.accuracy = GroupedAccuracy(groups, seed=seed, sync_on_compute=False)
-        self.against_full = PairedComparison(seed=seed, sync_on_compute=False)
-        self.judge = judge
-        self._parsed: dict[str, list[float]] = {name: [] for name in judge.parsers}
-        self._unparsed = self._cut = 0
-        self._videos: list[Path] = []
-        self._kept: Tensor | None = None
-        self._full = torch.zeros(2, dtype=torch.float64)
-        self._bytes = 0
-        self._rows = 0
+        self.accuracy = GroupedAccuracy(groups, seed=self.seed, sync_on_compute=False)
+        self.accuracy.update(self.scores, self.clips, members.reshape(len(answers), len(groups)))
+        self.against_full = self._against(torch.tensor([answer.score for answer in full]))
 
-    def add(
-        self, records: Sequence[tuple[int, Record]], answers: CellAnswers, full_scores: Tensor | None = None
-    ) -> list[Judged]:
-        """Score the questions of one prefill.
-
-        Args:
-            records: the clip and the question of each answer.
-            answers: this cell's.
-            full_scores: [questions] float, scores of the full cache; None where this is the full cache.
-        """
-        judged = [self.judge(record, text) for (_, record), text in zip(records, answers.texts, strict=True)]
-        scores = torch.tensor([one.score for one in judged])
-        clips = torch.tensor([clip for clip, _ in records])
-        named = [self.judge.groups(record) for _, record in records]
-        members = torch.tensor([[group in names for group in self.accuracy.groups] for names in named])
-        self.accuracy.update(scores, clips, members.reshape(len(named), len(self.accuracy.groups)))
-        self.against_full.update(scores, scores if full_scores is None else full_scores, clips)
-        for name, mode in self.judge.parsers.items():
-            values = [one.official if mode == "official" else one.robust for one in judged]
-            self._parsed[name] += [value for value in values if value is not None]
-        self._videos += [record.video for _, record in records]
-        self._unparsed += sum(not one.parsed for one in judged)
-        self._cut += sum(answers.cut)
-        self._add_sizes(answers)
-        return judged
-
-    def _add_sizes(self, answers: CellAnswers) -> None:
-        kept = torch.tensor(answers.kept, dtype=torch.float64) * answers.rows
-        self._kept = kept if self._kept is None else self._kept + kept
-        self._full += torch.tensor(answers.full, dtype=torch.float64) * answers.rows
-        self._bytes += answers.kv_bytes
-        self._rows += answers.rows
-
-    def kept_entries(self) -> Tensor:
-        """Video and audio entries that each layer kept, [layers, 2], mean over clips.
-
-        Raises:
-            ValueError: nothing was added yet.
-        """
-        if self._kept is None:
-            raise ValueError("nothing was added")
-        return self._kept / self._rows
-
-    def full_entries(self) -> Tensor:
-        """Video and audio entries before compression, [2], mean over clips."""
-        return self._full / max(1, self._rows)
+    def _against(self, reference: torch.Tensor) -> PairedComparison:
+        paired = PairedComparison(seed=self.seed, sync_on_compute=False)
+        paired.update(self.scores, reference, self.clips)
+        return paired
 
     def relative_interval(self) -> Interval | None:
         """95 % interval of the share of the full cache's accuracy, paired by clip; None where that is 0."""
         return self.against_full.relative_interval()
 
-    def against(self, other: CellScores) -> tuple[float, Interval]:
-        """Difference in accuracy to another cell on the same questions, with its paired 95 % interval."""
-        scores, clips, _ = self.accuracy.items()
-        paired = PairedComparison(seed=self.accuracy.seed, sync_on_compute=False)
-        paired.update(scores, other.accuracy.items()[0], clips)
+    def against(self, other: SettingScores) -> tuple[float, Interval]:
+        """Difference in accuracy to another setting on the same questions, with its paired 95 % interval."""
+        paired = self._against(other.scores)
         return paired.compute()["difference"].item(), paired.difference_interval()
 
     def standard_error(self) -> float | None:
         """Of the accuracy, clustered by video (several clips may be cut from one); None where there is only one."""
-        numbers = {video: number for number, video in enumerate(dict.fromkeys(self._videos))}
-        videos = torch.tensor([numbers[video] for video in self._videos])
-        return clustered_standard_error(self.accuracy.items()[0], videos) if len(numbers) > 1 else None
+        videos = [self.config.record(answer).video for answer in self.answers]
+        numbers = {video: number for number, video in enumerate(dict.fromkeys(videos))}
+        clusters = torch.tensor([numbers[video] for video in videos])
+        return clustered_standard_error(self.scores, clusters) if len(numbers) > 1 else None
 
-    def row(self, policy: str, ratio: float, metrics: Mapping[str, float | None]) -> Row:
-        """The row of `results.json`; `metrics` are the scores of all answers together."""
+    def metrics(self) -> dict[str, float | None]:
+        """The scores of all answers together, such as BLEU-4."""
+        records = [self.config.record(answer) for answer in self.answers]
+        return corpus_scores(records, [answer.prediction for answer in self.answers], self.config.score)
+
+    def groups(self) -> dict[str, GroupScore]:
+        """The score of each question group, and of all answers by either parser."""
         result = self.accuracy.compute()
-        relative = self.against_full.compute()["relative"].item()
         groups = {}
         for name in self.accuracy.groups:
             count = int(result[f"{name}/n"])
             groups[name] = GroupScore(count, result[f"{name}/accuracy"].item() if count else None)
-        for name, values in self._parsed.items():
+        parsed = False
+        for name, mode in self.config.judge.parsers.items():
+            values = [value for answer in self.answers if (value := getattr(answer, mode)) is not None]
             if values:
-                groups[name] = GroupScore(len(values), sum(values) / len(values))
-        if any(self._parsed.values()):
-            groups[UNPARSED] = GroupScore(self._unparsed, 0.0 if self._unparsed else None)
-        interval = self.accuracy.interval()
+                parsed, groups[name] = True, GroupScore(len(values), sum(values) / len(values))
+        if parsed:
+            unparsed = sum(not answer.parsed for answer in self.answers)
+            groups[UNPARSED] = GroupScore(unparsed, 0.0 if unparsed else None)
+        return groups
+
+    def row(self, setting: Setting) -> Row:
+        """The row of `results.json`."""
+        result, interval = self.accuracy.compute(), self.accuracy.interval()
+        relative = self.against_full.compute()["relative"].item()
         return Row(
-            policy=policy,
-            ratio=ratio,
-            n=int(result["n"]),
+            policy=setting.policy,
+            ratio=setting.ratio,
+            n=len(self.answers),
             accuracy=result["accuracy"].item(),
             relative=None if relative != relative else relative,
             ci95=(interval.low, interval.high),
-            kept_entries=round(float(self.kept_entries().sum(-1).mean()), 4),
-            full_entries=round(float(self.full_entries().sum()), 4),
-            kv_bytes=round(self._bytes / self._rows),
-            groups=groups,
+            kept_entries=round(self.sizes.entries, 4),
+            full_entries=round(float(self.sizes.full_entries.sum()), 4),
+            kv_bytes=round(self.sizes.kv_bytes / self.sizes.prompts),
+            groups=self.groups(),
             standard_error=self.standard_error(),
-            metrics=dict(metrics),
-            cut=self._cut,
+            metrics=self.metrics(),
+            cut=sum(answer.cut for answer in self.answers),
         )
 
 
-def prediction(
-    policy: str,
-    ratio: float,
-    clip: int,
-    record: Record,
-    groups: Sequence[str],
-    text: str,
-    cut: bool,
-    judged: Judged,
-) -> dict[str, Any]:
-    """The line of `predictions.jsonl`."""
-    line = {
-        "policy": policy,
-        "ratio": ratio,
-        "id": record.id,
-        "clip": clip,
-        "video": record.video.name,
-        "protocol": record.protocol,
-        "groups": list(groups),
-        "question": record.question,
-        "answer": record.answer,
-        "prediction": text,
-        "cut": cut,
-        "score": judged.score,
-        "official": judged.official,
-        "robust": judged.robust,
-        "parsed": judged.parsed,
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of an evaluation.
+
+    Attributes:
+        config: of the evaluation.
+        results: the rows; scores: of each row.
+        answers: of all settings, in the order of the batches.
+        failures: the clips that could not be read.
+    """
+
+    config: RunConfig
+    results: Results
+    scores: Mapping[Setting, SettingScores]
+    answers: list[Answer]
+    failures: list[Failure]
+
+    @property
+    def full(self) -> SettingScores:
+        """The full cache's scores."""
+        return next(iter(self.scores.values()))
+
+
+def score_batches(config: RunConfig, batches: Iterable[Batch]) -> Outcome:
+    """The outcome of what was answered, in the order of the batches.
+
+    Raises:
+        InputError: not one clip could be read.
+    """
+    batches = list(batches)
+    failed = dict(sorted(failure for batch in batches for failure in batch.failed))
+    failures = [Failure(str(config.clips[clip][0].video), error) for clip, error in failed.items()]
+    by_setting: dict[Setting, list[Answer]] = {setting: [] for setting in config.settings}
+    answers = [answer for batch in batches for answer in batch.answers]
+    for answer in answers:
+        by_setting[answer.setting].append(answer)
+    if not answers:
+        why = f"; the first: {failures[0].error}" if failures else ""
+        raise InputError(f"not one of {len(failures)} clips could be read{why}")
+    groups = config.judge.all_groups(record for clip in config.clips for record in clip)
+    full = next(iter(by_setting.values()))
+    sizes = (reduce(add, own) for own in zip(*(batch.sizes for batch in batches if batch.sizes), strict=True))
+    scores = {
+        setting: SettingScores(config, own, full, size, groups)
+        for (setting, own), size in zip(by_setting.items(), sizes, strict=True)
     }
-    return line
+    results = Results(
+        config.model,
+        config.options["benchmark"],
+        config.options["when"],
+        config.options["seed"],
+        [one.row(setting) for setting, one in scores.items()],
+        score=config.score,
+        clips=len({answer.clip for answer in full}),
+        failed_clips=len(failed),
+        failed_questions=sum(len(config.clips[clip]) for clip in failed),
+    )
+    return Outcome(config, results, scores, answers, failures)

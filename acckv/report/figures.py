@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from acckv.evaluation.results import FULL, REFERENCE_NAMES, Results, Row
+from acckv.evaluation.results import FULL, REFERENCE_NAMES, Results, Row, Setting
 from acckv.metrics.intervals import Interval
 from acckv.report.plots import line_style, spread
 
@@ -47,12 +47,12 @@ def inline_svg(figure: Figure, alt: str) -> Markup:
 # ------------------------------------------------------------------ accuracy over size
 
 
-def pareto(results: Results, intervals: Mapping[tuple[str, float], Interval], by_bytes: bool) -> Figure:
+def pareto(results: Results, intervals: Mapping[Setting, Interval], by_bytes: bool) -> Figure:
     """Accuracy in % of the full cache's over the kept share of entries or over KV bytes (log axes).
 
     Rows that keep no entry cannot be placed on a log axis; the controls are horizontal lines.
     """
-    names = measured_policies(results)
+    names = results.policies
     lines = len(names) + len(_controls(results)) + 1
     figure = Figure(figsize=(4.7, 3.9 + 0.22 * (-(-lines // _COLUMNS))), layout="constrained")
     axes = figure.subplots()
@@ -66,7 +66,7 @@ def pareto(results: Results, intervals: Mapping[tuple[str, float], Interval], by
         rows = [row for row in results.rows if row.policy == name and row.kept_entries > 0 and row.relative is not None]
         rows.sort(key=lambda row: row.kept_entries)
         ticks |= {_size(row, by_bytes) if by_bytes else row.ratio for row in rows}
-        ends = [intervals.get((row.policy, row.ratio)) for row in rows]
+        ends = [intervals.get(row.setting) for row in rows]
         shares = [100 * (row.relative or 0) for row in rows]
         down = [0 if end is None else max(0, share - 100 * end.low) for share, end in zip(shares, ends, strict=True)]
         up = [0 if end is None else max(0, 100 * end.high - share) for share, end in zip(shares, ends, strict=True)]
@@ -89,11 +89,6 @@ def pareto(results: Results, intervals: Mapping[tuple[str, float], Interval], by
     for text in legend.get_texts():
         text.set_color(INK)
     return figure
-
-
-def measured_policies(results: Results) -> list[str]:
-    """Names of the policies that compress, in the order of the rows."""
-    return list(dict.fromkeys(row.policy for row in results.rows if row.policy not in REFERENCE_NAMES))
 
 
 def _controls(results: Results) -> list[Row]:

@@ -1,7 +1,7 @@
 """`report.html`: one evaluation in one file that needs nothing else, `python -m acckv.report.html runs/eval`.
 
 Made from the files in an evaluation's folder alone (`results.json`, `predictions.jsonl`; `report.json`,
-`strips.safetensors` and `failures.json` where they are there), so it can be made again without a model.
+`timelines.safetensors` and `failures.json` where they are there), so it can be made again without a model.
 """
 
 from __future__ import annotations
@@ -19,27 +19,32 @@ from markupsafe import Markup
 from acckv.benchmarks.answers import UNPARSED
 from acckv.errors import InputError
 from acckv.evaluation.results import (
+    CALIBRATED,
     CONTROLS,
+    FAILURES_FILE,
     FULL,
     PREDICTIONS_FILE,
     REFERENCE_NAMES,
     RESULTS_FILE,
+    Failure,
     Results,
     Row,
+    Setting,
+    read_failures,
+    read_predictions,
     read_results,
 )
+from acckv.evaluation.timeline import TIMELINES_FILE, Timeline, load_timelines
 from acckv.io.files import whole_file
 from acckv.metrics.intervals import Interval
-from acckv.report import figures, tracks
-from acckv.report.answers import Answers, Flip, read_answers
-from acckv.report.run_record import FAILURES_FILE, RUN_FILE, Budget, RunRecord, read_failures, read_run
+from acckv.report import figures, timeline
+from acckv.report.answers import Answers, Flip
+from acckv.report.run_record import RECORD_FILE, Budget, RunRecord, read_run
 from acckv.report.table import control_warning, metric_names
-from acckv.report.timeline import STRIPS_FILE, Strip, load_strips
 
 REPORT_FILE = "report.html"
 MOST_FLIPS = 25
-"""Flipped answers that are listed of one cell and direction; the rest is counted."""
-_CALIBRATED = "acckv-calibrated"
+"""Flipped answers that are listed of one setting and direction; the rest is counted."""
 
 
 def write_html(folder: str | Path) -> Path:
@@ -50,17 +55,21 @@ def write_html(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     results = read_results(folder / RESULTS_FILE)
-    answers = read_answers(folder / PREDICTIONS_FILE)
-    run = read_run(folder / RUN_FILE) if (folder / RUN_FILE).exists() else None
-    strips = load_strips(folder / STRIPS_FILE) if (folder / STRIPS_FILE).exists() else []
-    text = render_html(results, answers, run, strips, read_failures(folder / FAILURES_FILE))
+    answers = Answers(read_predictions(folder / PREDICTIONS_FILE))
+    run = read_run(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else None
+    timelines = load_timelines(folder / TIMELINES_FILE) if (folder / TIMELINES_FILE).exists() else []
+    text = render_html(results, answers, run, timelines, read_failures(folder / FAILURES_FILE))
     with whole_file(folder / REPORT_FILE) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return folder / REPORT_FILE
 
 
 def render_html(
-    results: Results, answers: Answers, run: RunRecord | None, strips: Sequence[Strip], failures: Sequence[Any] = ()
+    results: Results,
+    answers: Answers,
+    run: RunRecord | None,
+    timelines: Sequence[Timeline],
+    failures: Sequence[Failure] = (),
 ) -> str:
     """The report as HTML; everything that was read is escaped.
 
@@ -77,8 +86,8 @@ def render_html(
     )
     environment.filters |= {"percent": _percent, "bytes": lambda size: f"{size:,}"}
     shown = shown_policy(results)
-    cells = [(row.policy, row.ratio) for row in results.rows]
-    intervals = {cell: found for cell in cells if (found := answers.share_of_full(cell, results.seed)) is not None}
+    shares = {row.setting: answers.share_of_full(row.setting, results.seed) for row in results.rows}
+    intervals = {setting: interval for setting, interval in shares.items() if interval is not None}
     return environment.get_template("report.html.jinja").render(
         results=results,
         shown=shown,
@@ -87,7 +96,7 @@ def render_html(
         warning=control_warning(results),
         names=REFERENCE_NAMES,
         clips=len({answer.clip for answer in answers.full.values()}),
-        rows=[_line(row, intervals.get((row.policy, row.ratio))) for row in results.rows],
+        rows=[_line(row, intervals.get(row.setting)) for row in results.rows],
         headline=_headline(results, shown, intervals),
         pareto=_pareto(results, intervals),
         controls=[row for row in results.rows if row.policy == FULL or row.policy in CONTROLS],
@@ -97,15 +106,15 @@ def render_html(
         flips=_flips(results, answers),
         flipped=_flipped(results, answers, shown),
         most=MOST_FLIPS,
-        strips=[_strip(strip) for strip in strips],
+        timelines=[_timeline(each) for each in timelines],
     )
 
 
 def shown_policy(results: Results) -> str | None:
     """The policy that a report is about: the calibrated one, else the most accurate that looks at the entries."""
-    names = figures.measured_policies(results)
-    if _CALIBRATED in names or not names:
-        return _CALIBRATED if names else None
+    names = results.policies
+    if CALIBRATED in names or not names:
+        return CALIBRATED if names else None
 
     def accuracy(name: str) -> float:
         rows = [row.accuracy for row in results.rows if row.policy == name and 0 < row.ratio < 1]
@@ -131,7 +140,7 @@ def _line(row: Row, interval: Interval | None) -> Line:
 
 
 def _headline(
-    results: Results, shown: str | None, intervals: Mapping[tuple[str, float], Interval]
+    results: Results, shown: str | None, intervals: Mapping[Setting, Interval]
 ) -> list[tuple[Line, Row | None]]:
     """The shown policy's rows between 0 and 1, each with the best training-free row at its ratio.
 
@@ -142,12 +151,12 @@ def _headline(
         if row.policy == shown and 0 < row.ratio < 1 and row.relative is not None:
             others = [r for r in results.rows if r.ratio == row.ratio and r.policy not in (shown, *REFERENCE_NAMES)]
             best = max(others, key=lambda other: other.accuracy, default=None)
-            found.append((_line(row, intervals.get((row.policy, row.ratio))), best))
+            found.append((_line(row, intervals.get(row.setting)), best))
     return found
 
 
-def _pareto(results: Results, intervals: Mapping[tuple[str, float], Interval]) -> list[Markup]:
-    if not figures.measured_policies(results) or results.full is None or results.full.accuracy <= 0:
+def _pareto(results: Results, intervals: Mapping[Setting, Interval]) -> list[Markup]:
+    if not results.policies or results.full is None or results.full.accuracy <= 0:
         return []
     pictures = []
     for by_bytes, over in ((False, "the kept share of entries"), (True, "the bytes of keys and values")):
@@ -215,7 +224,7 @@ def _flips(results: Results, answers: Answers) -> list[tuple[Row, int, int]]:
     found = []
     for row in results.rows:
         if row.policy != FULL:
-            flips = answers.flips((row.policy, row.ratio))
+            flips = answers.flips(row.setting)
             found.append((row, len(flips.lost), len(flips.won)))
     return found
 
@@ -226,28 +235,29 @@ def _flipped(results: Results, answers: Answers, shown: str | None) -> list[tupl
     for row in results.rows:
         if row.policy != shown or not 0 < row.ratio < 1:
             continue
-        flips = answers.flips((row.policy, row.ratio))
+        flips = answers.flips(row.setting)
         for direction, members in (("lost", flips.lost), ("won", flips.won)):
             if members:
                 found.append((row, direction, len(members), members[:MOST_FLIPS]))
     return found
 
 
-def _strip(strip: Strip) -> dict[str, Any]:
-    """A strip with its tracks; the compressions of the ratio nearest to 0.1 are unfolded."""
-    nearest = min((kept.ratio for kept in strip.kept), key=lambda ratio: abs(ratio - 0.1), default=None)
+def _timeline(clip: Timeline) -> dict[str, Any]:
+    """A timeline as it is drawn; the settings of the ratio nearest to 0.1 are unfolded."""
+    nearest = min((kept.ratio for kept in clip.kept), key=lambda ratio: abs(ratio - 0.1), default=None)
     drawn = [
         {
             "kept": kept,
             "open": kept.ratio == nearest,
-            "left": tracks.frames_left(strip, kept),
-            "tracks": tracks.modality_tracks(strip, kept),
-            "times": tracks.over_time(strip, kept),
+            "left": timeline.frames_left(clip, kept),
+            "modalities": timeline.modality_timelines(clip, kept),
+            "times": timeline.over_time(clip, kept),
         }
-        for kept in strip.kept
+        for kept in clip.kept
     ]
-    marks = [(f"{100 * i / 4:g}", f"{strip.seconds * i / 4:.3g}") for i in range(5)]
-    return {"strip": strip, "frames": tracks.frames(strip), "wave": tracks.wave(strip), "marks": marks, "drawn": drawn}
+    marks = [(f"{100 * i / 4:g}", f"{clip.seconds * i / 4:.3g}") for i in range(5)]
+    pictures = {"frames": timeline.frames(clip), "wave": timeline.wave(clip)}
+    return {"timeline": clip, **pictures, "marks": marks, "drawn": drawn}
 
 
 def _percent(share: float | None, digits: int = 1) -> str:
@@ -255,7 +265,7 @@ def _percent(share: float | None, digits: int = 1) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The door; returns the exit code."""
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m acckv.report.html",
         description="Write report.html from the files that evaluate.py left in a folder. No model is needed.",

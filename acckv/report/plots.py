@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
-from acckv.evaluation.results import CONTROLS, FULL, Results, Row
+from acckv.evaluation.results import CALIBRATED, Results, Row
 from acckv.io.files import whole_file
 
 _DPI = 150
@@ -21,8 +21,7 @@ _COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b4c9a", "#
 _CALIBRATED_COLOUR = "#D55E00"
 _MARKERS = "sD^vPX*<"
 _LINES = ("-", "--", ":")  # the next for each round of the colours
-_CALIBRATED = "acckv-calibrated"
-_ANNOTATED_CELLS = 12  # more layers than this: colours only, numbers would not be legible
+_ANNOTATED = 12  # more layers than this: colours only, numbers would not be legible
 
 
 def plot_pareto(path: str | Path, results: Results) -> None:
@@ -36,7 +35,7 @@ def plot_pareto(path: str | Path, results: Results) -> None:
     axes = figure.subplots()
     _reference(axes, results.full, "full cache", "#222222", "-")
     _reference(axes, results.control, "control: all evicted", "#999999", "--")
-    names = list(dict.fromkeys(r.policy for r in results.rows if r.policy not in (FULL, *CONTROLS)))
+    names = results.policies
     shown: set[float] = set()
     for i, name in enumerate(names):
         rows = sorted((r for r in results.rows if r.policy == name and r.kept_entries > 0), key=lambda r: r.ratio)
@@ -68,8 +67,8 @@ def plot_pareto(path: str | Path, results: Results) -> None:
 
 
 def line_style(name: str, index: int) -> dict[str, Any]:
-    """How a policy's curve is drawn: the calibrated one stands out, the others take their turn by `index`."""
-    if name == _CALIBRATED:
+    """Options of a policy's curve: the calibrated one stands out, the others take their turn by `index`."""
+    if name == CALIBRATED:
         line = {"color": _CALIBRATED_COLOUR, "marker": "o", "linestyle": "-"}
         return {**line, "markersize": 6, "linewidth": 2.4, "zorder": 4}
     line = {
@@ -95,7 +94,7 @@ def plot_budgets(path: str | Path, budgets: Mapping[float, Tensor], full: Tensor
     if not budgets:
         raise ValueError("no budgets to plot")
     layers = len(next(iter(budgets.values())))
-    row_height = 0.34 if layers <= _ANNOTATED_CELLS else 0.16
+    row_height = 0.34 if layers <= _ANNOTATED else 0.16
     size = (max(4.5, 1.6 + 1.55 * len(budgets)), 1.6 + row_height * max(6, layers))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
@@ -109,7 +108,7 @@ def plot_budgets(path: str | Path, budgets: Mapping[float, Tensor], full: Tensor
         axes.set_xticks([0, 1], ["video", "audio"])
         axes.set_yticks(_layer_ticks(layers))
         axes.tick_params(length=0)
-        if layers <= _ANNOTATED_CELLS:
+        if layers <= _ANNOTATED:
             for layer in range(layers):
                 for modality in range(2):
                     value = float(share[layer, modality])

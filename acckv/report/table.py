@@ -5,13 +5,113 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from acckv.benchmarks.answers import UNPARSED
-from acckv.evaluation.results import AUDIO_EVICTED, CONTROL, CONTROLS, FULL, VIDEO_EVICTED, Results, Row
+from acckv.benchmarks.corpus import CIDER
+from acckv.evaluation.results import (
+    AUDIO_EVICTED,
+    CALIBRATED,
+    CONTROL,
+    CONTROLS,
+    FAILURES_FILE,
+    FULL,
+    REFERENCE_NAMES,
+    VIDEO_EVICTED,
+    Results,
+    Row,
+    Setting,
+)
+from acckv.evaluation.scores import Outcome
 
-Paired = Mapping[tuple[str, float], tuple[float, float]]
-"""(policy, ratio) -> 95 % interval of the share of the full cache, paired by clip."""
+Paired = Mapping[Setting, tuple[float, float]]
+"""95 % interval of each setting's share of the full cache, paired by clip."""
+_SHOWN = 5  # broken clips that are named below the tables
+_TABLE_WIDTH = 120  # the group tables need this much; a narrower terminal wraps them
+
+
+def print_tables(console: Console, outcome: Outcome) -> None:
+    """Accuracy by question group, the table of all rows, and what is to be known about it."""
+    console = console if console.width >= _TABLE_WIDTH else Console(file=console.file, width=_TABLE_WIDTH)
+    results = outcome.results
+    for table in render_group_tables(results):
+        console.print(table)
+    intervals = {setting: scores.relative_interval() for setting, scores in outcome.scores.items()}
+    console.print(render_table(results, {setting: pair for setting, pair in intervals.items() if pair is not None}))
+    for table in render_metric_tables(results):
+        console.print(table)
+    for line in [*_leads(outcome), *_parsing(outcome), *_cut(outcome), *_left_out(outcome)]:
+        console.print(line, highlight=False)
+    for line in _failures(outcome):
+        console.print(line, style="bold red", highlight=False, soft_wrap=True)
+    warning = control_warning(results)
+    if warning is not None:
+        console.print(warning, style="bold red", highlight=False, soft_wrap=True)
+
+
+def _leads(outcome: Outcome) -> list[str]:
+    """The calibrated compressor against the best training-free policy at each ratio, paired by clip."""
+    lines = []
+    for setting, scores in outcome.scores.items():
+        others = {
+            other.policy: theirs
+            for other, theirs in outcome.scores.items()
+            if other.ratio == setting.ratio and other.policy not in (CALIBRATED, *REFERENCE_NAMES)
+        }
+        if setting.policy != CALIBRATED or not setting.compresses or not others:
+            continue
+        best = max(others, key=lambda name: float(others[name].accuracy.compute()["accuracy"]))
+        difference, (low, high) = scores.against(others[best])
+        lines.append(
+            f"ratio {setting.ratio:g}: {CALIBRATED} against {best}, the best training-free policy: "
+            f"{100 * difference:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+        )
+    return lines
+
+
+def _parsing(outcome: Outcome) -> list[str]:
+    """The largest share of answers that the parser could make nothing of."""
+    asked = next(iter(outcome.config.judge.parsers))
+    shares = {
+        str(row.setting): row.groups[UNPARSED].n / row.groups[asked].n
+        for row in outcome.results.rows
+        if UNPARSED in row.groups and row.groups[asked].n
+    }
+    if not shares:
+        return []
+    most = max(shares, key=lambda name: shares[name])
+    what = "answers without a known word" if outcome.config.benchmark is None else "answers that could not be parsed"
+    return [f"{what} (counted as wrong): most {shares[most]:.1%}, {most}"]
+
+
+def _cut(outcome: Outcome) -> list[str]:
+    """The largest share of answers that the limit of tokens ended."""
+    rows = [row for row in outcome.results.rows if row.n]
+    most = max(rows, key=lambda row: row.cut / row.n, default=None)
+    if most is None or not most.cut:
+        return []
+    share, options = f"{most.cut / most.n:.1%}, {most.setting}", "--word_tokens, --description_tokens"
+    return [f"answers that the limit of tokens ended ({options}): most {share}; in predictions.jsonl they are cut"]
+
+
+def _left_out(outcome: Outcome) -> list[str]:
+    """That CIDEr is missing beside the other scores of captions."""
+    row = outcome.results.rows[0]
+    missing = "BLEU-4" in row.metrics and CIDER not in row.metrics
+    return [f"{CIDER} is left out: it needs pip install 'acckv[captions]'"] if missing else []
+
+
+def _failures(outcome: Outcome) -> list[str]:
+    results, failures = outcome.results, outcome.failures
+    if not failures:
+        return []
+    lines = [
+        f"{results.failed_clips} of {results.failed_clips + results.clips} clips could not be read; their "
+        f"{results.failed_questions} questions are in no accuracy ({FAILURES_FILE}, --strict true makes it an error):"
+    ]
+    lines += [f"  {failure.error}" for failure in failures[:_SHOWN]]
+    return lines + ([f"  and {len(failures) - _SHOWN} more"] if len(failures) > _SHOWN else [])
 
 
 def control_warning(results: Results) -> str | None:
@@ -56,7 +156,7 @@ def render_table(results: Results, paired: Paired | None = None) -> Table:
         if previous is not None and row.policy != previous:
             table.add_section()
         previous = row.policy
-        share = paired.get((row.policy, row.ratio)) if paired else None
+        share = paired.get(row.setting) if paired else None
         table.add_row(
             _name(row),
             f"{row.ratio:g}",

@@ -1,218 +1,158 @@
-"""Which entries of a clip a compression kept, beside what was seen and heard: recorded, saved, loaded."""
+"""The drawing of a kept-entries timeline: frames, sound and kept shares over the same seconds, as small images and SVG
+paths."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+import base64
+import io
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from PIL import Image
 from torch import Tensor
 
-from acckv.compressor import KVCompressor
-from acckv.config import CompressionConfig, When
-from acckv.data.encoding import encode
-from acckv.data.media import TEMPORAL_PATCH, Media
-from acckv.errors import InputError
-from acckv.io.files import whole_file
-from acckv.method.modality import COMPRESSED
+from acckv.evaluation.timeline import KeptEntries, Timeline
 
-STRIPS_FILE = "strips.safetensors"
-_THUMBNAILS = 16
-_THUMBNAIL_HEIGHT = 72
-_WAVE_BINS = 400
+COLOURS = {"video": (47, 129, 214), "audio": (209, 107, 31)}
+"""Seen on light and on dark ground; the share of kept entries is the opacity."""
+_MOST_BINS = 160  # stretches of time; more would be narrower than a pixel
+_TABLE_ROWS = 8
 
 
 @dataclass(frozen=True)
-class KeptEntries:
-    """What one policy at one ratio kept of a clip.
+class ModalityTimeline:
+    """The kept share of one modality over time.
 
     Attributes:
-        policy, ratio: of the evaluation's row.
-        prediction: its answer to the strip's question; score: of that answer, 0..1.
-        video, audio: uint8 [layers, entries], KV heads that kept an entry, entries in the order of the prompt.
-        heads: KV heads that choose for themselves; 1 where all heads of a layer keep the same.
+        modality: "video" or "audio".
+        bars: SVG path in a box of width 1000 and height 100, share over all layers, the largest at full height.
+        peak: that largest share, 0..1.
+        layers: data URI of an image [layers, stretches of time]; layer_count: its height in pixels.
+        brightest: share that the strongest colour of the image stands for, 0..1.
+        kept: share of all entries, 0..1; entries: how many there are.
+        peak_seconds: begin and end of the stretch of time that keeps most.
     """
 
-    policy: str
-    ratio: float
-    prediction: str
-    score: float
-    video: Tensor
-    audio: Tensor
-    heads: int
+    modality: str
+    bars: str
+    peak: float
+    layers: str
+    layer_count: int
+    brightest: float
+    kept: float
+    entries: int
+    peak_seconds: tuple[float, float]
 
-    def shares(self, modality: str, bins: int) -> Tensor:
-        """float [layers, bins]: kept share of the entries of each stretch of time, mean over KV heads.
-
-        The entries of a modality come in order of time, equally many a second.
-        """
-        kept = (self.video if modality == "video" else self.audio).float() / self.heads
-        place = torch.arange(kept.shape[1]) * bins // kept.shape[1]
-        sums = torch.zeros(len(kept), bins).index_add_(1, place, kept)
-        return sums / torch.bincount(place, minlength=bins).clamp_min(1)
-
-
-@dataclass(frozen=True)
-class Strip:
-    """One clip, one question about it, and what each of some compressions kept.
-
-    Attributes:
-        clip: file name; question, answer, full_answer: asked, right, and given from the full cache.
-        seconds: length of the clip as the model saw it.
-        patches: stretches of time that the video entries fall into, equally many entries each.
-        grid: rows and columns of entries in one patch's picture; None where that is not known.
-        thumbnails: uint8 [count, 3, height, width], evenly spread over the patches.
-        wave: float16 [2, bins] lowest and highest sample of each stretch of time, -1..1; no bins without sound.
-        kept: of each compression.
-    """
-
-    clip: str
-    question: str
-    answer: str
-    full_answer: str
-    seconds: float
-    patches: int
-    grid: tuple[int, int] | None
-    thumbnails: Tensor
-    wave: Tensor
-    kept: list[KeptEntries] = field(default_factory=list)
+    @property
+    def text(self) -> str:
+        """The kept share in words."""
+        begin, end = self.peak_seconds
+        return (
+            f"{100 * self.kept:.1f} % of {self.entries} {self.modality} entries kept, "
+            f"most at {begin:.1f} to {end:.1f} s ({100 * self.peak:.0f} % over all layers)"
+        )
 
 
-_TENSORS = ("thumbnails", "wave", "video", "audio")
+def modality_timelines(clip: Timeline, kept: KeptEntries) -> list[ModalityTimeline]:
+    """The kept shares of the modalities that a clip has."""
+    drawn = []
+    for modality, entries in (("video", kept.video), ("audio", kept.audio)):
+        layers, count = entries.shape
+        if not count:
+            continue
+        bins = min(clip.patches if modality == "video" else count, _MOST_BINS)
+        shares = kept.shares(modality, bins)
+        mean = shares.mean(0)
+        peak, top, step = int(mean.argmax()), float(shares.max()), clip.seconds / bins
+        opacity = (255 * shares / max(top, 1e-9)).round().to(torch.uint8)
+        drawn.append(
+            ModalityTimeline(
+                modality=modality,
+                bars=_bars(mean),
+                peak=float(mean[peak]),
+                layers=_data_uri(_tinted(opacity, COLOURS[modality]), "png"),
+                layer_count=layers,
+                brightest=top,
+                kept=float(entries.float().mean()) / kept.heads,
+                entries=count,
+                peak_seconds=(step * peak, step * (peak + 1)),
+            )
+        )
+    return drawn
 
 
-# ------------------------------------------------------------------ from a model
+def frames(clip: Timeline) -> str:
+    """All thumbnails side by side, as a data URI."""
+    return _data_uri(_side_by_side(clip.thumbnails), "webp")
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Entries of one clip that one compressor kept: `video`, `audio` and `heads` as of `KeptEntries`."""
-
-    video: Tensor
-    audio: Tensor
-    heads: int
-
-
-@torch.no_grad()
-def watch_clip(
-    model: Any,
-    processor: Any,
-    media: Media,
-    question: str | None,
-    cells: Sequence[tuple[KVCompressor, float]],
-    when: When,
-    system_prompt: str | None = None,
-) -> tuple[list[Kept], tuple[int, int] | None]:
-    """What compressors keep of one clip, one prefill for all of them.
-
-    Args:
-        question: part of the prompt where `when` is "prompt", else None.
-        cells: compressor and ratio.
-        system_prompt: what the model is told before the media.
-
-    Returns:
-        what each kept, and the rows and columns of video entries in a picture (None where that is not known).
-    """
-    inputs = encode(processor, [media], None if question is None else [question], system_prompt)
-    inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    with KVCompressor(CompressionConfig(policy="full", when=when))(model, processor) as observing:
-        shared = observing.prefill(**inputs)
-    labels = shared.labels.labels[0].cpu()
-    found = []
-    for compressor, ratio in cells:
-        with compressor(model, processor) as session:
-            prefill = session.prefill(**inputs) if session.adapts_prompt else shared
-            gates = [torch.isfinite(plan.log_gates[0, :, : len(labels)]).cpu() for plan in session.plan(prefill, ratio)]
-        heads = max(len(layer) for layer in gates)
-        counts = torch.stack([layer.expand(heads, -1).sum(0) for layer in gates]).to(torch.uint8)
-        video, audio = (counts[:, labels == modality] for modality in COMPRESSED)
-        found.append(Kept(video, audio, heads))
-    return found, _grid(processor, inputs.get("video_grid_thw"), int(shared.labels.counts()[0, 0]))
-
-
-def _grid(processor: Any, sizes: Tensor | None, entries: int) -> tuple[int, int] | None:
-    """Rows and columns of entries in one temporal patch, if `entries` fill whole patches of such a grid."""
-    merge = getattr(getattr(processor, "video_processor", None), "merge_size", None)
-    if sizes is None or merge is None or len(sizes) != 1:
+def frames_left(clip: Timeline, kept: KeptEntries) -> str | None:
+    """The thumbnails, each part as opaque as the share of layers that kept its entry; None without a grid."""
+    if clip.grid is None or not kept.video.shape[1]:
         return None
-    patches, rows, columns = (int(size) for size in sizes[0])
-    rows, columns = rows // merge, columns // merge
-    return (rows, columns) if patches * rows * columns == entries else None
+    rows, columns = clip.grid
+    count, _, height, width = clip.thumbnails.shape
+    share = (kept.video.float() / kept.heads).mean(0).view(-1, 1, rows, columns)
+    chosen = share[[i * len(share) // count for i in range(count)]] / share.max().clamp_min(1e-9)
+    opacity = torch.nn.functional.interpolate(255 * chosen, (height, width), mode="nearest").round().to(torch.uint8)
+    return _data_uri(_side_by_side(torch.cat([clip.thumbnails, opacity], dim=1)), "webp")
 
 
-def thumbnails(frames: Tensor) -> Tensor:
-    """Small pictures, the first of each temporal patch: uint8 [at most 16, 3, 72, width].
-
-    Args:
-        frames: uint8 [count, 3, height, width].
-    """
-    patches = len(frames) // TEMPORAL_PATCH
-    count = min(patches, _THUMBNAILS)
-    chosen = frames[[TEMPORAL_PATCH * (patch * patches // count) for patch in range(count)]]
-    width = max(1, round(_THUMBNAIL_HEIGHT * chosen.shape[3] / chosen.shape[2]))
-    small = F.interpolate(chosen.float(), (_THUMBNAIL_HEIGHT, width), mode="bilinear", antialias=True)
-    return small.round().clamp(0, 255).to(torch.uint8)
+def wave(clip: Timeline) -> str | None:
+    """The sound's envelope as an SVG path in a box of width 1000 and height 100; None without sound."""
+    count = clip.wave.shape[1]
+    if not count:
+        return None
+    low, high = (50 - 50 * side.float() for side in clip.wave)
+    there = [f"{1000 * i / count:.0f} {y:.0f}" for i, y in enumerate(high.tolist())]
+    back = [f"{1000 * i / count:.0f} {y + 1:.0f}" for i, y in enumerate(low.tolist())]
+    return "M" + "L".join(there + back[::-1]) + "Z"
 
 
-def envelope(audio: Tensor | None) -> Tensor:
-    """Lowest and highest sample of equal stretches of a sound: float16 [2, about 400], none without sound."""
-    if audio is None or not len(audio):
-        return torch.zeros(2, 0, dtype=torch.float16)
-    each = max(1, len(audio) // _WAVE_BINS)
-    samples = audio[: len(audio) // each * each].view(-1, each)
-    return torch.stack([samples.amin(1), samples.amax(1)]).clamp(-1, 1).half()
-
-
-# ------------------------------------------------------------------ files
-
-
-def save_strips(path: str | Path, strips: Sequence[Strip]) -> None:
-    """Write strips to one safetensors file, their texts as JSON in its header."""
-    tensors: dict[str, Tensor] = {}
-
-    def texts(item: Any, prefix: str) -> dict[str, Any]:
-        values = {name: getattr(item, name) for name in item.__dataclass_fields__ if name != "kept"}
-        tensors.update({f"{prefix}{name}": values.pop(name).contiguous() for name in _TENSORS if name in values})
-        return values
-
-    described = [
-        {
-            **texts(strip, f"{i}."),
-            "kept": [texts(kept, f"{i}.{k}.") for k, kept in enumerate(strip.kept)],
-        }
-        for i, strip in enumerate(strips)
+def over_time(clip: Timeline, kept: KeptEntries) -> list[tuple[str, list[float | None]]]:
+    """The timeline in numbers: for equal stretches of the clip, its seconds and the kept shares of video and audio."""
+    both = [
+        kept.shares(modality, _TABLE_ROWS).mean(0).tolist() if entries.shape[1] >= _TABLE_ROWS else None
+        for modality, entries in (("video", kept.video), ("audio", kept.audio))
     ]
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"strips": json.dumps(described, ensure_ascii=False)})
+    step = clip.seconds / _TABLE_ROWS
+    return [
+        (f"{step * i:.3g} to {step * (i + 1):.3g} s", [None if shares is None else shares[i] for shares in both])
+        for i in range(_TABLE_ROWS)
+    ]
 
 
-def load_strips(path: str | Path) -> list[Strip]:
-    """Read strips.
-
-    Raises:
-        InputError: not a file of strips.
-    """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            described = json.loads((file.metadata() or {})["strips"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return [_strip(values, f"{i}.", tensors) for i, values in enumerate(described)]
-    except FileNotFoundError as error:
-        raise InputError("no such file", source=path) from error
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"not a whole file of strips ({error})", source=path) from error
+def _bars(shares: Tensor) -> str:
+    """Bars of equal width as one path, the largest 100 high."""
+    heights = (100 * shares / shares.max().clamp_min(1e-9)).tolist()
+    width = 1000 / len(heights)
+    return "".join(
+        f"M{width * i:.1f} 100V{100 - height:.1f}H{width * (i + 1):.1f}V100Z"
+        for i, height in enumerate(heights)
+        if height > 0
+    )
 
 
-def _strip(values: dict[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> Strip:
-    def own(prefix: str) -> dict[str, Any]:
-        return {name: tensors[f"{prefix}{name}"] for name in _TENSORS if f"{prefix}{name}" in tensors}
+def _tinted(opacity: Tensor, colour: tuple[int, int, int]) -> Image.Image:
+    """One colour at uint8 opacities [height, width]."""
+    ground = torch.tensor(colour, dtype=torch.uint8).expand(*opacity.shape, 3)
+    return Image.fromarray(torch.cat([ground, opacity[..., None]], dim=-1).numpy(), "RGBA")
 
-    kept = [KeptEntries(**cell, **own(f"{prefix}{k}.")) for k, cell in enumerate(values.pop("kept"))]
-    grid = values.pop("grid")
-    return Strip(**values, **own(prefix), grid=None if grid is None else (grid[0], grid[1]), kept=kept)
+
+def _side_by_side(pictures: Tensor) -> Image.Image:
+    """uint8 [count, 3 or 4, height, width] with a gap of two pixels between them."""
+    count, channels, height, width = pictures.shape
+    gap = torch.nn.functional.pad(pictures, (1, 1), value=255)
+    if channels == 3:
+        opaque = torch.nn.functional.pad(torch.full((count, 1, height, width), 255, dtype=torch.uint8), (1, 1))
+        gap = torch.cat([gap, opaque], dim=1)
+    elif channels == 4:
+        gap[:, 3, :, [0, -1]] = 0
+    joined = gap.permute(2, 0, 3, 1).reshape(height, count * (width + 2), 4)
+    return Image.fromarray(joined.contiguous().numpy(), "RGBA")
+
+
+def _data_uri(image: Image.Image, kind: str) -> str:
+    file = io.BytesIO()
+    image.save(file, format=kind, **({"quality": 80} if kind == "webp" else {"optimize": True}))
+    return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from acckv.compressor import KVCompressor
 from acckv.errors import InputError
-from acckv.evaluation.results import Results
+from acckv.evaluation.results import CALIBRATED, Results
 from acckv.export import LowRatio
 from acckv.io.progress import Progress
 from acckv.runtime.simulation import disable_checkpointing
@@ -23,7 +23,8 @@ from lightning_modules.calibration.fsdp import is_sharded
 from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.calibration.resume import TRAINING, read_checkpoint
 from lightning_modules.evaluation.datamodule import EvaluationData
-from lightning_modules.evaluation.run import CALIBRATED, EvaluationOptions, run_evaluation
+from lightning_modules.evaluation.options import EvaluationOptions
+from lightning_modules.evaluation.run import run_evaluation
 
 
 def _dry(trainer: Any) -> bool:

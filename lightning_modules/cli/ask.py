@@ -18,8 +18,9 @@ from acckv.cache.cache import CompressedCache
 from acckv.data.encoding import encode_context, question_suffix
 from acckv.data.media import MediaOptions, read_media
 from acckv.errors import InputError
+from acckv.evaluation.results import CALIBRATED
 from acckv.models import load_model
-from lightning_modules.evaluation.options import CALIBRATED, POLICIES
+from lightning_modules.evaluation.options import POLICIES
 
 _Made = TypeVar("_Made")
 

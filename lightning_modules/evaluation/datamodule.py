@@ -21,7 +21,7 @@ from acckv.data.records import Record, with_system_prompt
 from acckv.data.synthetic.clips import VARIANTS, default_root, video_folder, write_clips
 from acckv.errors import InputError
 from acckv.evaluation.journal import Journal
-from acckv.evaluation.setup import Setup
+from acckv.evaluation.run_config import RunConfig
 
 ClipReader = Callable[[Record], Media | PrecomputedClip]
 GeneratedSplit = Literal["train", "validation", "test"]
@@ -153,20 +153,30 @@ def group_by_clip(records: Sequence[Record], limit: int | None = None) -> list[l
 
 
 @dataclass(frozen=True)
+class Clip:
+    """A clip and the questions about it.
+
+    Attributes:
+        number: of the clip, counted through all batches.
+        media: the clip, or why it could not be read.
+    """
+
+    number: int
+    media: Media | PrecomputedClip | InputError
+    records: list[Record]
+
+
+@dataclass(frozen=True)
 class ClipBatch:
     """Clips that are answered together.
 
     Attributes:
-        number: of the batch; first: number of its first clip, the others follow.
-        media: each clip, or why it could not be read.
-        records: the questions about each clip.
-        files: as :meth:`Setup.files` gives them.
+        number: of the batch.
+        files: as :meth:`RunConfig.files` gives them.
     """
 
     number: int
-    first: int
-    media: list[Media | PrecomputedClip | InputError]
-    records: list[list[Record]]
+    clips: list[Clip]
     files: list[list[list[int] | None]]
 
 
@@ -215,25 +225,27 @@ class EvaluationClips(LightningDataModule):
         if trainer is None:
             raise RuntimeError("is for a Trainer")
         trainer.strategy.barrier("opened")  # the first process has opened the journal
-        setup, finished = self.journal.setup, self.journal.finished()
-        mine = self.shard.share(setup.batches, trainer.global_rank, trainer.world_size)
+        config, finished = self.journal.config, self.journal.finished()
+        mine = self.shard.share(config.batches, trainer.global_rank, trainer.world_size)
         left = [number for number in mine if number not in finished]
-        return DataLoader(_Batches(setup, self.read), batch_size=None, sampler=left, num_workers=self.num_workers)
+        return DataLoader(_Batches(config, self.read), batch_size=None, sampler=left, num_workers=self.num_workers)
 
     def transfer_batch_to_device(self, batch: ClipBatch, device: torch.device, dataloader_idx: int) -> ClipBatch:
-        """Clips stay where they are; what the processor makes of them is moved."""
+        """Clips stay where they are; a session moves what the processor makes of them."""
         return batch
 
 
 class _Batches(Dataset[ClipBatch]):
-    def __init__(self, setup: Setup, read: ClipReader) -> None:
-        self.setup, self.read = setup, read
+    def __init__(self, config: RunConfig, read: ClipReader) -> None:
+        self.config, self.read = config, read
 
     def __getitem__(self, number: int) -> ClipBatch:
-        members = self.setup.members(number)
-        files = self.setup.files(number)  # before they are read: a change in between shows
-        records = [self.setup.clips[clip] for clip in members]
-        return ClipBatch(number, members.start, [self._read(questions[0]) for questions in records], records, files)
+        files = self.config.files(number)  # before they are read: a change in between shows
+        clips = [
+            Clip(clip, self._read(self.config.clips[clip][0]), self.config.clips[clip])
+            for clip in self.config.members(number)
+        ]
+        return ClipBatch(number, clips, files)
 
     def _read(self, record: Record) -> Media | PrecomputedClip | InputError:
         try:

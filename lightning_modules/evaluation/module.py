@@ -1,45 +1,35 @@
-"""Answer the same questions from every compressed cache, on Lightning's test loop."""
+"""The same questions answered from every compressed cache, on Lightning's test loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-import torch
 from lightning import LightningModule
-from torch import Tensor
 
-from acckv import CompressionConfig, KVCompressor
-from acckv.cache.cache import CompressedCache
-from acckv.data.encoding import encode, question_suffix
-from acckv.data.media import KINDS, Media
-from acckv.data.precomputed import PrecomputedClip
+from acckv import KVCompressor
+from acckv.benchmarks.judging import Judge
+from acckv.data.encoding import encode
+from acckv.data.media import KINDS
 from acckv.data.records import Record
 from acckv.errors import InputError
-from acckv.evaluation.journal import Batch, CellAnswers, Part
-from acckv.evaluation.results import FULL
-from acckv.models.batching import pad_left
+from acckv.evaluation.answering import Generated, PackedQuestions, answer_prompts, answer_questions
+from acckv.evaluation.journal import Batch
+from acckv.evaluation.results import FULL, Answer, Setting
+from acckv.evaluation.sizes import Sizes
 from acckv.runtime.session import Prefill, Session
-from lightning_modules.evaluation.datamodule import ClipBatch
+from lightning_modules.evaluation.datamodule import Clip, ClipBatch
 
-_Texts = tuple[list[str], list[bool]]
-"""Answers, and whether the limit of tokens ended each."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row of the table to come: a policy at a ratio."""
-
-    policy: str
-    ratio: float
-    compressor: KVCompressor
+Asked = list[tuple[Clip, Record]]
+Answered = Iterator[tuple[Asked, Setting, list[Generated], Sizes]]
+"""Of each prefill and setting: the questions, the answers to them, and the sizes of the cache."""
 
 
 @dataclass(frozen=True)
 class Asking:
-    """How a model is asked.
+    """The way a model is asked.
 
     Attributes:
         prompt: the text that it reads for a question.
@@ -50,50 +40,19 @@ class Asking:
     max_new_tokens: dict[str, int]
 
 
-@dataclass(frozen=True)
-class _Clip:
-    """A clip that was read, and its place among all clips."""
-
-    index: int
-    media: Media | PrecomputedClip
-    records: Sequence[Record]
-
-    @property
-    def system_prompt(self) -> str | None:
-        return self.records[0].system_prompt
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """Questions of one protocol about some clips, as rows for one generate call.
-
-    Attributes:
-        input_ids, attention_mask: [clips * n, tokens], left padded; a clip's n rows side by side.
-        items: for each row the number of its question in the batch, None for a row that only fills up.
-        max_new_tokens: longest answer.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    items: list[int | None]
-    max_new_tokens: int
-
-
 class EvaluationModule(LightningModule):
     """Every policy at every ratio on the same questions; one prefill serves them all.
 
-    With `when: context` a batch of clips is prefilled once, and each cell answers all questions of the batch from its
-    own compressed copy. With `when: prompt` a prompt holds its question, so there is a prefill a question; the first
-    answer token comes from that prefill, as it does in `model.generate`, and the rest is read from what was kept.
+    With `when: context` a batch of clips is prefilled once, and each setting answers all questions of the batch from
+    its own compressed copy. With `when: prompt` a prompt holds its question, so there is a prefill a question.
 
     Args:
         model: the AV-LLM, its own full cache being the reference.
         processor: of the model.
-        cells: what to measure; must hold the full cache, which the others are compared with.
-        asking: how the model is asked.
-        when: "context" or "prompt".
+        compressors: of each setting; the first is the full cache, which the others are compared with.
+        asking: the way the model is asked; judge: of its answers.
         strict: a clip that cannot be read is an error; otherwise its questions are not asked.
-        on_answers: called with the number of a cell, and the questions of a prefill with its answers to them.
+        on_answers: called with a setting, its answers to the questions of a prefill, and the sizes of its cache.
         on_batch: called with each finished batch.
     """
 
@@ -101,220 +60,165 @@ class EvaluationModule(LightningModule):
         self,
         model: Any,
         processor: Any,
-        cells: Sequence[Cell],
+        compressors: Mapping[Setting, KVCompressor],
         asking: Asking,
+        judge: Judge,
         *,
-        when: str,
         strict: bool = False,
-        on_answers: Callable[[int, list[Record], CellAnswers], None] = lambda cell, records, answers: None,
+        on_answers: Callable[[Setting, list[Answer], Sizes], None] = lambda setting, answers, sizes: None,
         on_batch: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
         super().__init__()
-        if cells[0].policy != FULL:
-            raise ValueError("the first of the cells must be the full cache")
-        self.model = model
-        self.processor = processor
-        self.cells = cells
-        self.asking = asking
-        self.when = when
-        self.strict = strict
+        first = next(iter(compressors))
+        if first.policy != FULL:
+            raise ValueError("the first of the settings must be the full cache")
+        self.model, self.processor, self.compressors = model, processor, dict(compressors)
+        self.full = compressors[first]
+        self.asking, self.judge, self.strict = asking, judge, strict
         self.on_answers, self.on_batch = on_answers, on_batch
-        self.observer = KVCompressor(CompressionConfig(policy="full", when=when))  # type: ignore[arg-type]
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
+    @property
+    def when(self) -> str:
+        """The moment of compression: "context" or "prompt"."""
+        return self.full.config.when
+
     def test_step(self, batch: ClipBatch, batch_idx: int) -> None:
-        """Answer all questions about a batch of clips from every cell's cache.
+        """Answer all questions about a batch of clips from every setting's cache.
 
         Raises:
             InputError: a clip cannot be read, if `strict`.
         """
-        failed = {place: error for place, error in enumerate(batch.media) if isinstance(error, InputError)}
-        read = [
-            _Clip(batch.first + place, media, batch.records[place])
-            for place, media in enumerate(batch.media)
-            if not isinstance(media, InputError)
-        ]
-        parts = []
+        failed = {clip.number: clip.media for clip in batch.clips if isinstance(clip.media, InputError)}
+        answers: list[Answer] = []
+        sizes: dict[Setting, Sizes] = {}
         for kind in KINDS:
-            clips = [clip for clip in read if clip.media.kind == kind]
-            clips, inputs, refused = self._encoded(clips)
-            failed |= {clip - batch.first: error for clip, error in refused.items()}
+            clips, inputs = self._encoded([clip for clip in batch.clips if _kind(clip) == kind], failed)
             if failed and self.strict:
                 raise failed[min(failed)]
-            if clips and self.when == "context":
-                parts.append(self._answer_after_context(clips, inputs))
-            elif clips:
-                parts += self._answer_after_prompt(clips)
-        self.on_batch(
-            Batch(
-                batch.number,
-                batch.files,
-                [(batch.first + place, str(failed[place])) for place in sorted(failed)],
-                parts,
-            )
-        )
+            if not clips:
+                continue
+            answered = self._after_context(clips, inputs) if self.when == "context" else self._after_prompt(clips)
+            for asked, setting, generated, size in answered:
+                given = [
+                    self._answer(setting, *question, text) for question, text in zip(asked, generated, strict=True)
+                ]
+                self.on_answers(setting, given, size)
+                answers += given
+                sizes[setting] = sizes[setting] + size if setting in sizes else size
+        broken = [(clip, str(failed[clip])) for clip in sorted(failed)]
+        self.on_batch(Batch(batch.number, batch.files, broken, answers, list(sizes.values())))
 
     # ---------------------------------------------------------------- the two moments
 
-    def _encoded(self, clips: list[_Clip]) -> tuple[list[_Clip], dict[str, Any], dict[int, InputError]]:
-        """The clips that the processor takes, model inputs up to the end of their media, and why it refused others."""
-        refused: dict[int, InputError] = {}
+    def _encoded(self, clips: list[Clip], failed: dict[int, InputError]) -> tuple[list[Clip], dict[str, Any]]:
+        """The clips that the processor takes, and model inputs up to the end of their media; others join `failed`."""
         while clips:
             try:
-                return (
-                    clips,
-                    encode(
-                        self.processor, [clip.media for clip in clips], None, [clip.system_prompt for clip in clips]
-                    ),
-                    refused,
-                )
+                return clips, self.inputs(clips)
             except InputError as error:
-                culprits = [clip for clip in clips if str(clip.media.path) == error.source]
-                if not culprits:
+                refused = {clip.number: error for clip in clips if _path(clip) == error.source}
+                if not refused:
                     raise
-                refused |= {clip.index: error for clip in culprits}
-                clips = [clip for clip in clips if clip not in culprits]
-        return clips, {}, refused
+                failed |= refused
+                clips = [clip for clip in clips if clip.number not in refused]
+        return clips, {}
 
-    def _answer_after_context(self, clips: list[_Clip], inputs: dict[str, Any]) -> Part:
-        records = [record for clip in clips for record in clip.records]
-        asked = list(self._pack(clips))
-        inputs = self._moved(inputs)
-        prefill = self._prefill(inputs)
-        cells: list[CellAnswers] = []
-        for number, session in self._open_cells():
-            if cells and self._is_full(number):
-                answers = cells[0]
-            else:
-                own = self._prefill(inputs, session) if session.adapts_prompt else prefill
-                cache = session.compress(own, ratio=self.cells[number].ratio)
-                answers = _measured(*self._answers(session, cache, asked, len(records)), cache)
-            self.on_answers(number, records, answers)
-            cells.append(answers)
-        return Part([(clip.index, place) for clip in clips for place in range(len(clip.records))], cells)
+    def inputs(self, clips: Sequence[Clip], records: Sequence[Record] | None = None) -> dict[str, Any]:
+        """Model inputs of clips up to the end of their media, or with a question each."""
+        questions = None if records is None else [self.asking.prompt(record) for record in records]
+        system_prompts = [clip.records[0].system_prompt for clip in clips]
+        return encode(self.processor, [clip.media for clip in clips], questions, system_prompts)
 
-    def _answers(self, session: Session, cache: CompressedCache, asked: list[_Asked], count: int) -> _Texts:
-        """The answers to all `count` questions of a batch."""
-        texts, cut = [""] * count, [False] * count
-        for questions in asked:
-            new = session.answer(
-                cache, questions.input_ids, questions.attention_mask, **self._generation(questions.max_new_tokens)
+    def _after_context(self, clips: list[Clip], inputs: dict[str, Any]) -> Answered:
+        asked = [(clip, record) for clip in clips for record in clip.records]
+        packed = [
+            (
+                limit,
+                records,
+                PackedQuestions.pack(self.processor, [list(map(self.asking.prompt, own)) for own in records]),
             )
-            decoded = self._decode(new, questions.max_new_tokens)
-            for item, text, ended in zip(questions.items, *decoded, strict=True):
-                if item is not None:
-                    texts[item], cut[item] = text, ended
-        return texts, cut
-
-    def _is_full(self, number: int) -> bool:
-        """Whether a cell evicts nothing and adapts nothing: it is the full cache, which was answered from already."""
-        cell = self.cells[number]
-        return cell.compressor.lora is None and cell.compressor.planners.keeps_all(cell.ratio)
-
-    def _answer_after_prompt(self, clips: list[_Clip]) -> Iterator[Part]:
-        for protocol, limit in self.asking.max_new_tokens.items():
-            pairs = [
-                (clip, place, record)
-                for clip in clips
-                for place, record in enumerate(clip.records)
-                if record.protocol == protocol
-            ]
-            for start in range(0, len(pairs), len(clips)):
-                chunk = pairs[start : start + len(clips)]
-                records = [record for _, _, record in chunk]
-                questions = [self.asking.prompt(record) for record in records]
-                inputs = self._moved(
-                    encode(
-                        self.processor,
-                        [clip.media for clip, _, _ in chunk],
-                        questions,
-                        [clip.system_prompt for clip, _, _ in chunk],
-                    )
-                )
-                prefill = self._prefill(inputs)
-                cells = []
-                for number, session in self._open_cells():
-                    own = self._prefill(inputs, session) if session.adapts_prompt else prefill
-                    first = new = _first_token(own)
-                    cache = session.compress(own, ratio=self.cells[number].ratio)
-                    if limit > 1:
-                        rest = session.answer(cache, first, **self._generation(limit - 1))
-                        new = torch.cat([first, rest], dim=1)
-                    cells.append(_measured(*self._decode(new, limit), cache))
-                    self.on_answers(number, records, cells[-1])
-                yield Part([(clip.index, place) for clip, place, _ in chunk], cells)
-
-    def _moved(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-
-    def _prefill(self, inputs: dict[str, Any], session: Session | None = None) -> Prefill:
-        """The base model's prefill, which serves every cell; or that of a session whose LoRA acts on the prompt."""
-        if session is not None:
-            return session.prefill(**inputs)
-        with self.observer(self.model, self.processor) as observing:
-            return observing.prefill(**inputs)
-
-    def _open_cells(self) -> Iterator[tuple[int, Session]]:
-        """Number and open session of each cell; a session serves all ratios of its policy."""
-        numbered = list(enumerate(self.cells))
-        for _, same in groupby(numbered, key=lambda cell: id(cell[1].compressor)):
-            members = list(same)
-            with members[0][1].compressor(self.model, self.processor) as session:
-                for number, _ in members:
-                    yield number, session
-
-    # ---------------------------------------------------------------- rows and texts
-
-    def _pack(self, clips: list[_Clip]) -> Iterator[_Asked]:
-        """The questions of each protocol; clips with fewer than the most are filled up with a repeated one."""
-        for protocol, limit in self.asking.max_new_tokens.items():
-            wanted: list[list[tuple[int, Record]]] = []
-            item = 0
-            for clip in clips:
-                numbered = list(enumerate(clip.records, start=item))
-                wanted.append([pair for pair in numbered if pair[1].protocol == protocol])
-                item += len(clip.records)
-            most = max(len(pairs) for pairs in wanted)
-            if most == 0:
+            for limit, records in self._by_limit(clips)
+        ]
+        shared = self._prefill(inputs)
+        full: tuple[list[Generated], Sizes] | None = None
+        for setting, session in self._sessions():
+            if full is not None and self._is_full(setting):
+                yield asked, setting, *full
                 continue
-            filler = next(pairs[0][1] for pairs in wanted if pairs)
-            rows: list[Tensor] = []
-            items: list[int | None] = []
-            for pairs in wanted:
-                rows += [question_suffix(self.processor, self.asking.prompt(record)) for _, record in pairs]
-                rows += [question_suffix(self.processor, self.asking.prompt(filler))] * (most - len(pairs))
-                items += [number for number, _ in pairs]
-                items += [None] * (most - len(pairs))
-            ids, mask = pad_left(rows, self._pad_id)
-            yield _Asked(ids.to(self.device), mask.to(self.device), items, limit)
+            cache = session.compress(self._own(session, inputs, shared), ratio=setting.ratio)
+            texts: dict[str, Generated] = {}
+            for limit, records, questions in packed:
+                for own, given in zip(
+                    records, answer_questions(session, self.processor, cache, questions, limit), strict=True
+                ):
+                    texts |= {record.id: text for record, text in zip(own, given, strict=True)}
+            found = [texts[record.id] for _, record in asked], Sizes.of(cache)
+            full = full or found
+            yield asked, setting, *found
 
-    def _generation(self, max_new_tokens: int) -> dict[str, Any]:
-        return {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": self._pad_id}
+    def _after_prompt(self, clips: list[Clip]) -> Answered:
+        for limit, records in self._by_limit(clips):
+            pairs = [(clip, record) for clip, own in zip(clips, records, strict=True) for record in own]
+            for start in range(0, len(pairs), len(clips)):
+                asked = pairs[start : start + len(clips)]
+                inputs = self.inputs([clip for clip, _ in asked], [record for _, record in asked])
+                shared = self._prefill(inputs)
+                for setting, session in self._sessions():
+                    own = self._own(session, inputs, shared)
+                    cache = session.compress(own, ratio=setting.ratio)
+                    texts = answer_prompts(session, self.processor, own, cache, limit)
+                    yield asked, setting, texts, Sizes.of(cache)
 
-    @property
-    def _pad_id(self) -> int:
-        return self.processor.tokenizer.pad_token_id
+    def _by_limit(self, clips: list[Clip]) -> Iterator[tuple[int, list[list[Record]]]]:
+        """By longest answer of a protocol, each clip's questions of it; protocols without any are left out."""
+        for protocol, limit in self.asking.max_new_tokens.items():
+            records = [[record for record in clip.records if record.protocol == protocol] for clip in clips]
+            if any(records):
+                yield limit, records
 
-    def _decode(self, new: Tensor, limit: int) -> _Texts:
-        """Generated tokens as texts, up to the first end-of-answer token of a row; `limit` ends those without."""
-        ends = self.model.generation_config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        texts, cut = [], []
-        for row in new.tolist():
-            stop = next((i for i, token in enumerate(row) if token in ends), len(row))
-            texts.append(self.processor.tokenizer.decode(row[:stop], skip_special_tokens=True).strip())
-            cut.append(stop >= limit)
-        return texts, cut
+    def _is_full(self, setting: Setting) -> bool:
+        """Whether a setting evicts nothing and adapts nothing: it is the full cache, which has answered already."""
+        compressor = self.compressors[setting]
+        return compressor.lora is None and compressor.planners.keeps_all(setting.ratio)
+
+    def _prefill(self, inputs: dict[str, Any]) -> Prefill:
+        """The base model's prefill, which serves every setting whose LoRA does not act on the prompt."""
+        with self.full(self.model, self.processor) as session:
+            return session.prefill(**inputs)
+
+    @staticmethod
+    def _own(session: Session, inputs: dict[str, Any], shared: Prefill) -> Prefill:
+        return session.prefill(**inputs) if session.adapts_prompt else shared
+
+    def _sessions(self) -> Iterator[tuple[Setting, Session]]:
+        """Each setting with an open session, which serves all ratios of its policy."""
+        for _, same in groupby(self.compressors.items(), key=lambda pair: id(pair[1])):
+            members = list(same)
+            with members[0][1](self.model, self.processor) as session:
+                for setting, _ in members:
+                    yield setting, session
+
+    def _answer(self, setting: Setting, clip: Clip, record: Record, generated: Generated) -> Answer:
+        """An answer, judged."""
+        return Answer(
+            *setting,
+            id=record.id,
+            clip=clip.number,
+            video=record.video.name,
+            protocol=record.protocol,
+            groups=list(self.judge.groups(record)),
+            question=record.question,
+            answer=record.answer,
+            prediction=generated.text,
+            cut=generated.cut,
+            **asdict(self.judge(record, generated.text)),
+        )
 
 
-def _measured(texts: list[str], cut: list[bool], cache: CompressedCache) -> CellAnswers:
-    rows = cache.labels.labels.shape[0]
-    kept, full = cache.kept_entries().tolist(), cache.full_entries().tolist()
-    return CellAnswers(texts, kept, full, cache.kv_bytes(), rows, cut)
+def _kind(clip: Clip) -> str | None:
+    return None if isinstance(clip.media, InputError) else clip.media.kind
 
 
-def _first_token(prefill: Prefill) -> Tensor:
-    """The answer's first token by greedy search, [rows, 1]; the prefill has computed it before any compression."""
-    if prefill.logits is None:
-        raise ValueError("a prefill that started from embeddings has no logits")
-    return prefill.logits.argmax(-1, keepdim=True)
+def _path(clip: Clip) -> str | None:
+    return None if isinstance(clip.media, InputError) else str(clip.media.path)

@@ -1,4 +1,4 @@
-"""The options of an evaluation, and the rows of the table that they ask for."""
+"""The options of an evaluation, and the compressors that they ask for."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from acckv import CompressionConfig, KVCompressor
 from acckv.benchmarks import Mode
 from acckv.config import PolicyName, When
 from acckv.errors import InputError
-from acckv.evaluation.results import AUDIO_EVICTED, CONTROL, FULL, VIDEO_EVICTED
+from acckv.evaluation.results import AUDIO_EVICTED, CALIBRATED, CONTROL, FULL, VIDEO_EVICTED, Setting
 from acckv.method.modality import Modality
 from acckv.policies.single_modality import EvictedModality
 from lightning_modules.evaluation.datamodule import EvaluationData, Shard
-from lightning_modules.evaluation.module import Cell
 
-CALIBRATED = "acckv-calibrated"
 POLICIES = (*get_args(PolicyName), CALIBRATED)
 
 
@@ -48,7 +46,7 @@ class EvaluationOptions:
         word_tokens: longest short answer (a word, a letter, yes or no), in tokens. None is long enough for every right
             answer with the model's tokenizer, and at least 4, or what the benchmark's authors allow.
         description_tokens: longest answer of another kind, in tokens. None is as above, and at least 40.
-        strips: clips whose kept entries the report shows.
+        timelines: clips whose kept entries the report shows over time.
         strict: a clip that cannot be read is an error. Otherwise its questions are left out, and it is listed.
         update_card: write the measured table into the model card of the export, where that is a folder.
         dtype: of the model: float32, bfloat16, float16, or auto (what the checkpoint is stored in).
@@ -74,7 +72,7 @@ class EvaluationOptions:
     score: Mode | None = None
     word_tokens: int | None = None
     description_tokens: int | None = None
-    strips: int = 3
+    timelines: int = 3
     strict: bool = False
     update_card: bool = True
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
@@ -88,7 +86,7 @@ class EvaluationOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{value} is less than 1", field=name)
-        for name in ("seed", "strips"):
+        for name in ("seed", "timelines"):
             if getattr(self, name) < 0:
                 raise InputError(f"{getattr(self, name)} is less than 0", field=name)
         known = ("auto", "gpu", *sorted(AcceleratorRegistry.available_accelerators()))
@@ -136,8 +134,8 @@ class EvaluationOptions:
         return sorted(set(ratios), reverse=True)
 
 
-def build_cells(options: EvaluationOptions) -> list[Cell]:
-    """The rows of the table: the full cache, the controls, then every policy at every ratio.
+def build_compressors(options: EvaluationOptions) -> dict[Setting, KVCompressor]:
+    """The compressor of each row of the table: the full cache, the controls, then every policy at every ratio.
 
     At ratio 0 all training-free policies hold the same cache, the control's; the calibrated compressor has a row of
     its own there, which shows whether its adapter answers without the media.
@@ -145,12 +143,12 @@ def build_cells(options: EvaluationOptions) -> list[Cell]:
     Raises:
         InputError: the export of the calibrated compressor is not usable.
     """
-    cells = [
-        Cell(FULL, 1.0, KVCompressor(CompressionConfig(policy="full", when=options.when))),
-        Cell(CONTROL, 0.0, KVCompressor(CompressionConfig(policy="random", when=options.when, seed=options.seed))),
-        Cell(AUDIO_EVICTED, 0.0, _control(Modality.AUDIO, options.when)),
-        Cell(VIDEO_EVICTED, 0.0, _control(Modality.VIDEO, options.when)),
-    ]
+    found: dict[Setting, KVCompressor] = {
+        Setting(FULL, 1.0): KVCompressor(CompressionConfig(policy="full", when=options.when)),
+        Setting(CONTROL, 0.0): KVCompressor(CompressionConfig(policy="random", when=options.when, seed=options.seed)),
+        Setting(AUDIO_EVICTED, 0.0): _control(Modality.AUDIO, options.when),
+        Setting(VIDEO_EVICTED, 0.0): _control(Modality.VIDEO, options.when),
+    }
     for policy in options.policy_list():
         if policy == FULL:
             continue
@@ -159,8 +157,13 @@ def build_cells(options: EvaluationOptions) -> list[Cell]:
         else:
             compressor = KVCompressor(CompressionConfig(policy=policy, when=options.when, seed=options.seed))  # type: ignore[arg-type]
         ratios = [ratio for ratio in options.ratio_list() if ratio > 0 or policy == CALIBRATED]
-        cells += [Cell(policy, ratio, compressor) for ratio in ratios]
-    return cells
+        found |= {Setting(policy, ratio): compressor for ratio in ratios}
+    return found
+
+
+def _control(modality: Modality, when: When) -> KVCompressor:
+    """A compressor that evicts one modality and keeps the other."""
+    return KVCompressor(CompressionConfig(policy="full", when=when), policy=EvictedModality(modality, when))
 
 
 def _load_compressor(options: EvaluationOptions) -> KVCompressor:
@@ -176,8 +179,3 @@ def _load_compressor(options: EvaluationOptions) -> KVCompressor:
 
 def _as_list(given: Sequence[float] | float) -> Sequence[float]:
     return [given] if isinstance(given, (int, float)) else given
-
-
-def _control(modality: Modality, when: When) -> KVCompressor:
-    """A compressor that evicts one modality and keeps the other."""
-    return KVCompressor(CompressionConfig(policy="full", when=when), policy=EvictedModality(modality, when))

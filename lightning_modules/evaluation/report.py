@@ -1,86 +1,121 @@
-"""What an evaluation leaves for its report: the run, strips of kept entries, and `report.html` itself."""
+"""The files of an evaluation: predictions, plots, results, and the report with its kept-entries timelines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from acckv.data.media import TEMPORAL_PATCH, Media
-from acckv.data.precomputed import read_clip
-from acckv.data.records import Record
-from acckv.evaluation.results import PREDICTIONS_FILE, Results
-from acckv.report.answers import Answer, Answers, read_answers
+from acckv.evaluation.results import (
+    CALIBRATED,
+    FAILURES_FILE,
+    PREDICTIONS_FILE,
+    RESULTS_FILE,
+    Answer,
+    Results,
+    Setting,
+    write_failures,
+    write_predictions,
+    write_results,
+)
+from acckv.evaluation.scores import Outcome
+from acckv.evaluation.timeline import (
+    TIMELINES_FILE,
+    KeptEntries,
+    Timeline,
+    envelope,
+    measure_kept,
+    picture_grid,
+    save_timelines,
+    thumbnails,
+)
+from acckv.report.answers import Answers
 from acckv.report.html import shown_policy, write_html
-from acckv.report.run_record import RUN_FILE, Budget, RunRecord, versions, write_run
-from acckv.report.timeline import STRIPS_FILE, KeptEntries, Strip, envelope, save_strips, thumbnails, watch_clip
-from lightning_modules.evaluation.datamodule import ClipReader
-from lightning_modules.evaluation.module import Cell, EvaluationModule
-from lightning_modules.evaluation.tables import Outcome
+from acckv.report.plots import plot_budgets, plot_pareto
+from acckv.report.run_record import RECORD_FILE, Budget, RunRecord, write_run
+from acckv.runtime.session import Session
+from lightning_modules.evaluation.datamodule import Clip, ClipReader
+from lightning_modules.evaluation.module import EvaluationModule
+from lightning_modules.evaluation.versions import versions
+
+PARETO_FILE, BUDGETS_FILE = "pareto.png", "budgets.png"
 
 
-def write_report(
-    output: Path,
-    outcome: Outcome,
-    command: str | None,
-    module: EvaluationModule | None = None,
-    clips: Sequence[Sequence[Record]] = (),
-    strips: int = 0,
-    read: ClipReader = read_clip,
-) -> None:
-    """Write `report.json`, `strips.safetensors` and `report.html`; the results and predictions are written already.
+def write_files(output: Path, outcome: Outcome) -> None:
+    """Predictions, failures, plots and, last, the results."""
+    write_predictions(output / PREDICTIONS_FILE, outcome.answers)
+    write_failures(output / FAILURES_FILE, outcome.failures)
+    plot_pareto(output / PARETO_FILE, outcome.results)
+    kept = {setting: one.sizes.kept_entries for setting, one in outcome.scores.items() if setting.compresses}
+    if kept:
+        names = [policy for policy, _ in kept]
+        shown = CALIBRATED if CALIBRATED in names else names[-1]
+        budgets = {ratio: entries for (policy, ratio), entries in kept.items() if policy == shown}
+        plot_budgets(output / BUDGETS_FILE, budgets, outcome.full.sizes.full_entries, shown)
+    write_results(output / RESULTS_FILE, outcome.results)
+
+
+def write_report(output: Path, outcome: Outcome, command: str | None, timelines: Sequence[Timeline] = ()) -> None:
+    """Write `report.json`, `timelines.safetensors` and `report.html`; the other files are written already.
 
     Args:
         output: folder of the evaluation.
-        outcome: of the evaluation.
         command: the command line.
-        module: that answered; None where it did so elsewhere, and then there are no strips.
-        clips: the questions about each clip.
-        strips: clips to show the kept entries of; a clip without pictures has no strip.
-        read: reads a clip, as it was read for the answers.
+        timelines: of single clips.
     """
     budgets = [
-        Budget(policy, ratio, scores.kept_entries().tolist())
-        for (policy, ratio), scores in outcome.scores.items()
-        if 0 < ratio < 1
+        Budget(*setting, one.sizes.kept_entries.tolist())
+        for setting, one in outcome.scores.items()
+        if setting.compresses
     ]
-    full = next(iter(outcome.scores.values())).full_entries().tolist()
-    write_run(output / RUN_FILE, RunRecord(command, versions(), full, budgets))
-    (output / STRIPS_FILE).unlink(missing_ok=True)  # of an older evaluation
-    cells = [] if module is None else strip_cells(outcome.results, module.cells)
-    if module is not None and cells and strips:
-        answers = read_answers(output / PREDICTIONS_FILE)
-        drawn = []
-        for asked in choose_questions(answers, cells, strips):
-            record = next(record for record in clips[asked.clip] if record.id == asked.id)
-            clip = read(record)
-            if isinstance(clip, Media) and clip.frames is not None:
-                drawn.append(_strip(module, answers, cells, clip, clip.frames, record, asked))
-        if drawn:
-            save_strips(output / STRIPS_FILE, drawn)
+    video, audio = outcome.full.sizes.full_entries.tolist()
+    write_run(output / RECORD_FILE, RunRecord(command, versions(), (video, audio), budgets))
+    (output / TIMELINES_FILE).unlink(missing_ok=True)  # of an older evaluation
+    if timelines:
+        save_timelines(output / TIMELINES_FILE, timelines)
     write_html(output)
 
 
-def strip_cells(results: Results, cells: Sequence[Cell]) -> list[Cell]:
-    """The cells that strips show, largest ratio first: the shown policy at every ratio between 0 and 1, and at each
-    of them the best training-free policy that looks at the entries (a random draw says nothing of a clip)."""
-    shown = shown_policy(results)
-    ours = [cell for cell in cells if cell.policy == shown and 0 < cell.ratio < 1]
+def measure_timelines(module: EvaluationModule, outcome: Outcome, count: int, read: ClipReader) -> list[Timeline]:
+    """The kept entries of `count` clips; a clip without pictures has no timeline.
+
+    Args:
+        module: that answered.
+        read: reads a clip, as it was read for the answers.
+    """
+    answers, settings = Answers(outcome.answers), shown_settings(outcome.results)
     found = []
-    for cell in sorted(ours, key=lambda cell: -cell.ratio):
-        rows = [row for row in results.rows if row.ratio == cell.ratio and row.policy not in (shown, "random")]
-        best = max(rows, key=lambda row: row.accuracy, default=None)
-        found.append(cell)
-        found += [other for other in cells if best and (other.policy, other.ratio) == (best.policy, best.ratio)]
+    for asked in choose_questions(answers, settings, count) if settings else []:
+        record = outcome.config.record(asked)
+        media = read(record)
+        if isinstance(media, Media) and media.frames is not None:
+            given = [answers.by_setting[setting][asked.id] for setting in settings]
+            found.append(_timeline(module, Clip(asked.clip, media, [record]), media, media.frames, asked, given))
     return found
 
 
-def choose_questions(answers: Answers, cells: list[Cell], count: int) -> list[Answer]:
-    """Questions about `count` different clips: in turn one that the first cells' policy answers wrongly although the
-    full cache is right (at the largest ratio first), and one that it always answers rightly."""
-    own = [(cell.policy, cell.ratio) for cell in cells if cell.policy == cells[0].policy]
-    lost = [flip.full for cell in own for flip in answers.flips(cell).lost]
+def shown_settings(results: Results) -> list[Setting]:
+    """The settings of timelines, largest ratio first: the shown policy at every ratio between 0 and 1, and at each
+    of them the best training-free policy that looks at the entries (a random draw says nothing of a clip)."""
+    shown = shown_policy(results)
+    found = []
+    own_rows = [row for row in results.rows if row.policy == shown and row.setting.compresses]
+    for own in sorted(own_rows, key=lambda row: -row.ratio):
+        others = [row for row in results.rows if row.ratio == own.ratio and row.policy not in (shown, "random")]
+        best = max(others, key=lambda row: row.accuracy, default=None)
+        found += [own.setting] if best is None else [own.setting, best.setting]
+    return found
+
+
+def choose_questions(answers: Answers, settings: Sequence[Setting], count: int) -> list[Answer]:
+    """Questions about `count` different clips, as the full cache answers them: in turn one that the first setting's
+    policy answers wrongly although the full cache is right (at the largest ratio first), and one that it always
+    answers rightly."""
+    own = [setting for setting in settings if setting.policy == settings[0].policy]
+    lost = [flip.full for setting in own for flip in answers.flips(setting).lost]
     wrong = {answer.id for answer in lost}
     kept = [answer for answer in answers.full.values() if answer.right and answer.id not in wrong]
     rest = list(answers.full.values())
@@ -94,33 +129,32 @@ def choose_questions(answers: Answers, cells: list[Cell], count: int) -> list[An
     return list(chosen.values())
 
 
-def _strip(
-    module: EvaluationModule,
-    answers: Answers,
-    cells: Sequence[Cell],
-    clip: Media,
-    frames: Tensor,
-    record: Record,
-    asked: Answer,
-) -> Strip:
-    question = module.asking.prompt(record) if module.when == "prompt" else None
-    pairs = [(cell.compressor, cell.ratio) for cell in cells]
-    kept, grid = watch_clip(module.model, module.processor, clip, question, pairs, module.when, record.system_prompt)  # type: ignore[arg-type]
-    entries = []
-    for cell, held in zip(cells, kept, strict=True):
-        given = answers.cells[cell.policy, cell.ratio][asked.id]
-        entries.append(
-            KeptEntries(cell.policy, cell.ratio, given.prediction, given.score, held.video, held.audio, held.heads)
-        )
-    return Strip(
-        clip=asked.video,
-        question=asked.question,
-        answer=asked.answer,
-        full_answer=asked.prediction,
-        seconds=len(frames) / clip.fps,
+def _timeline(
+    module: EvaluationModule, clip: Clip, media: Media, frames: Tensor, full: Answer, answers: Sequence[Answer]
+) -> Timeline:
+    """The timeline of one clip.
+
+    Args:
+        frames: of the media; full: the full cache's answer; answers: of the settings that are shown.
+    """
+    inputs = module.inputs([clip], clip.records if module.when == "prompt" else None)
+
+    def opened(setting: Setting) -> partial[Session]:
+        return partial(module.compressors[setting], module.model, module.processor)
+
+    kept = measure_kept(inputs, opened(full.setting), [(opened(one.setting), one.ratio) for one in answers])
+    return Timeline(
+        clip=full.video,
+        question=full.question,
+        answer=full.answer,
+        full_answer=full.prediction,
+        seconds=len(frames) / media.fps,
         patches=len(frames) // TEMPORAL_PATCH,
-        grid=grid,
+        grid=picture_grid(module.processor, inputs.get("video_grid_thw"), kept[0][0].shape[1]),
         thumbnails=thumbnails(frames),
-        wave=envelope(clip.audio),
-        kept=entries,
+        wave=envelope(media.audio),
+        kept=[
+            KeptEntries(one.policy, one.ratio, one.prediction, one.score, *held)
+            for one, held in zip(answers, kept, strict=True)
+        ],
     )

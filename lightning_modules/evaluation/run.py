@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +12,33 @@ import torch.distributed
 from lightning import Trainer, seed_everything
 from rich.console import Console
 
-from acckv.benchmarks import Mode, find_benchmark
+from acckv import KVCompressor
+from acckv.benchmarks import Benchmark, Mode, find_benchmark
 from acckv.benchmarks.answers import answer_vocabulary
-from acckv.benchmarks.judging import Judge
 from acckv.data.records import Record
 from acckv.errors import InputError
-from acckv.evaluation.answer_limits import WORDS, answer_limits, longest_references
-from acckv.evaluation.journal import (
-    Batch,
-    Journal,
-    by_number,
-    read_batches,
-    read_setup,
-    write_evaluation,
-)
+from acckv.evaluation.answer_limits import LEAST, WORDS, answer_limits, longest_references
+from acckv.evaluation.journal import Batch, Journal, by_number, read_batches, read_config, write_evaluation
 from acckv.evaluation.progress import EvaluationProgress
-from acckv.evaluation.results import Results
-from acckv.evaluation.setup import Setup, describe_settings
+from acckv.evaluation.results import CALIBRATED, Results, Setting
+from acckv.evaluation.run_config import RunConfig, describe_options
+from acckv.evaluation.scores import Outcome, score_batches
 from acckv.io.progress import Progress
+from acckv.io.typed import read_json
 from acckv.models import load_model
 from acckv.report.card import write_card
+from acckv.report.table import print_tables
 from lightning_modules.evaluation.datamodule import EvaluationClips, Shard, group_by_clip
-from lightning_modules.evaluation.module import Asking, Cell, EvaluationModule
-from lightning_modules.evaluation.options import CALIBRATED, POLICIES, EvaluationOptions, build_cells
-from lightning_modules.evaluation.report import write_report
-from lightning_modules.evaluation.tables import evaluate_batches, print_tables, write_files
+from lightning_modules.evaluation.module import Asking, EvaluationModule
+from lightning_modules.evaluation.options import EvaluationOptions, build_compressors
+from lightning_modules.evaluation.report import measure_timelines, write_files, write_report
+from lightning_modules.evaluation.versions import versions
 from lightning_modules.interrupted import was_interrupted
 
-LEAST = {"word": 4, "description": 40}
-"""Longest answers, in tokens, about generated clips and question files, where no right one is longer."""
+_PACKAGES = ("acckv", "torch", "transformers", "lightning")
 _NAMED = 5  # missing batches that a message names
 
-__all__ = ["CALIBRATED", "POLICIES", "EvaluationOptions", "build_cells", "merge_evaluations", "run_evaluation"]
+__all__ = ["EvaluationOptions", "merge_evaluations", "run_evaluation"]
 
 
 def run_evaluation(
@@ -59,7 +54,7 @@ def run_evaluation(
     results of its own batches, and writes only these batches.
 
     Args:
-        options: what to measure.
+        options: of the evaluation.
         command: the command line, for the report and the model card.
         console: to print to.
         questions: (name, questions) to ask instead of those of `options.data`.
@@ -69,71 +64,69 @@ def run_evaluation(
     Raises:
         InputError: an option, a file or a checkpoint is not usable, or the output folder holds another evaluation.
     """
-    console = console or Console()
+    console, output = console or Console(), Path(options.output)
     seed_everything(options.seed, verbose=False)
     shard, trainer = Shard.parse(options.shard), _trainer(options)
-    cells = build_cells(options)
+    compressors = build_compressors(options)
     title, records = questions or (options.data.title, options.data.records())
-    benchmark = None if questions else options.data.benchmark
+    benchmark = None if questions or options.data.benchmark is None else find_benchmark(options.data.benchmark)
     loaded: Any
     with Progress("loading the model", console=console, shown=model is None and trainer.is_global_zero):
         loaded, processor = model or load_model(options.model, options.dtype, load_options=options.load_options)
     longest = longest_references(records, processor.tokenizer)
     asking = _asking(options, benchmark, longest)
-    setup = _setup(options, title, benchmark, records, cells, loaded, asking, trainer)
-    journal = Journal(Path(options.output), setup, _writer(shard, trainer))
-    judge = Judge(benchmark, frozenset(setup.vocabulary), options.mode)
+    config = _config(options, title, benchmark, records, compressors, loaded, asking, trainer)
+    journal = Journal(output, config, _writer(shard, trainer))
     if trainer.is_global_zero:
         _warn_of_cut_answers(console, longest, asking)
         journal.open(options.overwrite)
-    progress = EvaluationProgress(console if trainer.is_global_zero else None, judge, setup)
+    progress = EvaluationProgress(console if trainer.is_global_zero else None, config)
 
     def finish(batch: Batch) -> None:
         journal.append(batch)
         progress.finish(batch)
 
+    module = EvaluationModule(
+        loaded,
+        processor,
+        compressors,
+        asking,
+        config.judge,
+        strict=options.strict,
+        on_answers=progress.add,
+        on_batch=finish,
+    )
+    clips = EvaluationClips(journal, shard, options.data.reader(), options.data.num_workers)
     with progress:
-        progress.start(shard.share(setup.batches, trainer.global_rank, trainer.world_size), journal)
-        module = EvaluationModule(
-            loaded,
-            processor,
-            cells,
-            asking,
-            when=options.when,
-            strict=options.strict,
-            on_answers=progress.add,
-            on_batch=finish,
-        )
+        progress.start(shard.share(config.batches, trainer.global_rank, trainer.world_size), journal)
         try:
-            _answer(trainer, module, EvaluationClips(journal, shard, options.data.reader(), options.data.num_workers))
+            _answer(trainer, module, clips)
         except InputError:
             journal.remove_if_empty()
             raise
         except (KeyboardInterrupt, SystemExit) as stopped:
             if was_interrupted(stopped) and model is None and trainer.is_global_zero:
-                held = f"Stopped. What was answered is in {options.output}; the same command goes on from there."
+                held = f"Stopped. The answers so far are in {options.output}; the same command goes on from there."
                 console.print(held, highlight=False, soft_wrap=True)
             raise
         finally:
             loaded.to(trainer.strategy.root_device)  # a Trainer leaves it on the CPU, and the report asks it again
-    batches, mine = journal.finished(), shard.share(setup.batches)
-    outcome = evaluate_batches(setup, [batches[number] for number in mine], options.mode)
-    if not trainer.is_global_zero:
-        return outcome.results
-    if shard.count > 1:
+    batches, mine = journal.finished(), shard.share(config.batches)
+    outcome = score_batches(config, [batches[number] for number in mine])
+    if shard.count > 1 and trainer.is_global_zero:
         console.print(
-            f"part {options.shard} is answered, {len(mine)} of {len(setup.batches)} batches; "
+            f"part {options.shard} is answered, {len(mine)} of {len(config.batches)} batches; "
             "join all parts with: python evaluate.py merge FOLDER FOLDER ... --output FOLDER",
             highlight=False,
             soft_wrap=True,
         )
-        return outcome.results
-    print_tables(console, outcome)
-    write_files(Path(options.output), outcome)
-    write_report(Path(options.output), outcome, command, module, setup.clips, options.strips, options.data.reader())
-    if options.update_card and any(cell.policy == CALIBRATED for cell in cells) and Path(options.compressor).is_dir():
-        config = json.loads((Path(options.compressor) / "config.json").read_text(encoding="utf-8"))
-        write_card(options.compressor, config, outcome.results, command=command)
+    elif trainer.is_global_zero:
+        _publish(output, outcome, console)
+        timelines = measure_timelines(module, outcome, options.timelines, options.data.reader())
+        write_report(output, outcome, command, timelines)
+        if options.update_card and CALIBRATED in outcome.results.policies and Path(options.compressor).is_dir():
+            export = read_json(Path(options.compressor) / "config.json")
+            write_card(options.compressor, export, outcome.results, command=command)
     return outcome.results
 
 
@@ -158,26 +151,30 @@ def merge_evaluations(
     Raises:
         InputError: a folder holds no evaluation or one with other settings, or batches are missing.
     """
-    setups = [read_setup(Path(folder)) for folder in folders]
-    if not setups:
+    configs = [read_config(Path(folder)) for folder in folders]
+    if not configs:
         raise InputError("is empty; name the output folders of the shards", field="folders")
-    setup = setups[0]
-    for folder, other in zip(folders, setups, strict=True):
-        if differences := other.differences(setup):
+    config = configs[0]
+    for folder, other in zip(folders, configs, strict=True):
+        if differences := other.differences(config):
             raise InputError(f"has other settings than {folders[0]} ({differences})", source=folder)
-    batches = by_number(batch for folder in folders for batch in read_batches(Path(folder), setup))
-    missing = [str(number) for number in setup.batches if number not in batches]
+    config = replace(config, score=score or ("official" if config.benchmark else "robust"))
+    batches = by_number(batch for folder in folders for batch in read_batches(Path(folder), config.score))
+    missing = [str(number) for number in config.batches if number not in batches]
     if missing:
         few = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
-        raise InputError(f"{len(missing)} of {len(setup.batches)} batches are in no folder ({few})", field="folders")
-    Journal(Path(output), setup).check(overwrite)
-    write_evaluation(Path(output), setup, batches.values())
-    mode: Mode = score or ("official" if setup.benchmark else "robust")
-    outcome = evaluate_batches(setup, batches.values(), mode)
-    print_tables(console or Console(), outcome)
-    write_files(Path(output), outcome)
+        raise InputError(f"{len(missing)} of {len(config.batches)} batches are in no folder ({few})", field="folders")
+    Journal(Path(output), config).check(overwrite)
+    write_evaluation(Path(output), config, batches.values())
+    outcome = score_batches(config, batches.values())
+    _publish(Path(output), outcome, console or Console())
     write_report(Path(output), outcome, command)
     return outcome.results
+
+
+def _publish(output: Path, outcome: Outcome, console: Console) -> None:
+    print_tables(console, outcome)
+    write_files(output, outcome)
 
 
 def _answer(trainer: Trainer, module: EvaluationModule, clips: EvaluationClips) -> None:
@@ -201,8 +198,7 @@ def _answer(trainer: Trainer, module: EvaluationModule, clips: EvaluationClips) 
         raise refused
 
 
-def _asking(options: EvaluationOptions, name: str | None, longest: Mapping[str, int]) -> Asking:
-    benchmark = None if name is None else find_benchmark(name)
+def _asking(options: EvaluationOptions, benchmark: Benchmark | None, longest: Mapping[str, int]) -> Asking:
     least = LEAST if benchmark is None else dict.fromkeys(longest, benchmark.max_new_tokens)
     limits = answer_limits(longest, least, options.word_tokens, options.description_tokens)
     return Asking(_question if benchmark is None else benchmark.prompt, limits)
@@ -212,20 +208,20 @@ def _question(record: Record) -> str:
     return record.question
 
 
-def _setup(
+def _config(
     options: EvaluationOptions,
     title: str,
-    benchmark: str | None,
+    benchmark: Benchmark | None,
     records: Sequence[Record],
-    cells: Sequence[Cell],
+    compressors: Mapping[Setting, KVCompressor],
     model: Any,
     asking: Asking,
     trainer: Trainer,
-) -> Setup:
+) -> RunConfig:
     clips = group_by_clip(records, options.limit)
-    settings = describe_settings(
+    described = describe_options(
         [[(record, asking.prompt(record)) for record in clip] for clip in clips],
-        [(cell.policy, cell.ratio, cell.compressor) for cell in cells],
+        compressors,
         model,
         benchmark=title,
         when=options.when,
@@ -236,9 +232,11 @@ def _setup(
         load_options=options.load_options,
         media=options.data.limits(),
         device=trainer.strategy.root_device.type,
+        versions={name: found for name, found in versions().items() if name in _PACKAGES},
     )
     vocabulary = sorted(answer_vocabulary(records)) if benchmark is None else []
-    return Setup(settings, options.model, benchmark, vocabulary, clips)
+    name = None if benchmark is None else benchmark.name
+    return RunConfig(described, options.model, name, vocabulary, options.mode, clips)
 
 
 def _writer(shard: Shard, trainer: Trainer) -> str:

@@ -19,14 +19,15 @@ from acckv.benchmarks.corpus import corpus_scores
 from acckv.benchmarks.judging import ALL_OFFICIAL, ALL_ROBUST
 from acckv.data.precomputed import read_clip
 from acckv.data.records import Record
-from acckv.evaluation.journal import read_batches, read_setup
+from acckv.evaluation.journal import judged_by, read_batches, read_config
 from acckv.evaluation.results import Row, read_results
+from acckv.evaluation.scores import score_batches
 from acckv.metrics.captions import rouge_l
 from acckv.models import load_model
 from lightning_modules.cli.ask import AskOptions, run_ask
 from lightning_modules.evaluation.datamodule import EvaluationData
-from lightning_modules.evaluation.run import EvaluationOptions, run_evaluation
-from lightning_modules.evaluation.tables import evaluate_batches
+from lightning_modules.evaluation.options import EvaluationOptions
+from lightning_modules.evaluation.run import run_evaluation
 from tests.benchmarks.test_choice_benchmarks import SCORED
 from tests.benchmarks.test_open_benchmarks import CASES
 from tests.paths import FIXTURES
@@ -88,7 +89,7 @@ def run(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         if not output.exists():
             console = Console(file=io.StringIO(), width=200)
             data = EvaluationData(benchmark=name, root=str(FIXTURES / name))
-            settings = {"policies": "keydiff", "ratios": [0.5], "strips": 1, "accelerator": "cpu"}
+            settings = {"policies": "keydiff", "ratios": [0.5], "timelines": 1, "accelerator": "cpu"}
             run_evaluation(EvaluationOptions(output=str(output), data=data, **settings), console=console)  # type: ignore[arg-type]
             (output / "console.txt").write_text(console.file.getvalue())  # type: ignore[attr-defined]
         return output
@@ -103,12 +104,12 @@ def answered(name: str) -> dict[str, Record]:
 
 def with_answers(output: Path, answers: dict[str, str], mode: Any = "official") -> Row:
     """The full cache's row, had the model given these answers: by id of the question."""
-    setup = read_setup(output)
-    batches = read_batches(output, setup)
-    for part in (part for batch in batches for part in batch.parts):
-        texts = [answers[setup.clips[clip][place].id] for clip, place in part.questions]
-        part.cells[0] = replace(part.cells[0], texts=texts)
-    return evaluate_batches(setup, batches, mode).results.rows[0]
+    config = replace(read_config(output), score=mode)
+    batches = []
+    for batch in read_batches(output):
+        said = [replace(answer, prediction=answers[answer.id]) for answer in batch.answers]
+        batches.append(judged_by(config, replace(batch, answers=said)))
+    return score_batches(config, batches).results.rows[0]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from acckv import KVCompressor
+from acckv.evaluation.results import CALIBRATED
 from lightning_modules.calibration.callbacks import EvaluateExport, different_tensors
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.cli.errors import INTERRUPTED, run_door
 from lightning_modules.evaluation import run as evaluation_run
-from lightning_modules.evaluation.options import CALIBRATED, EvaluationOptions
+from lightning_modules.evaluation.options import EvaluationOptions
 from tests.calibration.test_calibration import fit
 
 
@@ -92,5 +93,5 @@ def test_ctrl_c_in_an_evaluation_says_how_it_goes_on(
         assert run_door(main) == INTERRUPTED == 130
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert f"What was answered is in {tmp_path}; the same command goes on from there." in capsys.readouterr().out
+    assert f"The answers so far are in {tmp_path}; the same command goes on from there." in capsys.readouterr().out
     assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1

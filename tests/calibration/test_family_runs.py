@@ -22,7 +22,8 @@ from lightning_modules.calibration.callbacks import ExportCompressor
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.evaluation.datamodule import EvaluationData
-from lightning_modules.evaluation.run import EvaluationOptions, run_evaluation
+from lightning_modules.evaluation.options import EvaluationOptions
+from lightning_modules.evaluation.run import run_evaluation
 from tests import checkpoints
 from tests.families import FAMILIES
 from tests.paths import ROOT

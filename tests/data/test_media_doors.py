@@ -29,7 +29,8 @@ from lightning_modules.calibration.loader import ClipLoader
 from lightning_modules.cli.ask import AskOptions, run_ask
 from lightning_modules.cli.train import main
 from lightning_modules.evaluation.datamodule import EvaluationData
-from lightning_modules.evaluation.run import EvaluationOptions, run_evaluation
+from lightning_modules.evaluation.options import EvaluationOptions
+from lightning_modules.evaluation.run import run_evaluation
 from tests.data.media_files import GREYS, burst, write_video
 
 QUESTION, SYSTEM, OTHER = "What colour was the ring?", "Describe the clip.", "Which sound came after the beep?"
@@ -58,7 +59,7 @@ def evaluate(folder: Path, output: Path, policies: str = "full", **changes: Any)
     """The full cache's answers by the number of their question."""
     data = EvaluationData(benchmark="custom", root=str(folder), **changes)
     options = EvaluationOptions(
-        policies=policies, ratios=0.5, strips=1, batch_size=1, accelerator="cpu", output=str(output), data=data
+        policies=policies, ratios=0.5, timelines=1, batch_size=1, accelerator="cpu", output=str(output), data=data
     )
     run_evaluation(options, console=Console(file=io.StringIO(), width=140))
     lines = map(json.loads, (output / "predictions.jsonl").read_text().splitlines())
@@ -77,8 +78,8 @@ def test_an_evaluation_reads_and_tells_as_it_is_asked_to(folder: Path, tiny: tup
     answers = evaluate(folder, tmp_path / "one", "keydiff", system_prompt=SYSTEM, **options)
     told = {"0": ("a.mp4", SYSTEM), "1": ("b.mp4", SYSTEM), "3": ("a.mp4", OTHER)}
     assert answers == {id: plain(tiny, folder / name, system, **options) for id, (name, system) in told.items()}
-    settings = json.loads((tmp_path / "one" / "run.json").read_text())["settings"]
-    assert settings["media"] == MediaOptions(max_frames=4, max_pixels=24 * 16).limits()
+    described = json.loads((tmp_path / "one" / "run.json").read_text())["options"]
+    assert described["media"] == MediaOptions(max_frames=4, max_pixels=24 * 16).limits()
     with pytest.raises(InputError, match=r"other settings \(.*media"):
         evaluate(folder, tmp_path / "one", "keydiff", system_prompt=SYSTEM)
     with pytest.raises(InputError, match=r"other settings \(.*questions"):

@@ -27,7 +27,8 @@ from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.calibration.training_progress import CalibrationBar
 from lightning_modules.cli.train import main
 from lightning_modules.evaluation.datamodule import EvaluationData
-from lightning_modules.evaluation.run import EvaluationOptions, run_evaluation
+from lightning_modules.evaluation.options import EvaluationOptions
+from lightning_modules.evaluation.run import run_evaluation
 from tests.calibration.test_training import calibrated
 from tests.support.simulated_accelerator import SimulatedAccelerator
 from tests.support.simulated_training import simulated_training
@@ -175,7 +176,7 @@ def evaluated(accelerator: str, questions: Path, export: Path, output: Path) -> 
         output=str(output / accelerator),
         word_tokens=2,
         description_tokens=2,
-        strips=1,
+        timelines=1,
         accelerator=accelerator,
         data=data,
     )
@@ -183,7 +184,7 @@ def evaluated(accelerator: str, questions: Path, export: Path, output: Path) -> 
 
 
 def test_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same answers, kept entries, bytes and strips from every cell, with an export among them."""
+    """The same answers, kept entries, bytes and timelines from every setting, with an export among them."""
     questions = write_clips(tmp_path / "clips", "test", 1, questions_per_clip=2, workers=1, progress=False)
     model, _ = load_model("tiny")
     export = tmp_path / "export"
@@ -193,5 +194,5 @@ def test_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         found = evaluated("sim", questions, export, tmp_path)
     assert accelerator.launches > 1000
     assert found.rows == expected.rows
-    for name in ("predictions.jsonl", "strips.safetensors"):
+    for name in ("predictions.jsonl", "timelines.safetensors"):
         assert (tmp_path / "sim" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes()

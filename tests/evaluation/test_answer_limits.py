@@ -17,7 +17,8 @@ from acckv.evaluation.results import read_results
 from acckv.models import load_processor
 from lightning_modules.cli.ask import AskOptions, run_ask
 from lightning_modules.evaluation.datamodule import EvaluationData
-from lightning_modules.evaluation.run import EvaluationOptions, run_evaluation
+from lightning_modules.evaluation.options import EvaluationOptions
+from lightning_modules.evaluation.run import run_evaluation
 from tests.data.media_files import burst, write_video
 
 LEAST = {"word": 4, "description": 40}
@@ -64,7 +65,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluate(questions: Path, output: Path, **changes: object) -> tuple[list[dict], str]:
     console = Console(file=io.StringIO(), width=140)
     data = EvaluationData(benchmark="custom", root=str(questions))
-    options = {"policies": "full", "ratios": 0.5, "strips": 0, "accelerator": "cpu", "output": str(output)}
+    options = {"policies": "full", "ratios": 0.5, "timelines": 0, "accelerator": "cpu", "output": str(output)}
     run_evaluation(EvaluationOptions(data=data, **{**options, **changes}), console=console)  # type: ignore[arg-type]
     lines = (output / "predictions.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], console.file.getvalue()  # type: ignore[attr-defined]
@@ -73,8 +74,8 @@ def evaluate(questions: Path, output: Path, **changes: object) -> tuple[list[dic
 @pytest.mark.parametrize("when", ["context", "prompt"])
 def test_cut_answers_are_counted_and_named(questions: Path, tmp_path: Path, when: str) -> None:
     whole, _ = evaluate(questions, tmp_path / "whole", when=when)
-    settings = json.loads((tmp_path / "whole" / "run.json").read_text())["settings"]
-    assert settings["max_new_tokens"] == {"description": 71, "word": 64}, "70 words and the end; the benchmark's own"
+    options = json.loads((tmp_path / "whole" / "run.json").read_text())["options"]
+    assert options["max_new_tokens"] == {"description": 71, "word": 64}, "70 words and the end; the benchmark's own"
     few, text = evaluate(questions, tmp_path / "few", when=when, word_tokens=1, description_tokens=2)
     tokenizer = load_processor("tiny").tokenizer
     for one, other in zip(whole, few, strict=True):

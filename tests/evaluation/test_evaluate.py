@@ -19,12 +19,13 @@ from acckv.data.encoding import encode
 from acckv.data.media import read_media
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.evaluation.results import Results, read_results
+from acckv.evaluation.timeline import load_timelines
 from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter, load_model
 from acckv.report.run_record import read_run
-from acckv.report.timeline import load_strips
 from lightning_modules.evaluation.datamodule import EvaluationData
-from lightning_modules.evaluation.run import EvaluationOptions, build_cells, run_evaluation
+from lightning_modules.evaluation.options import EvaluationOptions, build_compressors
+from lightning_modules.evaluation.run import run_evaluation
 
 CLIPS = 3
 RATIOS = [1.0, 0.2, 0.05, 0.0]
@@ -189,7 +190,9 @@ def test_accuracies_are_those_of_the_predictions(evaluated, question_file) -> No
 
 def test_batching_changes_no_answer(evaluated, question_file, export, tmp_path) -> None:
     # The first two clips were answered together, the third alone.
-    options = _options(question_file, export, tmp_path, batch_size=1, limit=2, policies="snapkv", ratios=0.2, strips=0)
+    options = _options(
+        question_file, export, tmp_path, batch_size=1, limit=2, policies="snapkv", ratios=0.2, timelines=0
+    )
     run_evaluation(options, console=Console(file=io.StringIO()))
     alone, together = _by_cell(tmp_path), _by_cell(evaluated[0])
     for cell, lines in alone.items():
@@ -213,7 +216,7 @@ def test_report_files_and_card(evaluated, export) -> None:
     assert {path.name for path in output.iterdir()} == {
         *("results.json", "predictions.jsonl", "failures.json", "pareto.png", "budgets.png"),
         *("run.json", "journal.jsonl"),
-        *("report.json", "strips.safetensors", "report.html"),
+        *("report.json", "timelines.safetensors", "report.html"),
     }
     assert (output / "pareto.png").read_bytes().startswith(b"\x89PNG")
     card = (export / "README.md").read_text()
@@ -235,15 +238,15 @@ def test_report_says_what_was_measured(evaluated) -> None:
         measured = results.row(budget.policy, budget.ratio)
         assert measured is not None
         assert sum(map(sum, budget.kept)) / len(budget.kept) == pytest.approx(measured.kept_entries, abs=1e-3)
-    strips = load_strips(output / "strips.safetensors")
-    assert len({strip.clip for strip in strips}) == CLIPS
+    timelines = load_timelines(output / "timelines.safetensors")
+    assert len({clip.clip for clip in timelines}) == CLIPS
     answers = _by_cell(output)
-    for strip in strips:
-        shown = [(entries.policy, entries.ratio) for entries in strip.kept]
+    for clip in timelines:
+        shown = [(entries.policy, entries.ratio) for entries in clip.kept]
         assert shown == [(name, ratio) for ratio in (0.2, 0.05) for name in ("acckv-calibrated", "snapkv")]
-        for entries in strip.kept:
+        for entries in clip.kept:
             lines = answers[entries.policy, entries.ratio].values()
-            given = [line for line in lines if (line["video"], line["question"]) == (strip.clip, strip.question)]
+            given = [line for line in lines if (line["video"], line["question"]) == (clip.clip, clip.question)]
             assert entries.prediction in {line["prediction"] for line in given}
     assert "python evaluate.py" in (output / "report.html").read_text(encoding="utf-8")
 
@@ -252,8 +255,8 @@ def test_model_is_untouched_afterwards(question_file, export, tmp_path, tiny) ->
     model, _ = tiny
     before = {name: id(module) for name, module in model.named_modules()}
     keys = set(vars(find_adapter(model).decoder))
-    cell = next(cell for cell in build_cells(_options(question_file, export, tmp_path)) if cell.policy == "snapkv")
-    with cell.compressor(model):
+    compressors = build_compressors(_options(question_file, export, tmp_path))
+    with compressors["snapkv", 0.2](model):
         pass
     assert {name: id(module) for name, module in model.named_modules()} == before
     assert set(vars(find_adapter(model).decoder)) == keys

@@ -28,7 +28,8 @@ from acckv.evaluation.results import CONTROLS, Results, read_results
 from acckv.models import load_model
 from lightning_modules.cli.ask import AskOptions, run_ask
 from lightning_modules.evaluation.datamodule import EvaluationData, Shard
-from lightning_modules.evaluation.run import EvaluationOptions, merge_evaluations, run_evaluation
+from lightning_modules.evaluation.options import EvaluationOptions
+from lightning_modules.evaluation.run import merge_evaluations, run_evaluation
 from tests.paths import ROOT
 
 CLIPS, QUESTIONS = 5, 2
@@ -56,7 +57,7 @@ def options(benchmark: Path, output: Path, **changes: object) -> EvaluationOptio
         "ratios": [0.2],
         "output": str(output),
         "batch_size": 2,
-        "strips": 0,
+        "timelines": 0,
         "accelerator": "cpu",
         "data": EvaluationData(benchmark="custom", root=str(benchmark)),
     }
@@ -129,11 +130,11 @@ def test_finished_answers_are_scored_anew_by_the_other_parser(benchmark: Path, w
     for name in ("run.json", "journal.jsonl"):
         shutil.copy(whole / name, tmp_path)
     batches = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
-    for part in (part for batch in batches for part in batch["parts"]):
-        part["cells"][0]["texts"] = [f"it is {text}" for text in part["cells"][0]["texts"]]
+    for answer in (answer for batch in batches for answer in batch["answers"]):
+        answer["prediction"] = f"it is {answer['prediction']}"
     (tmp_path / "journal.jsonl").write_text("".join(json.dumps(batch) + "\n" for batch in batches))
-    official, _ = run(options(benchmark, tmp_path))
     robust, _ = run(options(benchmark, tmp_path, score="robust"))
+    official, _ = run(options(benchmark, tmp_path))
     assert official.rows[0].accuracy == 0 and robust.rows[0].accuracy > 0.9
     assert official.rows[0].groups[ALL_ROBUST] == robust.rows[0].groups[ALL_ROBUST]
     assert robust.rows[0].groups[ALL_OFFICIAL].accuracy == 0 and robust.score == "robust"
@@ -165,7 +166,7 @@ def test_what_was_finished_before_a_kill_is_not_answered_again(benchmark: Path, 
 
 def test_the_journal_is_what_results_are_made_of(benchmark: Path, whole: Path, cut: Path) -> None:
     """A mark in the finished batch comes through: it was not answered again."""
-    marked = (cut / "journal.jsonl").read_bytes().replace(b'"texts": ["', b'"texts": ["MARK ', 1)
+    marked = (cut / "journal.jsonl").read_bytes().replace(b'"prediction": "', b'"prediction": "MARK ', 1)
     (cut / "journal.jsonl").write_bytes(marked)
     run(options(benchmark, cut))
     changed = [a["id"] for a, b in zip(lines(whole), lines(cut), strict=True) if a["prediction"] != b["prediction"]]
@@ -191,12 +192,12 @@ def test_decoded_clips_are_kept_between_evaluations(
 def test_a_changed_clip_has_its_batch_answered_again(benchmark: Path, whole: Path, tmp_path: Path) -> None:
     for name in ("run.json", "journal.jsonl"):
         shutil.copy(whole / name, tmp_path)
-    marked = (tmp_path / "journal.jsonl").read_bytes().replace(b'"texts": ["', b'"texts": ["MARK ')
+    marked = (tmp_path / "journal.jsonl").read_bytes().replace(b'"prediction": "', b'"prediction": "MARK ')
     (tmp_path / "journal.jsonl").write_bytes(marked)
     os.utime(sorted((benchmark / "videos").iterdir())[0])
     run(options(benchmark, tmp_path))
     kept = {line["clip"] for line in lines(tmp_path) if line["prediction"].startswith("MARK ")}
-    assert kept == {2, 4}
+    assert kept == {2, 3, 4}
 
 
 def test_a_folder_with_other_settings_is_not_mixed_with(benchmark: Path, whole: Path, tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from acckv.plugins.lmms_eval import Acckv, AcckvSimple
 from acckv.plugins.lmms_manifest import manifest
 from benchmarks.lmms_eval.prepare import FOLDER, prepare
 from lightning_modules.evaluation.datamodule import EvaluationData
-from lightning_modules.evaluation.run import EvaluationOptions, run_evaluation
+from lightning_modules.evaluation.options import EvaluationOptions
+from lightning_modules.evaluation.run import run_evaluation
 from tests.paths import ROOT
 
 CLIPS, RATIO = 2, 0.05

@@ -25,7 +25,7 @@ from acckv.policies import POLICIES
 from acckv.policies.expected_attention import SINKS
 from acckv.policies.look_m import pivotal_merging
 from acckv.runtime.context_reconstruction import LEAD_IN, chunks, moved_positions, watch_repetition
-from lightning_modules.evaluation.run import EvaluationOptions
+from lightning_modules.evaluation.options import EvaluationOptions
 from tests import tiny_omni
 from tests.pairwise import by_turns
 from tests.runtime.test_equivalence import QUESTION, masked_full_attention

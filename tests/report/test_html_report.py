@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,12 +17,22 @@ import torch
 from PIL import Image
 
 from acckv import InputError
-from acckv.evaluation.results import GroupScore, Results, Row, write_predictions, write_results
-from acckv.report.answers import read_answers
+from acckv.evaluation.results import (
+    Answer,
+    GroupScore,
+    Results,
+    Row,
+    read_failures,
+    read_predictions,
+    write_predictions,
+    write_results,
+)
+from acckv.evaluation.timeline import KeptEntries, Timeline, envelope, load_timelines, save_timelines
+from acckv.report.answers import Answers
 from acckv.report.html import MOST_FLIPS, REPORT_FILE, main, shown_policy, write_html
-from acckv.report.run_record import Budget, RunRecord, read_failures, read_run, versions, write_run
-from acckv.report.timeline import KeptEntries, Strip, envelope, load_strips, save_strips
-from acckv.report.tracks import frames_left, modality_tracks
+from acckv.report.run_record import Budget, RunRecord, read_run, write_run
+from acckv.report.timeline import frames_left, modality_timelines
+from lightning_modules.evaluation.versions import versions
 
 HOSTILE = "<script>alert('1')</script>\"><img src=x onerror=alert(2)> & {{ 7 * 7 }}"
 VOID = {"meta", "img", "source", "br", "link", "input", "hr"}
@@ -42,7 +53,7 @@ def _row(policy: str, ratio: float, accuracy: float, kept: float) -> Row:
     return Row(policy, ratio, QUESTIONS, accuracy, accuracy, interval, kept, 56.0, 1000 + round(kept), groups)
 
 
-def _cells() -> dict[tuple[str, float], tuple[float, float]]:
+def _settings() -> dict[tuple[str, float], tuple[float, float]]:
     """(policy, ratio) -> accuracy, kept entries."""
     return {
         ("full", 1.0): (1.0, 56.0),
@@ -57,25 +68,26 @@ def _cells() -> dict[tuple[str, float], tuple[float, float]]:
 
 def _write_evaluation(tmp_path: Path) -> None:
     """Files of an evaluation in which every text is hostile."""
-    rows = [_row(policy, ratio, *values) for (policy, ratio), values in _cells().items()]
+    rows = [_row(policy, ratio, *values) for (policy, ratio), values in _settings().items()]
     write_results(tmp_path / "results.json", Results(HOSTILE, HOSTILE, "context", 3, rows))
-    lines = []
-    for (policy, ratio), (accuracy, _) in _cells().items():
+    answers = []
+    for (policy, ratio), (accuracy, _) in _settings().items():
         for item in range(QUESTIONS):
             score = float(item % 4 < 4 * accuracy)
             texts = {"question": f"{item} {HOSTILE}", "answer": HOSTILE, "prediction": HOSTILE if score else ""}
             where = {"id": str(item), "clip": item // 8, "video": HOSTILE}
-            lines.append({"policy": policy, "ratio": ratio, **where, **texts, "score": score})
-    write_predictions(tmp_path / "predictions.jsonl", lines)
-    shares = [[9.0, 1.0], [3.0, 2.0], [0.0, 0.0]]
-    budgets = [Budget("acckv-calibrated", 0.1, shares), Budget("keydiff", 0.1, [[4.0, 1.0]] * 3)]
-    write_run(tmp_path / "report.json", RunRecord(f"python evaluate.py {HOSTILE}", versions(), [36.0, 20.0], budgets))
+            judged = {"cut": False, "score": score, "official": score, "robust": None, "parsed": True}
+            answers.append(Answer(policy, ratio, protocol="word", groups=["Audio"], **where, **texts, **judged))
+    write_predictions(tmp_path / "predictions.jsonl", answers)
+    shares = [(9.0, 1.0), (3.0, 2.0), (0.0, 0.0)]
+    budgets = [Budget("acckv-calibrated", 0.1, shares), Budget("keydiff", 0.1, [(4.0, 1.0)] * 3)]
+    write_run(tmp_path / "report.json", RunRecord(f"python evaluate.py {HOSTILE}", versions(), (36.0, 20.0), budgets))
     (tmp_path / "failures.json").write_text(json.dumps([{"clip": HOSTILE, "error": HOSTILE}]))
     kept = [_kept("acckv-calibrated", 0.1), _kept("keydiff", 0.2, heads=2)]
     pictures = torch.arange(4 * 3 * 8 * 8, dtype=torch.uint8).view(4, 3, 8, 8)
     wave = envelope(torch.sin(torch.arange(16_000) / 5))
-    strip = Strip(HOSTILE, HOSTILE, HOSTILE, "", 8.0, 4, (3, 3), pictures, wave, kept)
-    save_strips(tmp_path / "strips.safetensors", [strip])
+    timeline = Timeline(HOSTILE, HOSTILE, HOSTILE, "", 8.0, 4, (3, 3), pictures, wave, kept)
+    save_timelines(tmp_path / "timelines.safetensors", [timeline])
 
 
 class _Page(HTMLParser):
@@ -136,7 +148,7 @@ def test_hostile_text_stays_text(written: tuple[Path, str, _Page]) -> None:
     assert all(not name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert all((image["src"] or "").startswith("data:image/") for image in page.all("img"))
     assert "<script" not in text
-    # Title, command, failure, group, question, answers, strip: what was written is what is read.
+    # Title, command, failure, group, question, answers, timeline: what was written is what is read.
     assert page.text.count(HOSTILE) > 50
     assert "49" not in re.findall(r"{{.*?}}", page.text)
 
@@ -179,15 +191,15 @@ def test_sections_and_tables_can_be_found_by_a_screen_reader(written: tuple[Path
 
 
 def test_flips_are_counted_both_ways_and_the_list_is_cut(folder: Path) -> None:
-    answers = read_answers(folder / "predictions.jsonl")
+    answers = Answers(read_predictions(folder / "predictions.jsonl"))
     flips = answers.flips(("acckv-calibrated", 0.1))
     assert (len(flips.lost), len(flips.won)) == (40, 0)
-    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    for line in lines:
-        if line["policy"] == "full" and line["id"] in ("2", "3"):
-            line["score"] = 0.0
-    write_predictions(folder / "predictions.jsonl", lines)
-    flips = read_answers(folder / "predictions.jsonl").flips(("acckv-calibrated", 0.2))
+    changed = [
+        replace(answer, score=0.0) if answer.policy == "full" and answer.id in ("2", "3") else answer
+        for answer in read_predictions(folder / "predictions.jsonl")
+    ]
+    write_predictions(folder / "predictions.jsonl", changed)
+    flips = Answers(changed).flips(("acckv-calibrated", 0.2))
     assert [flip.full.id for flip in flips.won] == ["2"]
     assert len(flips.lost) == 19
     _, page = _page(folder)
@@ -196,19 +208,19 @@ def test_flips_are_counted_both_ways_and_the_list_is_cut(folder: Path) -> None:
 
 
 def test_share_of_full_is_paired_by_clip(folder: Path) -> None:
-    answers = read_answers(folder / "predictions.jsonl")
+    answers = Answers(read_predictions(folder / "predictions.jsonl"))
     # Every clip has eight questions of which the same share is right: no draw of clips differs from another.
     assert answers.share_of_full(("keydiff", 0.1), seed=0) == pytest.approx((0.5, 0.5))
     assert answers.share_of_full(("nothing", 0.1), seed=0) is None
 
 
-def test_strips_survive_the_round_trip(folder: Path, tmp_path: Path) -> None:
-    (strip,) = load_strips(folder / "strips.safetensors")
-    save_strips(tmp_path / "again.safetensors", [strip])
-    assert (tmp_path / "again.safetensors").read_bytes() == (folder / "strips.safetensors").read_bytes()
-    assert (strip.question, strip.grid, strip.seconds) == (HOSTILE, (3, 3), 8.0)
-    assert strip.kept[1].heads == 2
-    assert torch.equal(strip.kept[1].video, _kept("keydiff", 0.2, heads=2).video)
+def test_timelines_survive_the_round_trip(folder: Path, tmp_path: Path) -> None:
+    (timeline,) = load_timelines(folder / "timelines.safetensors")
+    save_timelines(tmp_path / "again.safetensors", [timeline])
+    assert (tmp_path / "again.safetensors").read_bytes() == (folder / "timelines.safetensors").read_bytes()
+    assert (timeline.question, timeline.grid, timeline.seconds) == (HOSTILE, (3, 3), 8.0)
+    assert timeline.kept[1].heads == 2
+    assert torch.equal(timeline.kept[1].video, _kept("keydiff", 0.2, heads=2).video)
 
 
 def test_shares_over_time_are_those_of_the_entries() -> None:
@@ -218,11 +230,11 @@ def test_shares_over_time_are_those_of_the_entries() -> None:
     kept = KeptEntries("snapkv", 0.2, "", 0.0, video, torch.zeros(2, 0, dtype=torch.uint8), heads=2)
     assert kept.shares("video", 4).tolist() == [[0, 0, 0, 1], [0, 0, 0, 0.25]]
     pictures = torch.full((4, 3, 6, 4), 90, dtype=torch.uint8)
-    clip = Strip("a.mp4", "", "", "", 4.0, 4, (2, 1), pictures, envelope(None), [kept])
-    (track,) = modality_tracks(clip, kept)
-    assert (track.modality, track.entries, track.peak_seconds) == ("video", 8, (3.0, 4.0))
-    assert track.kept == pytest.approx(5 / 32)
-    assert track.peak == pytest.approx((1 + 0.25) / 2)
+    clip = Timeline("a.mp4", "", "", "", 4.0, 4, (2, 1), pictures, envelope(None), [kept])
+    (part,) = modality_timelines(clip, kept)
+    assert (part.modality, part.entries, part.peak_seconds) == ("video", 8, (3.0, 4.0))
+    assert part.kept == pytest.approx(5 / 32)
+    assert part.peak == pytest.approx((1 + 0.25) / 2)
     left = frames_left(clip, kept)
     assert left is not None
     with Image.open(io.BytesIO(base64.b64decode(left.split(",")[1]))) as image:
@@ -238,7 +250,7 @@ def test_made_again_from_the_files_alone(folder: Path, capsys: pytest.CaptureFix
     (folder / REPORT_FILE).unlink()
     assert main([str(folder)]) == 0
     assert (folder / REPORT_FILE).read_text(encoding="utf-8") == text
-    for name in ("report.json", "strips.safetensors", "failures.json"):
+    for name in ("report.json", "timelines.safetensors", "failures.json"):
         (folder / name).unlink()
     assert main([str(folder)]) == 0
     assert "Not recorded" in (folder / REPORT_FILE).read_text(encoding="utf-8")
@@ -251,12 +263,12 @@ def test_made_again_from_the_files_alone(folder: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("predictions.jsonl", "{", "line 1: not a JSON object"),
-        ("predictions.jsonl", '{"policy": "full"}', "line 1.id: None is missing"),
+        ("predictions.jsonl", "{", "line 1: not JSON"),
+        ("predictions.jsonl", '{"policy": "full"}', "line 1.ratio: missing"),
         ("report.json", '{"format": 9}', "format: is not of format 1"),
-        ("report.json", '{"format": 1, "command": null}', "a field is missing or ill-valued"),
-        ("strips.safetensors", "xx", "not a whole file of strips"),
-        ("failures.json", "[1]", "not a list of {clip, error}"),
+        ("report.json", '{"format": 1, "command": null}', "versions: missing"),
+        ("timelines.safetensors", "xx", "not a whole file of timelines"),
+        ("failures.json", "[1]", "[0]: expected an object"),
     ],
 )
 def test_a_broken_file_is_named(folder: Path, name: str, content: str, message: str) -> None:

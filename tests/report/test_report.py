@@ -18,7 +18,16 @@ from rich.console import Console
 import acckv
 from acckv.data.calibration_record import CalibrationRecord
 from acckv.errors import InputError
-from acckv.evaluation.results import GroupScore, Results, Row, read_results, write_predictions, write_results
+from acckv.evaluation.results import (
+    Answer,
+    GroupScore,
+    Results,
+    Row,
+    read_predictions,
+    read_results,
+    write_predictions,
+    write_results,
+)
 from acckv.io.files import whole_file
 from acckv.report.calibration import KeptShares, RunFacts, render_report
 from acckv.report.card import render_card, write_card
@@ -146,10 +155,22 @@ def test_a_cut_or_missing_file_is_named(tmp_path: Path, results: Results) -> Non
 
 
 def test_predictions_are_one_object_a_line(tmp_path: Path) -> None:
-    lines = [{"id": "1", "prediction": "red\ncircle"}, {"id": "2", "prediction": "\u00fc"}]
-    write_predictions(tmp_path / "predictions.jsonl", lines)
-    text = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
-    assert [json.loads(line) for line in text.splitlines()] == lines
+    about = {"clip": 0, "video": "a.mp4", "protocol": "word", "groups": ["Audio"], "question": "?", "answer": "red"}
+    judged = {"cut": False, "score": 1.0, "official": None, "robust": 0.5, "parsed": True}
+    texts = {"1": "red\ncircle", "2": "\u00fc\u2028"}
+    answers = [Answer("full", 1.0, id=name, prediction=text, **about, **judged) for name, text in texts.items()]
+    write_predictions(tmp_path / "predictions.jsonl", answers)
+    lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["prediction"] for line in lines[:-1]] == list(texts.values()) and lines[-1] == ""
+    assert json.loads(lines[0]) == {
+        "policy": "full",
+        "ratio": 1.0,
+        "id": "1",
+        "prediction": texts["1"],
+        **about,
+        **judged,
+    }
+    assert list(read_predictions(tmp_path / "predictions.jsonl")) == answers
 
 
 # ------------------------------------------------------------------ tables

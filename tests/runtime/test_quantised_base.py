@@ -17,7 +17,8 @@ from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
 from lightning_modules.calibration.callbacks import ExportCompressor
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.module import CalibrationModule
-from lightning_modules.evaluation.run import EvaluationOptions, run_evaluation
+from lightning_modules.evaluation.options import EvaluationOptions
+from lightning_modules.evaluation.run import run_evaluation
 from tests.families import FAMILIES
 
 
@@ -87,7 +88,7 @@ def test_a_quantised_base_calibrates_and_evaluates(tmp_path: Path, monkeypatch: 
         policies="acckv-calibrated",
         ratios=[0.2],
         output=str(tmp_path / "eval"),
-        strips=0,
+        timelines=0,
         accelerator="cpu",
     )
     results = run_evaluation(options, questions=("held out", data.records("validation")[:2]), model=(model, processor))

@@ -1,4 +1,4 @@
-"""What a strip says was kept is what the cache holds; a control evicts one modality and nothing else."""
+"""The entries of a timeline are those that the cache holds; a control evicts one modality and nothing else."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.cache.cache import compressed_layers
 from acckv.data.encoding import encode_context, question_suffix
 from acckv.data.media import Media, read_media
+from acckv.evaluation.timeline import envelope, measure_kept, picture_grid, thumbnails
 from acckv.method.modality import Modality
 from acckv.models import load_model
 from acckv.policies.single_modality import EvictedModality
-from acckv.report.timeline import envelope, thumbnails, watch_clip
 from tests.data.test_media import write_video
 
 
@@ -34,21 +34,25 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Media:
 def test_recorded_entries_are_those_of_the_cache(policy: str, tiny, media: Media) -> None:
     model, processor = tiny
     compressor = KVCompressor(CompressionConfig(policy=policy))  # type: ignore[arg-type]
-    (kept,), grid = watch_clip(model, processor, media, None, [(compressor, 0.2)], "context")
+    inputs, full = encode_context(processor, media), KVCompressor(CompressionConfig(policy="full"))
+    ((video, audio, heads),) = measure_kept(
+        inputs, lambda: full(model, processor), [(lambda: compressor(model, processor), 0.2)]
+    )
     with compressor(model, processor) as session:
-        prefill = session.prefill(**encode_context(processor, media))
+        prefill = session.prefill(**inputs)
         cache = session.compress(prefill, 0.2)
     labels = prefill.labels.labels[0]
     for number, (full, held) in enumerate(zip(compressed_layers(prefill.cache), compressed_layers(cache), strict=True)):
-        for modality, counts in ((Modality.VIDEO, kept.video), (Modality.AUDIO, kept.audio)):
+        for modality, counts in ((Modality.VIDEO, video), (Modality.AUDIO, audio)):
             found = torch.zeros(counts.shape[1], dtype=torch.long)
             for head in range(full.keys.shape[1]):
                 offered, there = full.keys[0, head, labels == modality], held.keys[0, head]
                 found += (offered[:, None] == there[None]).all(-1).any(-1)
-            heads = full.keys.shape[1] // kept.heads
-            assert found.tolist() == (heads * counts[number]).tolist(), (number, modality)
-    assert grid == (3, 3)
-    assert kept.video.shape[1] == 9 * len(media.frames) // 2
+            per_choice = full.keys.shape[1] // heads
+            assert found.tolist() == (per_choice * counts[number]).tolist(), (number, modality)
+    assert picture_grid(processor, inputs["video_grid_thw"], video.shape[1]) == (3, 3)
+    assert picture_grid(processor, inputs["video_grid_thw"], video.shape[1] + 1) is None
+    assert video.shape[1] == 9 * len(media.frames) // 2
 
 
 @pytest.mark.parametrize("modality", [Modality.VIDEO, Modality.AUDIO])

@@ -1,0 +1,150 @@
+"""JSON values into dataclasses, checked by the types of their fields; a complaint names file and field.
+
+A field with a default may be missing, and unknown names are passed over, so that a format can grow.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from acckv.errors import InputError
+
+Made = TypeVar("Made")
+
+
+class Within(NamedTuple):
+    """Bounds of a number, for `Annotated`."""
+
+    low: float
+    high: float = float("inf")
+
+
+Share = Annotated[float, Within(0, 1)]
+Amount = Annotated[float, Within(0)]
+Count = Annotated[int, Within(0)]
+
+
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        InputError: no such file, or no whole JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError("no such file", source=path) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"not a whole JSON file ({error})", source=path) from error
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """Number (from 1) and value of each line of a file with one JSON value a line.
+
+    Raises:
+        InputError: no such file, or a line that is no JSON.
+    """
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"not JSON ({error})", source=path, field=f"line {number}") from error
+    except FileNotFoundError as error:
+        raise InputError("no such file", source=path) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot be read as UTF-8 text ({error})", source=path) from error
+
+
+def from_json(kind: type[Made], value: Any, source: str | Path, field: str = "") -> Made:
+    """A value of JSON as a `kind`: a dataclass, or what its fields are made of.
+
+    Args:
+        kind: dataclasses, lists, tuples, dicts with text keys, unions, literals, paths, and numbers within bounds.
+        source: the file; field: the value's place in it; both for messages.
+
+    Raises:
+        InputError: something is missing or ill-valued.
+    """
+    return _read(kind, value, source, field)
+
+
+def _read(kind: Any, value: Any, source: str | Path, field: str) -> Any:
+    def refuse(message: str) -> InputError:
+        return InputError(message, source=source, field=field or None)
+
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise refuse("expected an object")
+        return _dataclass(kind, value, source, f"{field}." if field else "")
+    if origin is Annotated:
+        number, bounds = _read(inner[0], value, source, field), inner[1]
+        if not bounds.low <= number <= bounds.high:
+            raise refuse(f"{value!r} is not a number from {bounds.low:g} to {bounds.high:g}")
+        return number
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        return _read(next(each for each in inner if each is not type(None)), value, source, field)
+    if origin is Literal:
+        if value not in inner:
+            raise refuse(f"{value!r} is neither {' nor '.join(map(repr, inner))}")
+        return value
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise refuse("expected an object")
+        return {name: _read(inner[1], each, source, f"{field}.{name}") for name, each in value.items()}
+    if origin in (list, tuple):
+        if not isinstance(value, list):
+            raise refuse("expected a list")
+        if origin is tuple and inner[-1] is not Ellipsis and len(value) != len(inner):
+            raise refuse(f"expected {len(inner)} values, got {len(value)}")
+        each = [inner[0]] * len(value) if origin is list or inner[-1] is Ellipsis else inner
+        return origin(
+            _read(one, part, source, f"{field}[{place}]")
+            for place, (one, part) in enumerate(zip(each, value, strict=True))
+        )
+    return _plain(kind, value, refuse)
+
+
+def _dataclass(kind: Any, values: Mapping[str, Any], source: str | Path, prefix: str) -> Any:
+    made = {}
+    for name, (hint, optional) in _hints(kind).items():
+        if name in values:
+            made[name] = _read(hint, values[name], source, f"{prefix}{name}")
+        elif not optional:
+            raise InputError("missing", source=source, field=f"{prefix}{name}")
+    return kind(**made)
+
+
+@cache
+def _hints(kind: type) -> dict[str, tuple[Any, bool]]:
+    """By field of a dataclass: its type, and whether it may be missing."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = {}
+    for each in fields(kind):  # type: ignore[arg-type]
+        found[each.name] = hints[each.name], each.default is not MISSING or each.default_factory is not MISSING
+    return found
+
+
+def _plain(kind: Any, value: Any, refuse: Any) -> Any:
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    names = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", Path: "a path"}
+    raise refuse(f"{value!r} is not {names[kind]}")
