@@ -81,7 +81,8 @@ class KVCompressor(nn.Module):
         if self.lora is not None:
             lora = LoraSets(self.lora, None if self.low_ratio is None else self.low_ratio.lora, self.lora_scope)
         session = Session(self.planners, model, processor, lora, **options)
-        self._check_base(session.adapter.dimensions)
+        if self.base is not None:
+            self._check_base(self.base, session.adapter.dimensions)
         return session
 
     @property
@@ -130,15 +131,12 @@ class KVCompressor(nn.Module):
         self.planners.low_ratio = Planner(self.config, low_ratio.weights)
         self.planners.below = low_ratio.below
 
-    def _check_base(self, dimensions: dict[str, int]) -> None:
+    def _check_base(self, base: dict[str, Any], dimensions: dict[str, int]) -> None:
         """A calibrated compressor fits one architecture."""
-        if self.base is None:
-            return
         for name, size in dimensions.items():
-            if self.base.get(name) != size:
+            if base.get(name) != size:
                 raise InputError(
-                    f"was calibrated for {self.base.get('name')} with {name} {self.base.get(name)}; "
-                    f"this model has {size}",
+                    f"was calibrated for {base.get('name')} with {name} {base.get(name)}; this model has {size}",
                     source=self.source,
                     field=name,
                 )

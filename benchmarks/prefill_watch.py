@@ -19,11 +19,11 @@ class PrefillWatch:
     @contextmanager
     def watching(self, session: Any) -> Iterator[None]:
         """The decoder's own work is its plain forward without the listener that is called in it."""
-        router, update = session.router, CompressedLayer.update
-        decode, evicting = router.wiring.decode, router._eviction
+        dispatcher, update = session.dispatcher, CompressedLayer.update
+        decode, evicting = dispatcher.hooks.decode, dispatcher._eviction
         own = 0.0
 
-        def forward(original: Callable[..., Any], turn: Any, arguments: dict[str, Any]) -> Any:
+        def forward(original: Callable[..., Any], *rest: Any) -> Any:
             def timed(**inner: Any) -> Any:
                 nonlocal own
                 start = time.process_time()
@@ -32,7 +32,7 @@ class PrefillWatch:
                 finally:
                     own += time.process_time() - start
 
-            return decode(timed, turn, arguments)
+            return decode(timed, *rest)
 
         def eviction(*arguments: Any) -> Any:
             listener, probe = evicting(*arguments)
@@ -55,7 +55,7 @@ class PrefillWatch:
             self.peak = max(self.peak, per_entry * sum(layer.lengths))
             return held
 
-        router.wiring.decode, router._eviction = forward, eviction
+        dispatcher.hooks.decode, dispatcher._eviction = forward, eviction
         CompressedLayer.update = updated  # type: ignore[method-assign]
         start = time.process_time()
         try:
@@ -63,5 +63,5 @@ class PrefillWatch:
         finally:
             self.ours = time.process_time() - start - own
             self.own = own
-            router.wiring.decode, router._eviction = decode, evicting
+            dispatcher.hooks.decode, dispatcher._eviction = decode, evicting
             CompressedLayer.update = update  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from acckv.cache.layer import CompressedLayer
 from acckv.models import AttentionLayer, find_adapter
-from acckv.runtime.attention import shadow_attention
+from acckv.runtime.attention import hook_attention
 
 #: For each compressed layer: (logical index from which queries no longer see them, bool [heads, columns] evicted).
 Evictions = list[list[tuple[int, Tensor]]]
@@ -46,7 +46,7 @@ def masked(model: Any, evictions: Evictions) -> Iterator[None]:
         return (weights @ value.float()).to(query.dtype).transpose(1, 2).contiguous(), None
 
     modules = [layer.module for layer in layers]
-    with shadow_attention(modules, find_adapter(model).attention_implementation, attend), torch.no_grad():
+    with hook_attention(modules, find_adapter(model).attention_implementation, attend), torch.no_grad():
         yield
 
 

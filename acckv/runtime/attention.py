@@ -53,7 +53,7 @@ _entries_lock = Lock()
 
 
 @contextmanager
-def shadow_attention(modules: list[nn.Module], implementation: str, attend: Attend) -> Iterator[None]:
+def hook_attention(modules: list[nn.Module], implementation: str, attend: Attend) -> Iterator[None]:
     """Send the attention of `modules` through `attend` while the context is open; all others stay untouched.
 
     Args:
@@ -130,7 +130,7 @@ def attention_of_masks(adapter: ModelAdapter) -> Iterator[None]:
         config._attn_implementation_internal = before
 
 
-class Tap(local):
+class AttentionHook(local):
     """What the session does at every attention call of the decoder.
 
     Each thread has its own: backward of one thread may repeat attention (gradient checkpointing) while a request of
@@ -231,12 +231,12 @@ def region_mask(
     tail_mask = additive(attention_mask, query.dtype)
     if bias is None:
         return F.pad(tail_mask, (region, 0))
-    front = bias.to(query).clamp_min(torch.finfo(query.dtype).min)[:, :, None]
-    if front.shape[1] > 1:
-        front = front.repeat_interleave(heads // front.shape[1], dim=1)
-    front = front.expand(-1, -1, length, -1)
-    tail_mask = tail_mask.expand(batch, front.shape[1], -1, -1)
-    return torch.cat([front, tail_mask], dim=-1)
+    context = bias.to(query).clamp_min(torch.finfo(query.dtype).min)[:, :, None]
+    if context.shape[1] > 1:
+        context = context.repeat_interleave(heads // context.shape[1], dim=1)
+    context = context.expand(-1, -1, length, -1)
+    tail_mask = tail_mask.expand(batch, context.shape[1], -1, -1)
+    return torch.cat([context, tail_mask], dim=-1)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

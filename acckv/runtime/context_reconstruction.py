@@ -33,7 +33,7 @@ Record = Callable[[int, Tensor, Tensor, Tensor, float], None]
 Feed = Callable[[CompressedCache, DecoderInputs, Tensor, Record], None]
 
 
-def watch_repetition(
+def reconstruction_attention(
     embedded: DecoderInputs,
     layers: list[Any],
     prompt: DecoderInputs,

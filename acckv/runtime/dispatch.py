@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,36 +13,20 @@ from acckv.cache.cache import CompressedCache, adopt, as_compressed, compressed_
 from acckv.errors import InputError
 from acckv.method.modality import Modality, ModalityMap
 from acckv.models.base import ModelAdapter
-from acckv.models.batching import DecoderInputs, next_position, observed_queries
+from acckv.models.batching import next_position, observed_queries
 from acckv.planner import Planners
-from acckv.policies.base import Rows
-from acckv.runtime.attention import SIMULATION, Tap
-from acckv.runtime.hooks import Wiring
-from acckv.runtime.layer_eviction import Eviction
+from acckv.runtime.attention import SIMULATION, AttentionHook
+from acckv.runtime.hooks import ModelHooks
+from acckv.runtime.layer_eviction import LayerEviction
 from acckv.runtime.lora import LoraSets, SessionLora
-from acckv.runtime.model_inputs import Turn
-from acckv.runtime.observation import Recorder, WatchListener
-from acckv.runtime.policy_inputs import SecondLook
+from acckv.runtime.new_tokens import NewTokens
+from acckv.runtime.observation import LayerListener, Recorder
+from acckv.runtime.policy_inputs import PolicyInputs
 from acckv.runtime.prefill_run import Decoder, ProbePrompt, PromptRun
-from acckv.runtime.simulation import Simulation
+from acckv.runtime.request import Request
 
 
-@dataclass
-class Task:
-    """What the next forward is for, when the session itself asked for it.
-
-    Attributes:
-        rows: to record for a Prefill; None evicts while it runs, at `ratio` (None: the config's).
-        recorder: what was recorded; embedded: the turn as it entered the decoder.
-    """
-
-    rows: Rows | None = None
-    ratio: float | None = None
-    recorder: Recorder | None = None
-    embedded: DecoderInputs | None = None
-
-
-class Router:
+class Dispatcher:
     """Sends the decoder's forwards where they belong while a session is open.
 
     Args:
@@ -60,146 +42,122 @@ class Router:
     ) -> None:
         self.planners, self.adapter, self.probe = planners, adapter, probe
         self._adapts_prompt = lora is not None and lora.scope == "all"
-        self.tap = Tap(adapter.attention_layers)
-        self.look = SecondLook(planners.default, adapter, self.tap, probe.processor)
-        self.wiring = Wiring(adapter, self._decode, planners.config.when, self._compresses)
+        self.attention_hook = AttentionHook(adapter.attention_layers)
+        self.policy_inputs = PolicyInputs(planners.default, adapter, self.attention_hook, probe.processor)
+        self.hooks = ModelHooks(adapter, self._decode, planners.config.when, self._compresses)
         self.last_cache: CompressedCache | None = None
         self.lora: SessionLora | None = None
-        self._task: Task | None = None
-        self._simulation: Simulation | None = None
 
-    def run(self, call: Callable[..., Any], task: Task, turn: Turn, arguments: dict[str, Any]) -> Any:
-        """Call the model, or its backbone, for the session's own sake."""
-        with self.wiring.expecting(turn):
-            self._task = task
-            try:
-                return call(**arguments)
-            finally:
-                self._task = None
-
-    @contextmanager
-    def simulating(self, simulation: Simulation) -> Iterator[None]:
-        """Attention of the forwards inside goes through a simulation."""
-        self._simulation = simulation
-        try:
-            yield
-        finally:
-            self._simulation = None
-
-    def _decode(self, original: Decoder, turn: Turn | None, arguments: dict[str, Any]) -> Any:
+    def _decode(
+        self, original: Decoder, request: Request | None, new_tokens: NewTokens | None, arguments: dict[str, Any]
+    ) -> Any:
         """The decoder's forward: compresses when media go by, otherwise as it was."""
-        if self._simulation is not None:
-            return original(**arguments, **{SIMULATION: self._simulation})
-        cache: Cache | None = arguments.get("cache")
+        if request is not None and request.simulation is not None:
+            return original(**arguments, **{SIMULATION: request.simulation})
+        hook, cache = self.attention_hook, arguments.get("cache")
         self._adapt(cache is not None and any(layer.low_ratio for layer in compressed_layers(cache)))
-        before, self.tap.cache, self.tap.reached = self.tap.cache, cache, False
+        before, hook.cache, hook.reached = hook.cache, cache, False
         try:
-            output = self._routed(original, cache, turn, arguments)
+            if new_tokens is None:
+                self._check_announced(request, arguments)
+            if cache is None or request is None or new_tokens is None:
+                output = original(**arguments)
+            else:
+                new_tokens, arguments = _together(new_tokens, arguments)
+                output = self._prompt(request, original, cache, new_tokens, arguments)
         finally:
-            self.tap.cache = before
-            self.tap.forget()
-        if not self.tap.reached and cache is not None and compressed_layers(cache):
+            hook.cache = before
+            hook.forget()
+        if not hook.reached and cache is not None and compressed_layers(cache):
             raise InputError(
                 "attended by another function than when its session was opened; change it before that", field="model"
             )
         return output
 
-    def _routed(self, original: Decoder, cache: Cache | None, turn: Turn | None, arguments: dict[str, Any]) -> Any:
-        if turn is None:
-            self._check_announced(arguments)
-        if cache is None or turn is None:
-            return original(**arguments)
-        turn, arguments = _together(turn, arguments)
-        if self._task is not None:
-            return self._run_task(self._task, original, cache, turn, arguments)
-        if turn.has_media and self._compresses():
-            return self._compress_prompt(original, cache, turn, arguments)
-        return self._read_on(original, cache, turn, arguments)
-
-    def _read_on(self, original: Decoder, cache: Cache, turn: Turn, arguments: dict[str, Any]) -> Any:
-        """Tokens that nothing of is compressed."""
-        if self.adapter.has_windows and compressed_layers(cache) and turn.labels.is_padded:
-            run = PromptRun(self.adapter, self.tap, original, cache, turn.uncompressed(), arguments)
-            output = run.run(None, None, nullcontext())
-        else:
-            output = original(**arguments)
-        if isinstance(cache, CompressedCache) and arguments.get("position_ids") is not None:
-            cache.note(turn.labels, next_position(arguments["position_ids"]))
-        return output
-
-    def _compresses(self) -> bool:
-        """Whether media under the user's own call are compressed, or read with an adapter."""
-        return self.lora is not None or not self.planners.keeps_all()
-
-    def _check_announced(self, arguments: dict[str, Any]) -> None:
+    def _check_announced(self, request: Request | None, arguments: dict[str, Any]) -> None:
         """Refuse a prompt that the user gives to the decoder past its model: what of it is media, nobody knows."""
         tokens = next(
             (arguments[name] for name in ("inputs_embeds", "input_ids") if arguments.get(name) is not None), None
         )
-        own = self.wiring.announced or self.tap.listener is not None
+        own = request is not None or self.attention_hook.listener is not None
         if not own and tokens is not None and tokens.shape[1] > 1 and self._compresses():
             raise InputError(
                 "had its decoder called past it, which says nothing of media; call the model, or session.compress",
                 field="model",
             )
 
-    def _run_task(self, task: Task, original: Decoder, cache: Cache, turn: Turn, arguments: dict[str, Any]) -> Any:
-        arguments = {**arguments, "output_hidden_states": False, "output_attentions": False}  # nobody gets them
-        run = PromptRun(self.adapter, self.tap, original, cache, turn, arguments)
-        if task.rows is None:
-            listener, probe = self._eviction(run, cache, turn, task.ratio)
-        else:
-            listener, probe = self._recorder(run, cache, turn, task)
-        is_prompt = turn.has_media or task.rows is not None
-        return run.run(listener, probe, self.prompt_adapters() if is_prompt else nullcontext())
-
-    def _compress_prompt(self, original: Decoder, cache: Cache, turn: Turn, arguments: dict[str, Any]) -> Any:
-        """A prompt under the user's own call."""
-        if getattr(self.adapter.decoder, "gradient_checkpointing", False) and self.adapter.decoder.training:
+    def _prompt(
+        self, request: Request, original: Decoder, cache: Cache, new_tokens: NewTokens, arguments: dict[str, Any]
+    ) -> Any:
+        """Several new tokens: recorded, compressed, or read on."""
+        is_users = request.mode == "user"
+        if not is_users:  # nobody gets them
+            arguments = {**arguments, "output_hidden_states": False, "output_attentions": False}
+        elif not (new_tokens.has_media and self._compresses()):
+            return self._read_on(original, cache, new_tokens, arguments)
+        elif getattr(self.adapter.decoder, "gradient_checkpointing", False) and self.adapter.decoder.training:
             raise InputError("checkpoints activations, which takes its cache away; call model.eval()", field="model")
         adopt(cache, self.adapter)
-        run = PromptRun(self.adapter, self.tap, original, cache, turn, arguments)
-        listener, probe = self._eviction(run, cache, turn, None)
-        output = run.run(listener, probe, self.prompt_adapters())
-        labels, start = turn.labels, next_position(run.arguments["position_ids"])
-        if isinstance(cache, CompressedCache):
-            cache.note(labels, start)
-            self.last_cache = cache
-        else:
-            if turn.seen:
-                past = torch.zeros_like(turn.past, dtype=torch.long).masked_fill(~turn.past, Modality.PADDING)
-                labels = ModalityMap(torch.cat([past, labels.labels], dim=1))
-            self.last_cache = as_compressed(cache, labels, start)
+        run = PromptRun(self.adapter, self.attention_hook, original, cache, new_tokens, arguments)
+        listener, probe = (self._recorder if request.mode == "record" else self._eviction)(run, request)
+        is_prompt = new_tokens.has_media or request.mode == "record"
+        output = run.run(listener, probe, self.prompt_adapters() if is_prompt else nullcontext())
+        if is_users:
+            self._note(cache, new_tokens, next_position(run.arguments["position_ids"]))
         return output
 
-    def _eviction(
-        self, run: PromptRun, cache: Cache, turn: Turn, ratio: float | None
-    ) -> tuple[WatchListener | None, Tensor | None]:
-        """Who evicts while the front runs, and the probe prompt that it needs; nobody where all is kept."""
-        if self.planners.keeps_all(ratio) or not turn.has_media:
+    def _read_on(self, original: Decoder, cache: Cache, new_tokens: NewTokens, arguments: dict[str, Any]) -> Any:
+        """Tokens that nothing of is compressed."""
+        if self.adapter.has_windows and compressed_layers(cache) and new_tokens.labels.is_padded:
+            run = PromptRun(self.adapter, self.attention_hook, original, cache, new_tokens.uncompressed(), arguments)
+            output = run.run(None, None, nullcontext())
+        else:
+            output = original(**arguments)
+        if isinstance(cache, CompressedCache) and arguments.get("position_ids") is not None:
+            cache.note(new_tokens.labels, next_position(arguments["position_ids"]))
+        return output
+
+    def _note(self, cache: Cache, new_tokens: NewTokens, start: Tensor) -> None:
+        """Take down what a prompt of the user's has brought; text goes on at `start`."""
+        labels = new_tokens.labels
+        if isinstance(cache, CompressedCache):
+            cache.note(labels, start)
+        elif new_tokens.seen:
+            past = torch.where(new_tokens.past, int(Modality.TEXT), int(Modality.PADDING))
+            labels = ModalityMap(torch.cat([past, labels.labels], dim=1))
+        self.last_cache = as_compressed(cache, labels, start)
+
+    def _compresses(self) -> bool:
+        """Whether media under the user's own call are compressed, or read with an adapter."""
+        return self.lora is not None or not self.planners.keeps_all()
+
+    def _eviction(self, run: PromptRun, request: Request) -> tuple[LayerListener | None, Tensor | None]:
+        """The listener that evicts while the context runs, and the probe prompt that it needs; none where all is
+        kept."""
+        if self.planners.keeps_all(request.ratio) or not run.new_tokens.has_media:
             return None, None
-        rows = self.planners.policy.rows
-        by_probe = rows == "text" and self.planners.config.when == "context"
-        probe = self._probe_ids(turn) if by_probe else None
-        mask = observed_queries(run.front_labels, "none" if by_probe else rows, self.planners.config.window)
-        watch = run.watch(mask, 0 if probe is None else probe.shape[1])
-        eviction = Eviction(self.planners, cache, watch, run.embedded_front, self.look, ratio, by_probe)
-        self._adapt(eviction.is_low)  # what follows the front is read with the adapter of its ratio
+        rows, config = self.planners.policy.rows, self.planners.config
+        by_probe = rows == "text" and config.when == "context"
+        probe = self._probe_ids(run) if by_probe else None
+        mask = observed_queries(run.context_labels, "none" if by_probe else rows, config.window)
+        eviction = LayerEviction(
+            self.planners, run.cache, run.observer(mask, probe), run.embedded_context, self.policy_inputs, request.ratio
+        )
+        self._adapt(eviction.is_low)  # what follows the context is read with the adapter of its ratio
         return eviction, probe
 
-    def _recorder(
-        self, run: PromptRun, cache: Cache, turn: Turn, task: Task
-    ) -> tuple[WatchListener | None, Tensor | None]:
-        rows: Rows = task.rows or "all"
+    def _recorder(self, run: PromptRun, request: Request) -> tuple[LayerListener, Tensor | None]:
+        """The listener that records the context, and the probe prompt where one is wanted."""
+        rows, config = request.rows, self.planners.config
         wanted = rows == "text" or (rows == "all" and self.probe.processor is not None)
-        probe = self._probe_ids(turn) if wanted and self.planners.config.when == "context" else None
-        mask = observed_queries(turn.labels, rows, self.planners.config.window)
-        task.embedded = run.embedded
-        task.recorder = Recorder(run.watch(mask, 0 if probe is None else probe.shape[1]), cache)
-        return task.recorder, probe
+        probe = self._probe_ids(run) if wanted and config.when == "context" else None
+        mask = observed_queries(run.new_tokens.labels, rows, config.window)
+        request.embedded = run.embedded
+        request.recorder = Recorder(run.observer(mask, probe), run.cache)
+        return request.recorder, probe
 
-    def _probe_ids(self, turn: Turn) -> Tensor:
-        labels = turn.labels.labels
+    def _probe_ids(self, run: PromptRun) -> Tensor:
+        labels = run.new_tokens.labels.labels
         return self.probe.ids(labels.shape[0], labels.device)
 
     def _adapt(self, is_low: bool) -> None:
@@ -220,14 +178,14 @@ class Router:
         return nullcontext() if self.lora is None else self.lora.disabled()
 
 
-def _together(turn: Turn, arguments: dict[str, Any]) -> tuple[Turn, dict[str, Any]]:
-    """A turn and its positions where its embeddings are: the caller's tensors may be elsewhere (accelerate moves them).
+def _together(new_tokens: NewTokens, arguments: dict[str, Any]) -> tuple[NewTokens, dict[str, Any]]:
+    """New tokens and their positions where their embeddings are: accelerate moves them away from the caller's tensors.
 
     A prompt is planned there; what a layer holds, and what is decided about it, is on the device of that layer.
     """
     embeds, positions = arguments.get("inputs_embeds"), arguments.get("position_ids")
     if embeds is None:
-        return turn, arguments
+        return new_tokens, arguments
     if positions is not None:
         arguments = {**arguments, "position_ids": positions.to(embeds.device)}
-    return turn.to(embeds.device), arguments
+    return new_tokens.to(embeds.device), arguments

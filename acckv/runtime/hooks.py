@@ -19,16 +19,17 @@ from acckv.errors import InputError
 from acckv.models.base import ModelAdapter
 from acckv.models.batching import shift_left_padding
 from acckv.runtime.continuation import following_positions, generated_positions
-from acckv.runtime.model_inputs import Turn, read_turn
+from acckv.runtime.new_tokens import NewTokens, read_new_tokens
 from acckv.runtime.patching import patch_method
+from acckv.runtime.request import Request
 
-#: (the decoder's own forward, the turn that its model call brings or None, its arguments) -> its output
-Decode = Callable[[Callable[..., Any], Turn | None, dict[str, Any]], Any]
+#: (the decoder's own forward, the request, the new tokens that it brings or None, its arguments) -> its output
+Decode = Callable[[Callable[..., Any], Request | None, NewTokens | None, dict[str, Any]], Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-class Wiring:
-    """Open, it reads the turn of every call of the model and sends the decoder's forward through `decode`.
+class ModelHooks:
+    """Open, they read the new tokens of every call of the model and send the decoder's forward through `decode`.
 
     ``model.generate`` and ``model(...)`` take `modality_ids`, the labels of tokens that no placeholder marks. A prompt
     with media that comes without a cache gets one; where it cannot have one, it is refused.
@@ -39,22 +40,18 @@ class Wiring:
     Attributes:
         lock: held for each request from its start to its end, so that those of several threads are served one after
             another: what a forward is for, the model's own record of positions and LoRA are one for the whole model.
-        announced: whether the model's own forward runs, so that what its decoder gets is known.
-        reached: whether any forward of the decoder came through here since it was last set to False.
+        request: the one that is served, or None.
     """
 
     def __init__(self, adapter: ModelAdapter, decode: Decode, when: When, compresses: Callable[[], bool]) -> None:
         self.adapter, self.decode, self.when, self.compresses = adapter, decode, when, compresses
         self.lock = RLock()
-        self.is_open = self.announced = self.reached = False
-        self._turn: Turn | None = None
-        self._expected = False
-        self._given: Tensor | None = None
-        self._prompt_length: int | None = None
+        self.is_open = False
+        self.request: Request | None = None
         self._takes_positions = "position_ids" in inspect.signature(adapter.model.forward).parameters
         self._stack = ExitStack()
 
-    def __enter__(self) -> Wiring:
+    def __enter__(self) -> ModelHooks:
         with ExitStack() as stack:
             stack.enter_context(patch_method(self.adapter.decoder, "forward", self._decoder_forward))
             stack.enter_context(patch_method(self.adapter.model, "forward", self._model_forward))
@@ -68,18 +65,16 @@ class Wiring:
 
     def __exit__(self, *error: object) -> None:
         self.is_open = False
-        self._turn = None
         self._stack.close()
 
     @contextmanager
-    def expecting(self, turn: Turn) -> Iterator[None]:
-        """The next forward brings this turn, whatever its arguments look like."""
-        before = self._turn, self._expected
-        self._turn, self._expected = turn, True
+    def serving(self, request: Request) -> Iterator[Request]:
+        """The forwards inside are for `request`."""
+        before, self.request = self.request, request
         try:
-            yield
+            yield request
         finally:
-            self._turn, self._expected = before
+            self.request = before
 
     def _generate(
         self, original: Callable[..., Any], *args: Any, modality_ids: Tensor | None = None, **kwargs: Any
@@ -95,14 +90,10 @@ class Wiring:
                     "was taken from a session that is closed by now; join its threads first", field="generate"
                 )
             self._check_whole({**kwargs, "modality_ids": modality_ids})
-            before = self._given, self._prompt_length
-            self._given, self.reached = modality_ids, False
-            self._prompt_length = whole.shape[1] if isinstance(whole, Tensor) else None
-            try:
+            length = whole.shape[1] if isinstance(whole, Tensor) else None
+            with self.serving(Request(modality_ids=modality_ids, prompt_length=length)) as request:
                 output = original(*args, **kwargs)
-            finally:
-                self._given, self._prompt_length = before
-            if not self.reached and self.compresses():
+            if not request.reached and self.compresses():
                 raise InputError(
                     "generated without its decoder's own forward, so that nothing was compressed; replace no part of "
                     "it while a session is open",
@@ -128,34 +119,36 @@ class Wiring:
                 field="prefill_chunk_size",
             )
 
-    def _serving(self) -> AbstractContextManager[Any]:
+    def _one_at_a_time(self) -> AbstractContextManager[Any]:
         """The lock; a graph cannot take one, so compiled forwards of several threads are not kept apart."""
         return nullcontext() if torch.compiler.is_compiling() else self.lock
 
     def _model_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self._serving():
+        with self._one_at_a_time():
             if not self.is_open:
                 return original(*args, **kwargs)
-            args, kwargs = self._before_model(args, kwargs)
-            self.announced = True
+            before, request = self.request, self.request or Request()
+            self.request = request
             try:
+                if request.mode == "user":
+                    args, kwargs = self._read(request, args, kwargs)
                 return original(*args, **kwargs)
             finally:
-                self._turn, self.announced = None, False  # an error on the way to the decoder leaves its turn
+                self.request, request.new_tokens = before, None  # an error on the way to the decoder leaves them
 
-    def _before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Read the turn while its token ids are still known."""
+    def _read(
+        self, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Read the new tokens while their ids are still known; the model's arguments as they go on."""
         kwargs = renamed(kwargs)
         modality_ids = kwargs.pop("modality_ids", None)
-        if self._expected:
-            return args, kwargs
-        self._turn = None
+        request.new_tokens = None
         inputs = {**kwargs, "input_ids": kwargs.get("input_ids", args[0] if args else None)}
         tokens = inputs["input_ids"] if isinstance(inputs["input_ids"], Tensor) else inputs.get("inputs_embeds")
         if not isinstance(tokens, Tensor):
             return args, kwargs
         if kwargs.get("cache") is None:
-            kwargs |= self._missing_cache(inputs, self._given if modality_ids is None else modality_ids)
+            kwargs |= self._missing_cache(inputs, request.modality_ids if modality_ids is None else modality_ids)
         cache = kwargs.get("cache")
         if cache is None:
             return args, kwargs
@@ -171,14 +164,14 @@ class Wiring:
             if self._takes_positions and kwargs.get("position_ids") is None and len(args) < 2:
                 kwargs["position_ids"] = following_positions(self.adapter, cache, inputs, tokens)
         candidates = 0
-        if self._prompt_length is not None:
-            candidates = max(seen + length - self._prompt_length, 0) % length
-            modality_ids = self._given if modality_ids is None else modality_ids
-        self._given = self._prompt_length = None  # of the first forward only
+        if request.prompt_length is not None:
+            candidates = max(seen + length - request.prompt_length, 0) % length
+            modality_ids = request.modality_ids if modality_ids is None else modality_ids
+        request.modality_ids = request.prompt_length = None  # of the first forward only
         if modality_ids is not None and candidates:
             raise InputError("cannot be given for assisted decoding; use plain generation", field="modality_ids")
         if length > 1 or modality_ids is not None:
-            self._turn = _read_eagerly(self.adapter, inputs, self.when, modality_ids, seen, candidates)
+            request.new_tokens = _read_eagerly(self.adapter, inputs, self.when, modality_ids, seen, candidates)
         mask = kwargs.get("attention_mask")
         if self.adapter.has_windows and compressed_layers(cache) and isinstance(mask, Tensor) and mask.ndim == 2:
             # Sliding windows count columns: gaps inside rows were closed when they came.
@@ -203,21 +196,23 @@ class Wiring:
         return {"cache": DynamicCache(config=self.adapter.decoder.config), "use_cache": True}
 
     def _decoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self._serving():
-            self.reached = True  # a number would change, and be compiled anew, at each step
-            turn, self._turn = self._turn, None
-            if args and turn is not None and turn.has_media:
+        with self._one_at_a_time():
+            request, new_tokens = self.request, None
+            if request is not None:
+                request.reached = True  # a number would change, and be compiled anew, at each step
+                new_tokens, request.new_tokens = request.new_tokens, None
+            if args and new_tokens is not None and new_tokens.has_media:
                 raise InputError("call the decoder with keyword arguments and a cache", field="model")
             if args or not self.is_open:
                 return original(*args, **kwargs)
-            if turn is None:
-                return self.decode(original, None, renamed(kwargs))
-            return _run_eagerly(self.decode, original, turn, renamed(kwargs))
+            if new_tokens is None:
+                return self.decode(original, request, None, renamed(kwargs))
+            return _run_eagerly(self.decode, original, request, new_tokens, renamed(kwargs))
 
 
 @torch.compiler.disable
-def _read_eagerly(*args: Any) -> Turn:
-    return read_turn(*args)
+def _read_eagerly(*args: Any) -> NewTokens:
+    return read_new_tokens(*args)
 
 
 @torch.compiler.disable
@@ -247,9 +242,9 @@ def served(method: Method) -> Method:
 
     @wraps(method)
     def call(session: Any, *args: Any, **options: Any) -> Any:
-        wiring = session.router.wiring
-        with wiring.lock:
-            if not wiring.is_open:
+        hooks = session.dispatcher.hooks
+        with hooks.lock:
+            if not hooks.is_open:
                 raise InputError("is closed; use it inside `with compressor(model) as session`", field="session")
             return method(session, *args, **options)
 

@@ -21,11 +21,11 @@ from acckv.models.base import AttentionLayer
 from acckv.models.batching import DecoderInputs
 from acckv.planner import Planner, Planners, effective_ratio
 from acckv.policies.base import Policy
-from acckv.runtime.observation import Watch
-from acckv.runtime.policy_inputs import SecondLook, behind
+from acckv.runtime.observation import Observer
+from acckv.runtime.policy_inputs import PolicyInputs, behind
 
 
-class Eviction:
+class LayerEviction:
     """Scores, budgets and commits the layers of one prefill.
 
     With a ratio, only the new tokens are compressed: what was kept of earlier clips counts as text, and the whole stays
@@ -37,9 +37,8 @@ class Eviction:
     and look at the new tokens alone.
 
     Args:
-        embedded: the tokens as they enter the decoder; look: completes what was observed.
+        embedded: the tokens as they enter the decoder; policy_inputs: completes what was observed.
         ratio: kept share, replaces the config's ratio and budget.
-        by_probe: whether the policy reads the probe prompt's rows.
 
     Raises:
         InputError: the policy cannot go on from what the cache holds.
@@ -49,22 +48,21 @@ class Eviction:
         self,
         planners: Planners,
         cache: Cache,
-        watch: Watch,
+        observer: Observer,
         embedded: DecoderInputs,
-        look: SecondLook,
+        policy_inputs: PolicyInputs,
         ratio: float | None,
-        by_probe: bool,
     ) -> None:
-        self.cache, self.watch = cache, watch
-        self.embedded, self.look, self.by_probe = embedded, look, by_probe
+        self.cache, self.observer = cache, observer
+        self.embedded, self.policy_inputs = embedded, policy_inputs
         self.config = planners.config
         self.layers = compressed_layers(cache)
         self.before = [layer.physical for layer in self.layers]
         self.competing = self.config.budget is not None and ratio is None
         self.ratio = self.config.ratio if ratio is None else ratio
         self._check(planners.policy)
-        self.rotations = look.rotations(embedded.position_ids)
-        self.new = watch.labels.counts()
+        self.rotations = policy_inputs.rotations(embedded.position_ids)
+        self.new = observer.labels.counts()
         self.held = self._held_labels()
         self.available = torch.stack([held.media_count for held in self.held], dim=1)
         self.total = self._total()
@@ -92,12 +90,12 @@ class Eviction:
     def _held_labels(self) -> list[HeldLabels]:
         """By compressed layer; one for all of them where none holds anything yet."""
         if not any(self.before):
-            new = self.watch.labels
+            new = self.observer.labels
             return [HeldLabels(new.host.labels[:, None], 0, [new])] * len(self.layers)
         device = self.embedded.embeds.device
         found = []
         for layer, before in zip(self.layers, self.before, strict=True):
-            held = self.watch.held_labels(layer, before)
+            held = self.observer.held_labels(layer, before)
             planned = held if self.competing else _text_before(held, before)
             maps = [ModalityMap(planned[:, head]).to(device) for head in range(planned.shape[1])]
             found.append(HeldLabels(held, before, maps))
@@ -120,8 +118,8 @@ class Eviction:
     def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
         if layer.owner and layer.slot is not None:
             real = self.held[layer.slot].real
-            look = self.watch.observe_probe if self.by_probe else self.watch.observe
-            seen = look(real, query, key, value, scaling)
+            observe = self.observer.observe_probe if self.observer.probe else self.observer.observe
+            seen = observe(real, query, key, value, scaling)
             rotation = behind(self.rotations[layer.slot], self.before[layer.slot])
             seen = replace(seen, rotation=rotation and rotation.to(key.device))
             if self.planner.policy.cross_layer:
@@ -129,7 +127,7 @@ class Eviction:
             else:
                 self._commit(layer.slot, self._plan(layer.slot, seen))
                 return
-        self.watch.forget_probe(self.cache, layer)
+        self.observer.forget_probe(self.cache, layer)
 
     @cached_property
     def heads(self) -> list[Planner]:
@@ -148,15 +146,15 @@ class Eviction:
 
     def _budgets(self, scores: Sequence[LayerScore | None]) -> Tensor:
         """int64 ``[B, L]``: entries that each layer keeps of those that compete."""
-        labels, available = self.watch.labels, self.available
+        labels, available = self.observer.labels, self.available
         return self.planner.layer_budgets(scores, labels, self.total, available, self.ratio)
 
     def finish(self) -> None:
         """Evict what had to wait for the last layer."""
         if not self.waiting:
             return
-        labels = self.watch.labels
-        waiting = self.look.complete(self.waiting, self.cache.layers, self.embedded, [])
+        labels = self.observer.labels
+        waiting = self.policy_inputs.complete(self.waiting, self.cache.layers, self.embedded, [])
         device = self.embedded.embeds.device
         scores = [score.to(device).on_host() for score in self.planner.scores(waiting, labels)]
         self.budgets = self._budgets(scores)

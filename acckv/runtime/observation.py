@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from acckv.cache.layer import CompressedLayer
+from acckv.errors import InputError
 from acckv.method.modality import Modality, ModalityMap
 from acckv.method.scoring import Observation
-from acckv.models.base import AttentionLayer
+from acckv.models.base import AttentionLayer, ModelAdapter
 
 
 @dataclass(frozen=True)
-class Watch:
+class Observer:
     """A prefill of `labels` tokens behind what a cache holds, followed by the rows of a probe prompt or none.
 
     Args:
@@ -104,10 +105,10 @@ class Watch:
             held.crop(-self.probe)
 
 
-class WatchListener(Protocol):
+class LayerListener(Protocol):
     """Told about each layer of a watched prefill, then that it is over."""
 
-    watch: Watch
+    observer: Observer
 
     def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None: ...
 
@@ -122,21 +123,64 @@ class Recorder:
         observations, probes: one a compressed layer; no probes where none was run.
     """
 
-    watch: Watch
+    observer: Observer
     cache: Cache
     observations: list[Observation] = field(default_factory=list)
     probes: list[Observation] = field(default_factory=list)
 
     def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
         if layer.owner and layer.slot is not None:
-            real = self.watch.labels.host.real
-            self.observations.append(self.watch.observe(real, query, key, value, scaling))
-            if self.watch.probe:
-                self.probes.append(self.watch.observe_probe(real, query, key, value, scaling))
-        self.watch.forget_probe(self.cache, layer)
+            real = self.observer.labels.host.real
+            self.observations.append(self.observer.observe(real, query, key, value, scaling))
+            if self.observer.probe:
+                self.probes.append(self.observer.observe_probe(real, query, key, value, scaling))
+        self.observer.forget_probe(self.cache, layer)
 
     def finish(self) -> None:
         """Nothing is left to do."""
+
+
+class CheckedListener:
+    """Hands the attention calls of a watched prefill on to its listener, and checks that every layer made one.
+
+    Raises:
+        InputError: a layer's attention reads other keys and values than its cache holds, or none came through.
+    """
+
+    def __init__(self, adapter: ModelAdapter, cache: Cache, listener: LayerListener) -> None:
+        self.adapter, self.cache, self.listener = adapter, cache, listener
+        self.slots: set[int] = set()
+
+    def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        if layer.owner and layer.slot is not None:
+            held: Any = self.cache.layers[layer.cache_index]
+            for read, kept in ((key, held.keys), (value, held.values)):
+                if kept is None or read.shape != kept.shape:
+                    shape = "nothing" if kept is None else list(kept.shape)
+                    raise InputError(
+                        f"{self._name} cannot be compressed: its attention reads entries of {list(read.shape)} "
+                        f"where its cache holds {shape} (latent attention, or heads made after the cache)",
+                        field="model",
+                    )
+            if layer.slot in self.slots:
+                raise InputError(f"{self._name} cannot be compressed: it runs a layer more than once", field="model")
+            self.slots.add(layer.slot)
+        self.listener(layer, query, key, value, scaling)
+
+    def finish(self) -> None:
+        """The prefill is over."""
+        missing = {layer.slot for layer in self.adapter.attention_layers} - {None} - self.slots
+        if missing:
+            raise InputError(
+                f"{self._name} cannot be compressed: the attention of {len(missing)} of its layers does not go through "
+                "transformers' attention interface, or was changed while the session was open",
+                field="model",
+            )
+        self.listener.finish()
+
+    @property
+    def _name(self) -> str:
+        return type(self.adapter.model).__name__
 
 
 def record_past(cache: Cache) -> dict[int, bool]:

@@ -16,22 +16,22 @@ from acckv.method.scoring import Observation
 from acckv.models.base import AttentionLayer, ModelAdapter
 from acckv.models.batching import DecoderInputs, next_position, rope_positions
 from acckv.planner import Planner
-from acckv.runtime.attention import Tap
-from acckv.runtime.context_reconstruction import REPEAT_PROMPT, Record, watch_repetition
+from acckv.runtime.attention import AttentionHook
+from acckv.runtime.context_reconstruction import REPEAT_PROMPT, Record, reconstruction_attention
 from acckv.runtime.prefill_run import TOKEN_TYPES, ProbePrompt
 from acckv.runtime.rotary_probe import find_layouts, spread
 
 
-class SecondLook:
+class PolicyInputs:
     """Completes observations for the policy of a planner, with the session's model.
 
     Args:
-        tap: through which the decoder's attention is watched; processor: tokenises the repeat prompt.
+        attention_hook: through which the decoder's attention is watched; processor: tokenises the repeat prompt.
     """
 
-    def __init__(self, planner: Planner, adapter: ModelAdapter, tap: Tap, processor: Any) -> None:
+    def __init__(self, planner: Planner, adapter: ModelAdapter, attention_hook: AttentionHook, processor: Any) -> None:
         self.policy, self.config = planner.policy, planner.config
-        self.adapter, self.tap = adapter, tap
+        self.adapter, self.attention_hook = adapter, attention_hook
         self.prompt = ProbePrompt(processor, REPEAT_PROMPT)
         self.layouts: list[RotaryLayout] = []
 
@@ -42,7 +42,7 @@ class SecondLook:
             InputError: it cannot be taken off.
         """
         if self.policy.rotated:
-            self.layouts = find_layouts(self.adapter, self.tap)
+            self.layouts = find_layouts(self.adapter, self.attention_hook)
 
     def rotations(self, position_ids: Tensor) -> list[Rotation | None]:
         """By compressed layer, the rotary embedding of a prompt and of what comes after it, where the policy takes it
@@ -82,7 +82,7 @@ class SecondLook:
         positions = self.adapter.text_positions(embedded.next_position + torch.arange(ids.shape[1], device=device))
         labels = ModalityMap(torch.zeros_like(ids))
         prompt = DecoderInputs(text.pop("inputs_embeds"), positions, labels, text)
-        return watch_repetition(embedded, layers, prompt, self.feed)
+        return reconstruction_attention(embedded, layers, prompt, self.feed)
 
     def feed(self, cache: CompressedCache, tokens: DecoderInputs, real: Tensor, record: Record) -> None:
         """Run tokens behind what a cache holds, watched by `record` and compressed by nothing.
@@ -96,7 +96,7 @@ class SecondLook:
             if layer.owner and layer.slot is not None:
                 record(layer.slot, query, key, value, scaling)
 
-        before, self.tap.listener = self.tap.listener, listen
+        before, self.attention_hook.listener = self.attention_hook.listener, listen
         try:
             self.adapter.decoder(
                 inputs_embeds=tokens.embeds,
@@ -107,7 +107,7 @@ class SecondLook:
                 **self.adapter.from_tokens(others),
             )
         finally:
-            self.tap.listener = before
+            self.attention_hook.listener = before
 
     def complete(
         self, observations: list[Observation], layers: list[Any], embedded: DecoderInputs, repetition: list[Tensor]

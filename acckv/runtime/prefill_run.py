@@ -24,10 +24,9 @@ from acckv.models.batching import (
     next_position,
     shift_left_padding,
 )
-from acckv.runtime.attention import Tap
-from acckv.runtime.layer_check import Heard
-from acckv.runtime.model_inputs import Turn
-from acckv.runtime.observation import Watch, WatchListener, record_past, restore_past
+from acckv.runtime.attention import AttentionHook
+from acckv.runtime.new_tokens import NewTokens
+from acckv.runtime.observation import CheckedListener, LayerListener, Observer, record_past, restore_past
 from acckv.runtime.outputs import join_outputs, wants_records
 
 Decoder = Callable[..., Any]
@@ -63,121 +62,122 @@ class ProbePrompt:
 
 @dataclass
 class PromptRun:
-    """One forward of the decoder over a turn, in up to two windows.
+    """One forward of the decoder over new tokens, in up to two windows.
 
     Args:
         original: the decoder's own forward.
         arguments: it was called with.
-        tap: whose listener watches the front.
+        attention_hook: whose listener watches the context.
     """
 
     adapter: ModelAdapter
-    tap: Tap
+    attention_hook: AttentionHook
     original: Decoder
     cache: Cache
-    turn: Turn
+    new_tokens: NewTokens
     arguments: dict[str, Any]
 
     def __post_init__(self) -> None:
-        turn = self.turn
+        new_tokens = self.new_tokens
         if self.arguments.get("inputs_embeds") is None:  # a plain decoder that got token ids
             others = {name: value for name, value in self.arguments.items() if name != "input_ids"}
             self.arguments = {**others, **self.adapter.embed(self.arguments["input_ids"])}
         # Where columns are counted, gaps were closed when they came.
-        self.past = shift_left_padding(turn.past) if self.adapter.has_windows else turn.past
+        self.past = shift_left_padding(new_tokens.past) if self.adapter.has_windows else new_tokens.past
         if self.arguments.get("position_ids") is None:  # the decoder would count columns
-            columns = torch.arange(turn.seen, turn.seen + turn.length, device=turn.past.device)
-            positions = self.adapter.text_positions(columns.expand(turn.past.shape[0], -1))
+            columns = torch.arange(new_tokens.seen, new_tokens.seen + new_tokens.length, device=new_tokens.past.device)
+            positions = self.adapter.text_positions(columns.expand(new_tokens.past.shape[0], -1))
             self.arguments = {**self.arguments, "position_ids": positions}
-        stops = torch.maximum(turn.stop, turn.labels.host.real.long().argmax(dim=1))
-        self.front = column_window(torch.zeros_like(stops), torch.where(turn.stop > 0, stops, 0))
+        stops = torch.maximum(new_tokens.context_lengths, new_tokens.labels.host.real.long().argmax(dim=1))
+        self.context = column_window(torch.zeros_like(stops), torch.where(new_tokens.context_lengths > 0, stops, 0))
         # Left-aligned, so that there is no gap between the two in any row.
-        self.rest = column_window(stops, torch.full_like(stops, turn.length), align="left")
-        self.front_labels = gather_labels(turn.labels, self.front)
-        if self.adapter.has_windows and turn.seen and self.front_labels.is_padded:
+        self.continuation = column_window(stops, torch.full_like(stops, new_tokens.length), align="left")
+        self.context_labels = gather_labels(new_tokens.labels, self.context)
+        if self.adapter.has_windows and new_tokens.seen and self.context_labels.is_padded:
             raise InputError(
-                "brings clips of different length into a later turn of a batch; with sliding-window layers, "
+                "brings clips of different length into a later new_tokens of a batch; with sliding-window layers, "
                 "go on with one row at a time",
                 field="input_ids",
             )
 
     @property
     def embedded(self) -> DecoderInputs:
-        """The turn as it enters the decoder."""
-        return self._embedded(self.arguments, self.turn.labels, self.turn.token_types)
+        """The new tokens as they enter the decoder."""
+        return self._embedded(self.arguments, self.new_tokens.labels, self.new_tokens.token_types)
 
     @property
-    def embedded_front(self) -> DecoderInputs:
-        """The front as it enters the decoder."""
-        return self._embedded(self.adapter.cut(self.arguments, self.front), self.front_labels, self._types(None))
+    def embedded_context(self) -> DecoderInputs:
+        """The context as it enters the decoder."""
+        return self._embedded(self.adapter.cut(self.arguments, self.context), self.context_labels, self._types(None))
 
     def _embedded(self, arguments: dict[str, Any], labels: ModalityMap, types: Tensor | None) -> DecoderInputs:
         others = self.adapter.by_token(arguments)
         if types is not None:
-            others[TOKEN_TYPES] = types[:, self.turn.seen :]
+            others[TOKEN_TYPES] = types[:, self.new_tokens.seen :]
         others = {name: tensor.detach() for name, tensor in others.items()}
         return DecoderInputs(arguments["inputs_embeds"].detach(), arguments["position_ids"], labels, others)
 
-    def watch(self, rows: Tensor, probe: int) -> Watch:
-        return Watch(self.front_labels, rows, self.past, probe)
+    def observer(self, rows: Tensor, probe_ids: Tensor | None) -> Observer:
+        """The observer of the context, whose rows `rows` ``[batch, tokens]`` are read, and of a probe prompt."""
+        return Observer(self.context_labels, rows, self.past, 0 if probe_ids is None else probe_ids.shape[1])
 
     def run(
         self,
-        listener: WatchListener | None,
+        listener: LayerListener | None,
         probe_ids: Tensor | None,
         prompt_adapters: AbstractContextManager[Any],
     ) -> Any:
         """Front, then rest; the decoder's output with what it tells of every token in the order of the tokens.
 
         Args:
-            listener: watches the front.
-            probe_ids: ``[batch, tokens]`` run after the front and forgotten.
-            prompt_adapters: open while the front runs.
+            listener: watches the context.
+            probe_ids: ``[batch, tokens]`` run after the context and forgotten.
+            prompt_adapters: open while the context runs.
         """
         keep = self.arguments.get("logits_to_keep", 0)
-        lengths = (self.rest >= 0).sum(-1)
+        lengths = (self.continuation >= 0).sum(-1)
         # Layers that share entries skip rows whose output nobody reads.
-        in_rest = isinstance(keep, int) and 0 < keep <= int(lengths.min())
-        needs_front = not in_rest or wants_records(self.arguments, self.adapter.decoder.config)
+        in_continuation = isinstance(keep, int) and 0 < keep <= int(lengths.min())
+        needs_context = not in_continuation or wants_records(self.arguments, self.adapter.decoder.config)
         runs, output = [], None
-        if self.front.shape[1]:
+        if self.context.shape[1]:
             with prompt_adapters:
-                output = self._front(listener, probe_ids, needs_front)
-            if needs_front:
-                runs.append((self.front, output))
-        if self.rest.shape[1]:
-            output = self._rest()
-            runs.append((self.rest, output))
-        self._count(self.turn.seen + self.turn.length)
+                output = self._run_context(listener, probe_ids, needs_context)
+            if needs_context:
+                runs.append((self.context, output))
+        if self.continuation.shape[1]:
+            output = self._run_continuation()
+            runs.append((self.continuation, output))
+        self._count(self.new_tokens.seen + self.new_tokens.length)
         if output is None:
             raise InputError("brings no token", field="input_ids")
-        return join_outputs(runs, output, self.turn.length)
+        return join_outputs(runs, output, self.new_tokens.length)
 
-    def _front(self, listener: WatchListener | None, probe_ids: Tensor | None, needs_front: bool) -> Any:
-        inputs = self._cut(self.front, needs_front)
-        real = torch.cat([self.past, self.front_labels.real], dim=1)
+    def _run_context(self, listener: LayerListener | None, probe_ids: Tensor | None, needs_context: bool) -> Any:
+        inputs = self._cut(self.context, needs_context)
+        real = torch.cat([self.past, self.context_labels.real], dim=1)
         if probe_ids is not None:
             after = next_position(inputs["position_ids"]) + torch.arange(probe_ids.shape[1], device=real.device)
             inputs = self.adapter.append_text(inputs, probe_ids, after)
             real = torch.cat([real, torch.ones_like(probe_ids, dtype=torch.bool)], dim=1)
         inputs["attention_mask"] = self.adapter.mask(real, inputs, self.cache, self._types(probe_ids))
         flags = record_past(self.cache) if probe_ids is not None else {}
-        heard = None if listener is None else Heard(self.adapter, self.cache, listener)
-        self.tap.listener = heard
+        checked = None if listener is None else CheckedListener(self.adapter, self.cache, listener)
+        self.attention_hook.listener = checked
         try:
             output = self.original(**inputs)
         finally:
-            self.tap.listener = None
+            self.attention_hook.listener = None
             restore_past(self.cache, flags)
-        if heard is not None:
-            heard.finish()
+        if checked is not None:
+            checked.finish()
         return output
 
-    def _rest(self) -> Any:
-        valid = self.rest >= 0
-        inputs = self._cut(self.rest, whole=True)
+    def _run_continuation(self) -> Any:
+        valid = self.continuation >= 0
+        inputs = self._cut(self.continuation, whole=True)
         gaps = not bool(valid.all())
-        real = torch.cat([self.past, self.front_labels.real, valid.to(self.past.device)], dim=1)
+        real = torch.cat([self.past, self.context_labels.real, valid.to(self.past.device)], dim=1)
         inputs["attention_mask"] = self.adapter.mask(real, inputs, self.cache, None)
         flags = record_past(self.cache) if gaps else {}
         try:
@@ -194,7 +194,7 @@ class PromptRun:
             layer.compact(real[:, real.shape[1] - (layer.physical - layer.region) :])
         for short in sliding_layers(self.cache):
             held = real[:, real.shape[1] - short.keys.shape[-2] :]  # type: ignore[union-attr]
-            settle_window(short, held, self.turn.seen + self.turn.length)
+            settle_window(short, held, self.new_tokens.seen + self.new_tokens.length)
 
     def _count(self, seen: int) -> None:
         """Windows of different width may have counted other columns than the caller's."""
@@ -210,11 +210,11 @@ class PromptRun:
         return inputs
 
     def _types(self, probe_ids: Tensor | None) -> Tensor | None:
-        """Token types of everything up to the end of the front."""
-        types = self.turn.token_types
+        """Token types of everything up to the end of the context."""
+        types = self.new_tokens.token_types
         if types is None:
             return None
-        parts = [types[:, : self.turn.seen], gather_columns(types[:, self.turn.seen :], self.front, 1)]
+        parts = [types[:, : self.new_tokens.seen], gather_columns(types[:, self.new_tokens.seen :], self.context, 1)]
         if probe_ids is not None:
             parts.append(torch.zeros_like(probe_ids, dtype=types.dtype))
         return torch.cat(parts, dim=1)

@@ -14,21 +14,21 @@ from acckv.errors import InputError
 from acckv.method.rotary import RotaryLayout, rotate
 from acckv.models.base import AttentionLayer, ModelAdapter
 from acckv.models.batching import rope_positions
-from acckv.runtime.attention import Tap
+from acckv.runtime.attention import AttentionHook
 
 #: Positions of the three tokens that are run.
 _POSITIONS = (0, 3, 11)
 
 
 @torch.no_grad()
-def find_layouts(adapter: ModelAdapter, tap: Tap) -> list[RotaryLayout]:
+def find_layouts(adapter: ModelAdapter, attention_hook: AttentionHook) -> list[RotaryLayout]:
     """The rotary layout of every compressed layer, checked against the queries of the model's own attention.
 
     The decoder runs over three tokens, then each attention once more on the same hidden states with cosines of 1 and
     sines of 0. The layout that turns the second queries into the first is the layer's.
 
     Args:
-        tap: of an open session, through which the decoder's attention is watched.
+        attention_hook: of an open session, through which the decoder's attention is watched.
 
     Raises:
         InputError: no layout does, so that positions cannot be taken off.
@@ -38,7 +38,7 @@ def find_layouts(adapter: ModelAdapter, tap: Tap) -> list[RotaryLayout]:
     if positions.ndim == 3:  # three axes that differ, so that a mistaken one shows
         positions = positions + 2 * torch.arange(len(positions), device=device)[:, None, None]
     calls: dict[int, tuple[Any, Any]] = {}
-    with _noting_calls(adapter, calls), _queries(tap) as turned:
+    with _noting_calls(adapter, calls), _queries(attention_hook) as turned:
         ids = torch.arange(3, 3 + len(_POSITIONS), device=device)[None]
         adapter.decoder(**adapter.embed(ids), position_ids=positions, use_cache=False)
     layouts = []
@@ -46,7 +46,7 @@ def find_layouts(adapter: ModelAdapter, tap: Tap) -> list[RotaryLayout]:
         if layer.slot is None or not layer.owner:
             continue
         args, options = calls[id(layer.module)]
-        with _queries(tap) as plain:
+        with _queries(attention_hook) as plain:
             layer.module(*args, **_without_rotation(options))
         tables = adapter.rotation(rope_positions(positions), layer)
         layouts.append(_match(adapter, layer, plain[layer.slot], turned[layer.slot], tables))
@@ -109,7 +109,7 @@ def _noting_calls(adapter: ModelAdapter, calls: dict[int, tuple[Any, Any]]) -> I
 
 
 @contextmanager
-def _queries(tap: Tap) -> Iterator[dict[int, Tensor]]:
+def _queries(attention_hook: AttentionHook) -> Iterator[dict[int, Tensor]]:
     """By compressed layer, the queries ``[B, H, N, D]`` that its attention gets."""
     found: dict[int, Tensor] = {}
 
@@ -117,15 +117,15 @@ def _queries(tap: Tap) -> Iterator[dict[int, Tensor]]:
         if layer.slot is not None and layer.owner:
             found[layer.slot] = query
 
-    before, tap.listener = tap.listener, listen
+    before, attention_hook.listener = attention_hook.listener, listen
     try:
         yield found
     finally:
-        tap.listener = before
+        attention_hook.listener = before
 
 
 def _without_rotation(options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an attention with position embeddings that turn nothing."""
+    """The arguments of an attention with position embeddings that new_tokens nothing."""
     tables = options.get("position_embeddings")
     if not isinstance(tables, tuple):
         return options if tables is None else {**options, "position_embeddings": torch.ones_like(tables)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,16 +18,17 @@ from acckv.models import find_adapter
 from acckv.models.batching import DecoderInputs, next_position
 from acckv.planner import Planners
 from acckv.policies.base import Rows
-from acckv.runtime.attention import attention_of_masks, shadow_attention
-from acckv.runtime.dispatch import Router, Task
+from acckv.runtime.attention import attention_of_masks, hook_attention
+from acckv.runtime.dispatch import Dispatcher
 from acckv.runtime.hooks import served
 from acckv.runtime.logits import at_places, chosen_logits, last_position
 from acckv.runtime.lora import AttachedLora, LoraSets
 from acckv.runtime.merged_lora import LoraMode, attach
-from acckv.runtime.model_inputs import Turn, embedded_turn, new_mask, read_turn
+from acckv.runtime.new_tokens import NewTokens, embedded_tokens, new_mask, read_new_tokens
 from acckv.runtime.patching import in_use
 from acckv.runtime.prefill import Prefill
 from acckv.runtime.prefill_run import TOKEN_TYPES, ProbePrompt
+from acckv.runtime.request import Request
 from acckv.runtime.simulation import LengthCache, Simulation, without_checkpointing
 
 __all__ = ["Prefill", "Session"]
@@ -64,7 +65,7 @@ class Session:
         self.adapter = find_adapter(model)
         self.model = self.adapter.model
         self.lora_mode = lora_mode
-        self.router = Router(planners, self.adapter, ProbePrompt(processor, probe_prompt), lora)
+        self.dispatcher = Dispatcher(planners, self.adapter, ProbePrompt(processor, probe_prompt), lora)
         self._stack = ExitStack()
 
     # ------------------------------------------------------------------ scope
@@ -74,48 +75,50 @@ class Session:
         with ExitStack() as stack:
             stack.enter_context(in_use(adapter.decoder))
             if self.lora is not None:
-                self.router.lora = attach(adapter, self.lora, self.lora_mode)
-                stack.callback(self.router.lora.remove)
+                self.dispatcher.lora = attach(adapter, self.lora, self.lora_mode)
+                stack.callback(self.dispatcher.lora.remove)
             stack.enter_context(attention_of_masks(adapter))
             modules = [layer.module for layer in adapter.attention_layers]
-            stack.enter_context(shadow_attention(modules, adapter.attention_implementation, self.router.tap.attend))
-            stack.enter_context(self.router.wiring)
-            self.router.look.prepare()
+            stack.enter_context(
+                hook_attention(modules, adapter.attention_implementation, self.dispatcher.attention_hook.attend)
+            )
+            stack.enter_context(self.dispatcher.hooks)
+            self.dispatcher.policy_inputs.prepare()
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        with self.router.wiring.lock:  # another thread may still generate
+        with self.dispatcher.hooks.lock:  # another thread may still generate
             self._stack.close()
-            self.router.lora = None
+            self.dispatcher.lora = None
 
     @property
     def last_cache(self) -> CompressedCache | None:
         """What was compressed last, by generate or by this session's own methods."""
-        return self.router.last_cache
+        return self.dispatcher.last_cache
 
     @property
     def attached(self) -> AttachedLora | None:
         """The compressor's LoRA layers while they are on the model; None without any, and where they are merged."""
-        return self.router.lora if isinstance(self.router.lora, AttachedLora) else None
+        return self.dispatcher.lora if isinstance(self.dispatcher.lora, AttachedLora) else None
 
     @property
     def adapts_prompt(self) -> bool:
         """Whether LoRA acts on the prompt too, so that a prefill of the base model is of no use here."""
-        return self.router.adapts_prompt
+        return self.dispatcher.adapts_prompt
 
     @contextmanager
     def base_projections(self) -> Iterator[None]:
         """The compressor's LoRA, if there is one, is off while the context is open; other threads wait."""
-        with self.router.wiring.lock, self.router.base_projections():
+        with self.dispatcher.hooks.lock, self.dispatcher.base_projections():
             yield
 
     @contextmanager
     def adapted(self, ratio: float) -> Iterator[None]:
         """Simulations use the LoRA of a ratio while the context is open, and other threads wait; caches know their
         own."""
-        with self.router.wiring.lock:
-            lora = self.router.lora
+        with self.dispatcher.hooks.lock:
+            lora = self.dispatcher.lora
             with nullcontext() if lora is None else lora.selected(self.planners.is_low(ratio)):
                 yield
 
@@ -133,26 +136,26 @@ class Session:
             gradients: keep the graph, to train LoRA of scope 'all'.
             inputs: as for the model, media included; with `when: context` up to the end of the media.
         """
-        cache, task = fresh_cache(self.adapter), Task(rows)
+        cache, request = fresh_cache(self.adapter), Request("record", rows=rows)
         logits = None
         if embedded is None:
             inputs = self.adapter.placed(inputs)
-            turn = self._read(inputs)
+            new_tokens = self._read(inputs)
             inputs.pop("modality_ids", None)
             if inputs.get("position_ids") is None:
-                start = turn.labels.labels.new_zeros(turn.stop.shape[0], 1)
-                inputs["position_ids"] = self.adapter.prompt_positions(inputs, turn.labels.real, start)
+                start = new_tokens.labels.labels.new_zeros(new_tokens.context_lengths.shape[0], 1)
+                inputs["position_ids"] = self.adapter.prompt_positions(inputs, new_tokens.labels.real, start)
         else:
             embedded = embedded.to(self.adapter.device)
-            turn, inputs = embedded_turn(embedded), self._decoder_arguments(embedded)
+            new_tokens, inputs = embedded_tokens(embedded), self._decoder_arguments(embedded)
         arguments = {**inputs, "cache": cache, "use_cache": True}
-        run = partial(self.router.run, task=task, turn=turn, arguments=arguments)
-        with torch.set_grad_enabled(gradients), without_checkpointing(self.adapter.decoder):
+        request.new_tokens = new_tokens
+        with torch.set_grad_enabled(gradients), without_checkpointing(self.adapter.decoder), self._serving(request):
             if embedded is None:
-                logits = chosen_logits(self.model, last_position, partial(run, self.model))[:, -1]
+                logits = chosen_logits(self.model, last_position, partial(self.model, **arguments))[:, -1]
             else:
-                run(self.adapter.decoder)
-        recorder, embedded = task.recorder, task.embedded
+                self.adapter.decoder(**arguments)
+        recorder, embedded = request.recorder, request.embedded
         if recorder is None or embedded is None:
             raise InputError("brings no token", field="input_ids")
         return Prefill(
@@ -184,7 +187,7 @@ class Session:
             is_low = self.planners.is_low(self._ratio(prefill, ratio))
             for layer, plan in zip(compressed_layers(cache), self.plan(prefill, ratio), strict=True):
                 layer.commit(plan, labels, offered, is_low)
-        self.router.last_cache = cache
+        self.dispatcher.last_cache = cache
         return cache
 
     @served
@@ -210,8 +213,8 @@ class Session:
         """
         inputs = self.adapter.placed(chunk)
         seen = 0 if cache is None else cache.get_seq_length()
-        turn = self._read({**inputs, "attention_mask": new_mask(inputs, seen)}, seen)
-        real, labels = turn.labels.real, turn.labels.labels
+        new_tokens = self._read({**inputs, "attention_mask": new_mask(inputs, seen)}, seen)
+        real, labels = new_tokens.labels.real, new_tokens.labels.labels
         inputs.pop("modality_ids", None)
         if cache is not None and len(labels) != len(cache.labels.labels):
             raise InputError(f"{len(labels)} rows cannot go on from {len(cache.labels.labels)}", field="input_ids")
@@ -219,26 +222,29 @@ class Session:
             branch, start = fresh_cache(self.adapter), labels.new_zeros(labels.shape[0], 1)
         else:
             branch = cache.branch()
-            start, turn = branch.next_position, turn.after(branch.labels)
+            start, new_tokens = branch.next_position, new_tokens.after(branch.labels)
             labels = torch.cat([branch.labels.labels, labels], dim=1)
         positions = self.adapter.prompt_positions(inputs, real, start)
-        inputs |= {"attention_mask": torch.cat([turn.past, real], dim=1).long(), "position_ids": positions}
-        if turn.token_types is not None:
-            inputs["mm_token_type_ids"] = turn.token_types
-        watched = turn if keep_text else turn.with_text_as_media()
-        with without_checkpointing(self.adapter.decoder):
-            arguments = {**inputs, "cache": branch, "use_cache": True}
-            self.router.run(self.adapter.backbone, Task(ratio=ratio), watched, arguments)
-        self.router.last_cache = CompressedCache(branch.layers, ModalityMap(labels), next_position(positions))
-        return self.router.last_cache
+        inputs |= {"attention_mask": torch.cat([new_tokens.past, real], dim=1).long(), "position_ids": positions}
+        if new_tokens.token_types is not None:
+            inputs["mm_token_type_ids"] = new_tokens.token_types
+        request = Request("evict", new_tokens if keep_text else new_tokens.with_text_as_media(), ratio=ratio)
+        with without_checkpointing(self.adapter.decoder), self._serving(request):
+            self.adapter.backbone(**{**inputs, "cache": branch, "use_cache": True})
+        self.dispatcher.last_cache = CompressedCache(branch.layers, ModalityMap(labels), next_position(positions))
+        return self.dispatcher.last_cache
 
     @served
     def plan(self, prefill: Prefill, ratio: float | None = None, temperature: float | None = None) -> list[LayerPlan]:
         """What :meth:`compress` would keep; with a temperature, the differentiable twin of it."""
         rows = self.planners.policy.rows
         seen = prefill.watched(rows, self.planners.config)
-        with self.router.prompt_adapters() if rows == "repetition" else nullcontext():  # the one that runs the model
-            observations = self.router.look.complete(seen, prefill.cache.layers, prefill.embedded, prefill.repetition)
+        with (
+            self.dispatcher.prompt_adapters() if rows == "repetition" else nullcontext()
+        ):  # the one that runs the model
+            observations = self.dispatcher.policy_inputs.complete(
+                seen, prefill.cache.layers, prefill.embedded, prefill.repetition
+            )
         planner = self.planners.at(self._ratio(prefill, ratio))
         return planner.plan(observations, prefill.labels, ratio, temperature)
 
@@ -304,7 +310,7 @@ class Session:
             positions = positions[-1] if positions.ndim == 3 else positions
             inputs["attention_mask"] = self.adapter.packed_mask(mask, positions, layers)
         simulation = Simulation(layers, plans)
-        with self.router.simulating(simulation):
+        with self._serving(Request("simulate", simulation=simulation)):
             run = partial(self.model, cache=LengthCache(layers), use_cache=True, **inputs)
             logits = run().logits if places is None else chosen_logits(self.model, at_places(places), run)[0]
         if not simulation.reached:
@@ -312,6 +318,9 @@ class Session:
         return logits
 
     # ------------------------------------------------------------------ inside
+
+    def _serving(self, request: Request) -> AbstractContextManager[Request]:
+        return self.dispatcher.hooks.serving(request)
 
     def _ratio(self, prefill: Prefill, ratio: float | None) -> float:
         return self.planners.default.ratio_of(prefill.labels, len(prefill.observations), ratio)
@@ -326,9 +335,9 @@ class Session:
             **self.adapter.from_tokens(others),
         }
 
-    def _read(self, inputs: dict[str, Any], seen: int = 0) -> Turn:
-        turn = read_turn(self.adapter, inputs, "prompt", inputs.get("modality_ids"), seen)
-        return turn.compressed_whole()
+    def _read(self, inputs: dict[str, Any], seen: int = 0) -> NewTokens:
+        new_tokens = read_new_tokens(self.adapter, inputs, "prompt", inputs.get("modality_ids"), seen)
+        return new_tokens.compressed_whole()
 
 
 def _copies(options: dict[str, Any], default: Any) -> int:

@@ -56,7 +56,7 @@ def check(model: Any, inputs: dict[str, Any]) -> int:
             part: Any = getattr(layer.module, "q_norm", None) or layer.module.q_proj
             hooks.append(part.register_forward_hook(lambda m, a, out, slot=slot: given.update({slot: out.detach()})))
         prefill = session.prefill(**inputs)
-        seen = session.router.look.complete(prefill.observations, [], prefill.embedded, [])
+        seen = session.dispatcher.policy_inputs.complete(prefill.observations, [], prefill.embedded, [])
         for hook in hooks:
             hook.remove()
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
@@ -87,12 +87,12 @@ def test_families(name: str) -> None:
 
 def test_layers_that_turn_nothing_and_layers_that_do() -> None:
     with EXPECTED(decoder("SmolLM3")) as session:
-        assert [layout.size for layout in session.router.look.layouts] == [16, 16, 16, 0]
+        assert [layout.size for layout in session.dispatcher.policy_inputs.layouts] == [16, 16, 16, 0]
 
 
 def test_half_precision_is_recognised() -> None:
     with EXPECTED(decoder("Glm4").bfloat16()) as session:
-        assert {layout.neighbours for layout in session.router.look.layouts} == {True}
+        assert {layout.neighbours for layout in session.dispatcher.policy_inputs.layouts} == {True}
 
 
 def test_what_cannot_be_taken_off_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from acckv.planner import Planner
 from acckv.policies import POLICIES
 from acckv.policies.expected_attention import SINKS
 from acckv.policies.look_m import pivotal_merging
-from acckv.runtime.context_reconstruction import LEAD_IN, chunks, moved_positions, watch_repetition
+from acckv.runtime.context_reconstruction import LEAD_IN, chunks, moved_positions, reconstruction_attention
 from lightning_modules.evaluation.options import EvaluationOptions
 from tests import tiny_omni
 from tests.pairwise import by_turns
@@ -371,7 +371,7 @@ def test_rotation_taken_off_is_what_the_projection_gave(model: Any) -> None:
     handle = attention.q_proj.register_forward_hook(lambda *call: projected.update(q=call[-1]))
     with compressor_of("expected_attention", horizon=3)(model) as session, torch.no_grad():
         prefill = session.prefill(**tiny_omni.context())
-        seen = session.router.look.complete(prefill.observations, [], prefill.embedded, [])[1]
+        seen = session.dispatcher.policy_inputs.complete(prefill.observations, [], prefill.embedded, [])[1]
         steps = prefill.next_position + torch.arange(3)
         layer = session.adapter.attention_layers[1]
         ahead = session.adapter.rotation(session.adapter.text_positions(steps), layer)
@@ -424,7 +424,9 @@ def test_kvzip_watches_a_repetition(eager: Any, chunk: int) -> None:
         ids = torch.tensor([prompt] * 2)
         positions = session.adapter.text_positions(batch.next_position + torch.arange(3))
         asked = DecoderInputs(eager.get_input_embeddings()(ids), positions, ModalityMap(torch.zeros_like(ids)))
-        peaks = watch_repetition(batch.embedded, batch.cache.layers, asked, session.router.look.feed, chunk)
+        peaks = reconstruction_attention(
+            batch.embedded, batch.cache.layers, asked, session.dispatcher.policy_inputs.feed, chunk
+        )
         assert [layer.physical for layer in compressed_layers(batch.cache)] == [batch.labels.labels.shape[1]] * 3
     for row, embedded in enumerate(rows):
         media = embedded.labels.media[0].nonzero().flatten()

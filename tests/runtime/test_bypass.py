@@ -151,7 +151,7 @@ def test_a_model_that_was_compiled_before(part: str, used: bool) -> None:
         assert_close(logits(call, plain(batch)), full)
     with compressor()(call) as session:
         assert_close(logits(call, batch), expected)
-        session.router.last_cache = None
+        session.dispatcher.last_cache = None
         call.generate(**batch, **GREEDY)
         assert session.last_cache is not None
     assert_close(logits(call, plain(batch)), full)

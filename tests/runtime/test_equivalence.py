@@ -13,7 +13,7 @@ from torch import Tensor
 from acckv import CompressionConfig, KVCompressor
 from acckv.cache.cache import CompressedCache, branch_layers, compressed_layers
 from acckv.method.plan import LayerPlan, Pivots
-from acckv.runtime.attention import shadow_attention
+from acckv.runtime.attention import hook_attention
 from tests import tiny_omni
 
 LAYERS, KV_HEADS, MEDIA = 3, 2, tiny_omni.VIDEO_TOKENS + tiny_omni.AUDIO_TOKENS
@@ -55,7 +55,7 @@ def masked_full_attention(
 
     decoder = model.model.language_model
     modules = [layer.self_attn for layer in decoder.layers]
-    with shadow_attention(modules, decoder.config._attn_implementation, attend), torch.no_grad():
+    with hook_attention(modules, decoder.config._attn_implementation, attend), torch.no_grad():
         full = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return model(**full, use_cache=False).logits[:, length:]
 

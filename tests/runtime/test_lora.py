@@ -131,7 +131,7 @@ def test_auto_asks_for_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     copies = 2 * sum(4 * model.get_submodule(name).weight.numel() for name in names)
     monkeypatch.setattr(merged_lora, "_free_memory", lambda device: 2 * copies)
     with compress(model) as session:
-        assert isinstance(session.router.lora, MergedLora) and session.attached is None
+        assert isinstance(session.dispatcher.lora, MergedLora) and session.attached is None
     monkeypatch.setattr(merged_lora, "_free_memory", lambda device: 2 * copies - 1)
     with pytest.warns(UserWarning, match="LoRA is not merged: copies of the adapted weights would take"):
         session = compress(model).__enter__()

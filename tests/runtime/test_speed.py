@@ -67,7 +67,9 @@ def clip(tokens: int) -> dict[str, Any]:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_tensor_of_tokens_by_tokens(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores are worked off in rows (KVzip repeats a chunk at once); and what is held is exact to the entry."""
-    monkeypatch.setattr(policy_inputs, "watch_repetition", partial(policy_inputs.watch_repetition, chunk=128))
+    monkeypatch.setattr(
+        policy_inputs, "reconstruction_attention", partial(policy_inputs.reconstruction_attention, chunk=128)
+    )
     tokens = 2048
     compressor = KVCompressor(CompressionConfig(policy=policy, ratio=RATIO))
     with compressor(decoder(), Tokenizer()) as session, LargestTensor() as largest:

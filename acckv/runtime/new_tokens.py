@@ -16,28 +16,28 @@ from acckv.models.batching import DecoderInputs
 
 
 @dataclass(frozen=True)
-class Turn:
+class NewTokens:
     """The new tokens of one forward.
 
     Args:
         labels: modality map of the new tokens ``[batch, tokens]``.
         past: bool ``[batch, seen]``: which of the tokens seen before are no padding.
-        stop: int64 ``[batch]``, on the CPU: new tokens before this index are compressed, later ones read what was
-            kept.
+        context_lengths: int64 ``[batch]``, on the CPU: new tokens before this index are compressed, later
+            ones read what was kept.
         token_types: kinds of all tokens ``[batch, seen + tokens]`` as a processor gives them, or None.
     """
 
     labels: ModalityMap
     past: Tensor
-    stop: Tensor
+    context_lengths: Tensor
     token_types: Tensor | None = None
 
-    def to(self, device: torch.device) -> Turn:
+    def to(self, device: torch.device) -> NewTokens:
         """The same on a device."""
         if self.labels.labels.device == device:
             return self
         types = None if self.token_types is None else self.token_types.to(device)
-        return Turn(self.labels.to(device), self.past.to(device), self.stop, types)
+        return NewTokens(self.labels.to(device), self.past.to(device), self.context_lengths, types)
 
     @property
     def length(self) -> int:
@@ -53,35 +53,35 @@ class Turn:
     def has_media(self) -> bool:
         return bool(self.labels.host.media.any())
 
-    def compressed_whole(self) -> Turn:
-        """The same turn, all of it compressed."""
-        return replace(self, stop=torch.full_like(self.stop, self.length))
+    def compressed_whole(self) -> NewTokens:
+        """The same tokens, all of them compressed."""
+        return replace(self, context_lengths=torch.full_like(self.context_lengths, self.length))
 
-    def uncompressed(self) -> Turn:
-        """The same turn, none of it compressed."""
-        return replace(self, stop=torch.zeros_like(self.stop))
+    def uncompressed(self) -> NewTokens:
+        """The same tokens, none of them compressed."""
+        return replace(self, context_lengths=torch.zeros_like(self.context_lengths))
 
-    def after(self, labels: ModalityMap) -> Turn:
-        """The same turn behind tokens of these labels."""
+    def after(self, labels: ModalityMap) -> NewTokens:
+        """The same tokens behind others of these labels."""
         return replace(self, past=labels.real)
 
-    def with_text_as_media(self) -> Turn:
-        """The same turn, its text counted to the media that it comes with (video, where there is any)."""
+    def with_text_as_media(self) -> NewTokens:
+        """The same tokens, text counted to the media that it comes with (video, where there is any)."""
         labels = self.labels.labels
         video = (labels == Modality.VIDEO).any(dim=1, keepdim=True)
         label = torch.where(video, int(Modality.VIDEO), int(Modality.AUDIO)).to(labels.dtype)
         return replace(self, labels=ModalityMap(torch.where(labels == Modality.TEXT, label, labels)))
 
 
-def read_turn(
+def read_new_tokens(
     adapter: ModelAdapter,
     inputs: dict[str, Any],
     when: When,
     modality_ids: Tensor | None = None,
     seen: int = 0,
     candidates: int = 0,
-) -> Turn:
-    """The turn that model inputs bring.
+) -> NewTokens:
+    """The new tokens that model inputs bring.
 
     Args:
         inputs: of the model: input_ids or inputs_embeds, attention_mask, features.
@@ -114,21 +114,21 @@ def read_turn(
     if mask is not None and mask.shape[1] == seen + length:
         past = mask[:, :seen].bool().to(tokens.device)
     prompt = length - candidates
-    stop = torch.full((batch,), prompt)
+    context_lengths = torch.full((batch,), prompt)
     if when == "context":
-        stop = adapter.context_length(labels, ids if isinstance(ids, Tensor) else None).clamp(max=prompt)
+        context_lengths = adapter.context_length(labels, ids if isinstance(ids, Tensor) else None).clamp(max=prompt)
     types = inputs.get("mm_token_type_ids")
     if types is not None and types.shape[1] != seen + length:
         types = torch.cat([types.new_zeros(batch, seen), types[:, -length:]], dim=1)
-    return Turn(labels.to(tokens.device), past, stop, types)
+    return NewTokens(labels.to(tokens.device), past, context_lengths, types)
 
 
-def embedded_turn(embedded: DecoderInputs) -> Turn:
-    """The turn of tokens that were embedded before, all of it compressed."""
+def embedded_tokens(embedded: DecoderInputs) -> NewTokens:
+    """The new tokens of a prompt that was embedded before, all of them compressed."""
     labels = embedded.labels.labels
-    stop = torch.full((labels.shape[0],), labels.shape[1])
+    context_lengths = torch.full((labels.shape[0],), labels.shape[1])
     past = torch.zeros(labels.shape[0], 0, dtype=torch.bool, device=labels.device)
-    return Turn(embedded.labels, past, stop, embedded.others.get("mm_token_type_ids"))
+    return NewTokens(embedded.labels, past, context_lengths, embedded.others.get("mm_token_type_ids"))
 
 
 def _text(batch: int, mask: Tensor | None, length: int) -> ModalityMap:
