@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import pkgutil
 import re
 import runpy
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable
 from io import StringIO
@@ -28,6 +30,7 @@ from tests.paths import ROOT
 from tests.repository.pages import PAGES, blocks, commands, prose, spans
 
 README = ROOT / "README.md"
+NOTEBOOK = ROOT / "examples" / "first_steps.ipynb"
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 
 
@@ -74,6 +77,23 @@ def test_python_blocks_run(names: dict[str, Any], capsys: pytest.CaptureFixture[
     assert held == [64] * len(held)  # the stream's budget
     assert len(capsys.readouterr().out.splitlines()) == 2  # two answers about one clip
     assert isinstance(ran["sessions.md"]["text"], str) and not ran["sessions.md"]["thread"].is_alive()
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """From its first cell to its last, to the answers that stand in it where nothing is evicted."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    names: dict[str, Any] = {"__name__": "notebook"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), NOTEBOOK.name, "exec"), names)
+    printed = capsys.readouterr().out.splitlines()
+    right = [line.partition("(right: ")[2].rstrip(")") for line in printed if "(right: " in line]
+    assert right and [line.split(",")[0].strip() for line in printed if "0.5: " in line] == [f"1: {a}" for a in right]
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    shown = [line for output in outputs for line in output.get("text", ())]
+    assert len(shown) == len(printed) and sum("image/png" in output.get("data", ()) for output in outputs) == 2
+    assert all(output.get("name") != "stderr" for output in outputs)  # holds a machine's paths
 
 
 # ------------------------------------------------------------------ commands
