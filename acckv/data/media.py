@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,74 +15,22 @@ from torch.nn.functional import interpolate, pad
 
 from acckv.data.media_options import MAX_PIXELS, MAX_SECONDS, MediaOptions
 from acckv.data.records import Record
-from acckv.data.sampling import LONGER, TEMPORAL_PATCH, FrameSampler, SoundTrack
+from acckv.data.sampling import LONGER, FrameSampler, SoundTrack
 from acckv.data.tracks import Wanted, read_tracks, sparse_rate, stated_seconds
 from acckv.errors import InputError
+from acckv.models.clips import Media
 
 __all__ = [
     "MAX_PIXELS",
     "MAX_SECONDS",
-    "Kind",
-    "Media",
     "MediaOptions",
     "join_media",
     "read_media",
     "read_record_media",
 ]
 
-Kind = Literal["audio-video", "video", "audio"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 SHORTEST_SOUND = 0.1
 """Seconds to which shorter sound without pictures is padded: less makes no audio token."""
-
-
-@dataclass(frozen=True)
-class Media:
-    """One clip, as a processor wants it: pictures, sound or both.
-
-    Attributes:
-        frames: uint8 [count, 3, height, width]; `count` is even and at least 2. None for sound alone.
-        audio: float32 [samples] mono. Beside frames exactly as long as they are (count / fps seconds), or longer where
-            `join_media` made it so. None without a sound track.
-        duration: seconds of media in the file (before rounding to whole temporal patches).
-        path: the file.
-        fps: frames a second of `frames`.
-        sampling_rate: samples a second of `audio`.
-    """
-
-    frames: Tensor | None
-    audio: Tensor | None
-    duration: float
-    path: Path
-    fps: float = 2.0
-    sampling_rate: int = 16_000
-
-    @property
-    def kind(self) -> Kind:
-        """What the clip has. A batch holds clips of one kind."""
-        if self.frames is None:
-            return "audio"
-        return "video" if self.audio is None else "audio-video"
-
-    @property
-    def samples(self) -> int:
-        """Samples of sound that are as long as the pictures."""
-        return 0 if self.frames is None else round(len(self.frames) / self.fps * self.sampling_rate)
-
-    def parts(self, seconds: float) -> Iterator[Media]:
-        """The clip in pieces of about so many seconds, each of whole temporal patches, as a stream would bring it.
-
-        Sound that goes on after the last picture belongs to the last piece.
-        """
-        patches = max(round(seconds * self.fps / TEMPORAL_PATCH), 1) * TEMPORAL_PATCH
-        samples = self.sampling_rate / self.fps
-        count = len(self.frames) if self.frames is not None else math.ceil(len(self.audio) / samples)
-        for start in range(0, count, patches):
-            stop = min(start + patches, count)
-            frames = None if self.frames is None else self.frames[start:stop]
-            last = None if stop == count else round(stop * samples)
-            audio = None if self.audio is None else self.audio[round(start * samples) : last]
-            yield replace(self, frames=frames, audio=audio, duration=(stop - start) / self.fps)
 
 
 def read_media(

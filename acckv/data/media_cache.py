@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from acckv.data.media import Media, read_media, read_record_media
+from acckv.data.media import read_media, read_record_media
 from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.io.files import whole_file
+from acckv.models.clips import Media
 
 FORMAT = 3
 """Of the cached files; to be raised when the reader gives something else for the same file."""

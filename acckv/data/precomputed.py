@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,37 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from acckv.data.media import Kind, Media, read_record_media
+from acckv.data.media import read_record_media
 from acckv.data.records import Record
 from acckv.data.video_folder import hold_out
 from acckv.errors import InputError
 from acckv.io.files import whole_file
 from acckv.method.modality import Modality
+from acckv.models.clips import Media, PrecomputedClip
+from acckv.models.plain_decoder import EMBEDS, MODALITY_IDS
 
 CLIPS, QUESTIONS = "clips", "questions.jsonl"
 SUFFIX = ".safetensors"
-EMBEDS, KINDS = "inputs_embeds", "modality_ids"
-
-
-@dataclass(frozen=True)
-class PrecomputedClip:
-    """A clip as it enters a decoder.
-
-    Attributes:
-        embeds: floating ``[tokens, width]``.
-        modality_ids: int64 ``[tokens]`` of text, video and audio.
-        path: the file.
-    """
-
-    embeds: Tensor
-    modality_ids: Tensor
-    path: Path
-
-    @cached_property
-    def kind(self) -> Kind:
-        """Video, audio or both, as `Media.kind`."""
-        video, audio = (bool((self.modality_ids == kind).any()) for kind in (Modality.VIDEO, Modality.AUDIO))
-        return "audio-video" if video and audio else "audio" if audio else "video"
 
 
 def read_clip(record: Record, read_media: Callable[[Record], Media] = read_record_media) -> Media | PrecomputedClip:
@@ -83,8 +61,8 @@ def write_precomputed_clip(folder: str | Path, clip: str, inputs_embeds: Tensor,
     if not clip or clip.startswith(".") or any(letter in clip for letter in "/\\\0"):
         raise InputError(f"{clip!r} is no plain file name", field="clip")
     path = Path(folder) / CLIPS / (clip + SUFFIX)
-    checked = _checked({EMBEDS: inputs_embeds, KINDS: modality_ids}, path)
-    tensors = {EMBEDS: checked.embeds, KINDS: checked.modality_ids}
+    checked = _checked({EMBEDS: inputs_embeds, MODALITY_IDS: modality_ids}, path)
+    tensors = {EMBEDS: checked.embeds, MODALITY_IDS: checked.modality_ids}
     with whole_file(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
     return path
@@ -186,18 +164,18 @@ def _checked(tensors: dict[str, Tensor], path: Path) -> PrecomputedClip:
     def error(field: str, message: str) -> InputError:
         return InputError(message, source=path, field=field)
 
-    for name in (EMBEDS, KINDS):
+    for name in (EMBEDS, MODALITY_IDS):
         if name not in tensors:
             raise error(name, "is missing")
-    embeds, kinds = tensors[EMBEDS], tensors[KINDS]
+    embeds, kinds = tensors[EMBEDS], tensors[MODALITY_IDS]
     if embeds.ndim != 2 or not embeds.is_floating_point() or embeds.shape[1] == 0:
         raise error(EMBEDS, f"needs floats of shape [tokens, width], not {embeds.dtype} {list(embeds.shape)}")
     if kinds.shape != embeds.shape[:1] or kinds.is_floating_point() or kinds.dtype == torch.bool:
-        raise error(KINDS, f"needs integers of shape [{len(embeds)}], not {kinds.dtype} {list(kinds.shape)}")
+        raise error(MODALITY_IDS, f"needs integers of shape [{len(embeds)}], not {kinds.dtype} {list(kinds.shape)}")
     if not bool(torch.isfinite(embeds).all()):
         raise error(EMBEDS, "holds values that are not finite")
     if bool((kinds < 0).any() or (kinds > Modality.AUDIO).any()):
-        raise error(KINDS, "holds other values than 0 text, 1 video, 2 audio")
+        raise error(MODALITY_IDS, "holds other values than 0 text, 1 video, 2 audio")
     if not bool((kinds != Modality.TEXT).any()):
-        raise error(KINDS, "has neither video nor audio")
+        raise error(MODALITY_IDS, "has neither video nor audio")
     return PrecomputedClip(embeds, kinds.long(), path)

@@ -1,4 +1,4 @@
-"""Decoded pictures and sound into what is asked for: sampled frames and one mono track, in bounded memory."""
+"""Sampled frames and one mono track out of decoded pictures and sound, in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from acckv.data.decoding import RESTART, Clock
 from acckv.errors import InputError
+from acckv.models.clips import TEMPORAL_PATCH
 
-TEMPORAL_PATCH = 2
-"""Pictures that the model joins into one temporal patch."""
 LONGEST_LAST_PICTURE = 10.0
 """Seconds for which the stated length of the last picture is believed without sound that goes on as long."""
 LATE_SOUND = 0.5
@@ -25,7 +24,7 @@ LATE_SOUND = 0.5
 GAP = 0.1
 """Seconds between two blocks of sound from which on it counts as a gap (or an overlap)."""
 LONGER = "raise it, give start and end, or set cut_long to take the beginning"
-"""What to do about a clip that is too long."""
+"""Remedy for a clip that is too long."""
 LOUDEST = 8.0
 """Largest sample (full scale is 1). Damaged float sound may hold any number."""
 

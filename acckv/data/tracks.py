@@ -11,8 +11,9 @@ import av
 from acckv.data.decoding import decoded, first_time, open_media, picture_stream, seek_to, sound_stream
 from acckv.data.media_options import MediaOptions
 from acckv.data.pictures import PictureConverter, exif_orientation, pixel_aspect
-from acckv.data.sampling import GAP, TEMPORAL_PATCH, FrameSampler, SoundTrack
+from acckv.data.sampling import GAP, FrameSampler, SoundTrack
 from acckv.errors import InputError
+from acckv.models.clips import TEMPORAL_PATCH
 
 SEEK_MARGIN = 0.5
 """Seconds before the asked start at which decoding begins, so that the sound decoder has warmed up."""
@@ -20,7 +21,7 @@ SEEK_MARGIN = 0.5
 
 @dataclass(frozen=True)
 class Wanted:
-    """What of a file is read.
+    """The part of a file that is read.
 
     Args:
         start, end: seconds of the file; None is its beginning and its end.

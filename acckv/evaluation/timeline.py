@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from acckv.data.media import TEMPORAL_PATCH
 from acckv.errors import InputError
 from acckv.io.files import whole_file
 from acckv.method.modality import COMPRESSED
+from acckv.models.clips import TEMPORAL_PATCH
 from acckv.runtime.session import Session
 
 TIMELINES_FILE = "timelines.safetensors"

@@ -1,9 +1,12 @@
-"""Names of the hub, and what was downloaded under them."""
+"""Names of the hub, and downloads under them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from acckv.errors import InputError
 
@@ -24,9 +27,6 @@ def download(name: str, what: str, **options: Any) -> Path:
     Raises:
         InputError: there is none, or the hub cannot be reached.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     repository, _, revision = name.partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, **options))

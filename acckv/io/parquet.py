@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pyarrow
+from pyarrow import parquet
+
 from acckv.errors import InputError
 from acckv.io.fields import Row
 
@@ -27,9 +30,6 @@ def read_parquet(files: Sequence[Path], folder: Path, columns: Sequence[str] | N
     Raises:
         InputError: no file, one that is no parquet file or is cut off, or a column that it lacks.
     """
-    import pyarrow
-    from pyarrow import parquet
-
     if not files:
         raise InputError("no parquet file", source=folder)
     for file in files:

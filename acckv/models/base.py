@@ -40,13 +40,11 @@ class ModelAdapter:
     """One model family. The defaults fit a composite model of transformers: towers, a decoder, placeholder tokens.
 
     Attributes:
-        model_types: values of ``config.model_type`` that it serves.
         feature_inputs: the forward's arguments that bring media.
         attention_implementations: those whose masks the session can cut to a compressed layer; it takes the first that
             the decoder has in place of any other.
     """
 
-    model_types: ClassVar[tuple[str, ...]] = ()
     # generate may run the encoders by itself and hand on what they made.
     feature_inputs: ClassVar[tuple[str, ...]] = (
         "pixel_values",

@@ -15,31 +15,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
-    Gemma4ForConditionalGeneration,
-    Gemma4UnifiedForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2_5OmniThinkerForConditionalGeneration,
-    Qwen3OmniMoeThinkerForConditionalGeneration,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from acckv.errors import InputError
-from acckv.models.processors import TextProcessor
-from acckv.models.registry import find_adapter
+from acckv.models.family import FAMILIES, GENERIC, Family, find_adapter
+from acckv.models.plain_decoder import TextProcessor
 
-#: config.model_type -> the class that generates text.
-MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
-    "qwen2_5_omni": Qwen2_5OmniThinkerForConditionalGeneration,
-    "qwen2_5_omni_thinker": Qwen2_5OmniThinkerForConditionalGeneration,
-    "qwen3_omni_moe": Qwen3OmniMoeThinkerForConditionalGeneration,
-    "qwen3_omni_moe_thinker": Qwen3OmniMoeThinkerForConditionalGeneration,
-    "gemma4": Gemma4ForConditionalGeneration,
-    "gemma4_unified": Gemma4UnifiedForConditionalGeneration,
-}
-#: config.model_type -> attention of parts that cannot run the one that is asked for.
-TOWER_ATTENTION: dict[str, dict[str, str]] = {"gemma4": {"audio_config": "eager"}}
+TINY_MODEL: Path = Path(__file__).resolve().parent.parent / "assets" / "tiny_av_llm"
+"""Folder of the packaged AV-LLM, for tests and demonstrations without a download."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: load_options that say where a checkpoint is read from, and so go for its processor and configuration too.
 SOURCE_OPTIONS = (
@@ -62,6 +49,7 @@ def load_model(
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
     load_options: LoadOptions | None = None,
+    family: Family | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Load an AV-LLM and its processor, or a plain decoder and its tokenizer as a :class:`TextProcessor`.
 
@@ -72,10 +60,11 @@ def load_model(
         attn_implementation: sdpa (the default) or eager.
         load_options: of transformers' ``from_pretrained``, such as ``device_map``, ``quantization_config`` (its object,
             or a mapping of its fields with ``quant_method`` or ``class``), ``revision`` or ``trust_remote_code``.
+        family: of the model; None is the one of its model type.
 
     Raises:
-        InputError: unknown dtype or option, options that contradict each other, unreadable checkpoint, or a family
-            without adapter.
+        InputError: unknown dtype or option, options that contradict each other, unreadable checkpoint, or a model of no
+            family.
     """
     options = check_load_options(load_options)
     _check_dtype(dtype)
@@ -85,42 +74,45 @@ def load_model(
         raise InputError(
             "says where the model goes, and so does device; leave one out", field="load_options.device_map"
         )
-    name = _checkpoint(name)
+    name = TINY_MODEL if name == "tiny" else name
     with _readable(name):
-        config = _config(name, options)
-        options["attn_implementation"] = _attention(
-            config.model_type, options.get("attn_implementation", attn_implementation or "sdpa")
-        )
+        config, family = _config(name, options, family)
+        attention = options.get("attn_implementation", attn_implementation or "sdpa")
+        if family.part_attention and isinstance(attention, str):
+            attention = {"": attention, "text_config": attention, **family.part_attention}
+        options["attn_implementation"] = attention
         if "quantization_config" in options:
             options["quantization_config"] = _quantization(options["quantization_config"])
         is_quantized = "quantization_config" in options or getattr(config, "quantization_config", None) is not None
         if device is not None and is_quantized:  # packed weights are made where they stay
             options["device_map"], device = {"": str(device)}, None
-        loader: Any = MODEL_CLASSES.get(config.model_type, AutoModelForCausalLM)
+        loader: Any = family.model_class or AutoModelForCausalLM
         model: Any = loader.from_pretrained(name, dtype=DTYPES.get(dtype, dtype), **options)
-    processor = load_processor(name, dtype, load_options)
+    processor = load_processor(name, dtype, load_options, family)
     if isinstance(processor, TextProcessor):
-        find_adapter(model)
+        find_adapter(model, family)
         processor = replace(processor, dtype=model.dtype, embed=model.get_input_embeddings())
     return (model if device is None else model.to(device)).eval(), processor
 
 
-def load_processor(name: str | Path, dtype: str = "float32", load_options: LoadOptions | None = None) -> Any:
+def load_processor(
+    name: str | Path, dtype: str = "float32", load_options: LoadOptions | None = None, family: Family | None = None
+) -> Any:
     """The processor of an AV-LLM alone; of a plain decoder a :class:`TextProcessor` that cannot embed.
 
     Args:
-        name, dtype, load_options: as for :func:`load_model`; of the options, those that say where to read.
+        name, dtype, load_options, family: as for :func:`load_model`; of the options, those that say where to read.
 
     Raises:
-        InputError: unreadable checkpoint, or a family without adapter.
+        InputError: unreadable checkpoint, or a model of no family.
     """
     options = check_load_options(load_options)
     _check_dtype(dtype)
-    name = _checkpoint(name)
+    name = TINY_MODEL if name == "tiny" else name
     source = {option: options[option] for option in SOURCE_OPTIONS if option in options}
     with _readable(name):
-        config = _config(name, options)
-        if config.model_type in MODEL_CLASSES:
+        config, family = _config(name, options, family)
+        if family.model_class is not None:
             return AutoProcessor.from_pretrained(name, **source)
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
     if tokenizer.pad_token is None:  # what stands where padding is masked does not matter
@@ -155,30 +147,17 @@ def _check_dtype(dtype: str) -> None:
         raise InputError(f"{dtype!r} is not one of {', '.join(DTYPES)}, auto", field="dtype")
 
 
-def _checkpoint(name: str | Path) -> str | Path:
-    from acckv.models.embedded import TINY_MODEL
-
-    return TINY_MODEL if name == "tiny" else name
-
-
-def _config(name: str | Path, options: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration of a checkpoint that can be served."""
+def _config(name: str | Path, options: dict[str, Any], family: Family | None) -> tuple[PreTrainedConfig, Family]:
+    """The configuration of a checkpoint that can be served, and its family."""
     source = {option: options[option] for option in SOURCE_OPTIONS if option in options}
     config = AutoConfig.from_pretrained(name, **source)
     own_code = options.get("trust_remote_code") and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     kind = config.model_type
-    if kind not in MODEL_CLASSES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code:
-        known = ", ".join(MODEL_CLASSES)
+    family = family or FAMILIES.get(kind, GENERIC)
+    if family.model_class is None and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.model_class is not None)
         raise InputError(f"model_type {kind!r} is not one of {known}, and no causal language model", source=name)
-    return config
-
-
-def _attention(kind: str, attention: Any) -> Any:
-    """As transformers takes it: by part, where a tower cannot run what the decoder runs."""
-    towers = TOWER_ATTENTION.get(kind)
-    if towers is None or not isinstance(attention, str):
-        return attention
-    return {"": attention, "text_config": attention, **towers}
+    return config, family
 
 
 def _quantization(config: Any) -> Any:

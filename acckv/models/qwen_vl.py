@@ -10,13 +10,12 @@ from torch import Tensor
 from acckv.method.modality import ModalityMap
 from acckv.models.base import ModelAdapter
 from acckv.models.deepstack import Deepstack
+from acckv.models.family import Family, register_family
 from acckv.models.placeholders import label_placeholders
 
 
 class QwenVLAdapter(ModelAdapter):
     """``Qwen2VLForConditionalGeneration`` and ``Qwen2_5_VLForConditionalGeneration``."""
-
-    model_types = ("qwen2_vl", "qwen2_5_vl")
 
     @property
     def closing_tokens(self) -> tuple[int, ...]:
@@ -47,4 +46,8 @@ class QwenVLAdapter(ModelAdapter):
 class Qwen3VLAdapter(Deepstack, QwenVLAdapter):
     """``Qwen3VLForConditionalGeneration`` and ``Qwen3VLMoeForConditionalGeneration``."""
 
-    model_types = ("qwen3_vl", "qwen3_vl_moe")
+
+register_family(
+    Family(title="Qwen2-VL, Qwen2.5-VL", model_types=("qwen2_vl", "qwen2_5_vl"), model_adapter=QwenVLAdapter)
+)
+register_family(Family(title="Qwen3-VL", model_types=("qwen3_vl", "qwen3_vl_moe"), model_adapter=Qwen3VLAdapter))

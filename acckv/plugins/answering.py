@@ -14,9 +14,10 @@ from torch import Tensor
 from acckv import CompressionConfig, KVCompressor
 from acckv.cache.cache import CompressedCache
 from acckv.data.encoding import encode, encode_context, question_suffix
-from acckv.data.media import Media, MediaOptions, join_media, read_media
+from acckv.data.media import MediaOptions, join_media, read_media
 from acckv.errors import InputError
 from acckv.models.batching import pad_left
+from acckv.models.clips import Media
 from acckv.plugins.requests import ClipRef, Generation
 from acckv.runtime.logits import chosen_logits
 from acckv.runtime.session import Session

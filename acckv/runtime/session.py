@@ -14,7 +14,7 @@ from acckv.cache.cache import CompressedCache, branch_layers, compressed_layers,
 from acckv.errors import InputError
 from acckv.method.modality import ModalityMap
 from acckv.method.plan import LayerPlan
-from acckv.models import find_adapter
+from acckv.models import Family, find_adapter
 from acckv.models.batching import DecoderInputs, next_position
 from acckv.planner import Planners
 from acckv.policies.base import Rows
@@ -49,6 +49,7 @@ class Session:
             costs no more than one of the base model; 'separate' runs LoRA beside the weights, which training and
             quantised weights need; 'auto' merges where the weights are plain and the copies take at most half of the
             free memory, and warns where they would take more.
+        family: of the model; None is the one of its model type.
     """
 
     def __init__(
@@ -59,10 +60,11 @@ class Session:
         lora: LoraSets | None = None,
         probe_prompt: str = "describe the clip",
         lora_mode: LoraMode = "auto",
+        family: Family | None = None,
     ) -> None:
         self.planners, self.lora = planners, lora
         model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; prompts run uncompiled in a session
-        self.adapter = find_adapter(model)
+        self.adapter = find_adapter(model, family)
         self.model = self.adapter.model
         self.lora_mode = lora_mode
         self.dispatcher = Dispatcher(planners, self.adapter, ProbePrompt(processor, probe_prompt), lora)

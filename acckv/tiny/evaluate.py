@@ -24,13 +24,15 @@ from rich.table import Table
 
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
 from acckv.data.encoding import encode_context, question_suffix
-from acckv.data.media import Media, read_media
+from acckv.data.media import read_media
 from acckv.data.records import Record
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.data.synthetic.events import DESCRIPTION_TYPES
 from acckv.errors import InputError
 from acckv.metrics.words import word_hits
-from acckv.models.embedded import TINY_MODEL, load_tiny
+from acckv.models import load_model
+from acckv.models.clips import Media
+from acckv.models.loading import TINY_MODEL
 
 WORD_TOKENS = 3
 DESCRIPTION_TOKENS = 64
@@ -128,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     started = time.perf_counter()
     try:
-        model, processor = load_tiny(options.model)
+        model, processor = load_model(options.model)
         file = held_out_questions(options.data, options.clips, options.questions, options.slots)
         figures = evaluate(model, processor, load_music_avqa(file, video_folder(file)))
     except InputError as error:

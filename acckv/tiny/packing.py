@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
 from acckv.data.encoding import encode_context, question_suffix
-from acckv.data.media import Media
 from acckv.data.synthetic.events import DESCRIPTION_TYPES, SINGLE_TYPES, ClipScript, ask, draw_script
 from acckv.data.synthetic.render import SIDE
+from acckv.models.clips import Media
 from acckv.tiny.bank import SlotBank
 
 KINDS = (*SINGLE_TYPES, *DESCRIPTION_TYPES)

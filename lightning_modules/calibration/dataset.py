@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from acckv.config import When
 from acckv.data.batching import PackedTurns, Turn, pack_turns
 from acckv.data.encoding import encode, question_suffix
-from acckv.data.media import Media
-from acckv.data.precomputed import PrecomputedClip, read_clip
+from acckv.data.precomputed import read_clip
 from acckv.data.records import ClipKey, Record
 from acckv.models.batching import DecoderInputs
+from acckv.models.clips import Media, PrecomputedClip
 from acckv.policies.base import Rows
 from acckv.runtime.prefill import Prefill
 from acckv.runtime.session import Session

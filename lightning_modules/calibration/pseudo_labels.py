@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.data.encoding import encode, question_suffix
-from acckv.data.media import KINDS, Media, MediaOptions, read_media
+from acckv.data.media import MediaOptions, read_media
 from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.io.files import whole_file
 from acckv.io.progress import Progress
 from acckv.models import load_model
 from acckv.models.batching import pad_left
+from acckv.models.clips import KINDS, Media
 
 FORMAT = 2
 FILE = "answers.json"

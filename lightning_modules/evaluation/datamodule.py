@@ -14,14 +14,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from acckv.benchmarks import find_benchmark, load_benchmark
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
-from acckv.data.media import Media, MediaOptions, read_record_media
+from acckv.data.media import MediaOptions, read_record_media
 from acckv.data.media_cache import MediaCache
-from acckv.data.precomputed import PrecomputedClip, load_precomputed, read_clip
+from acckv.data.precomputed import load_precomputed, read_clip
 from acckv.data.records import Record, with_system_prompt
 from acckv.data.synthetic.clips import VARIANTS, default_root, video_folder, write_clips
 from acckv.errors import InputError
 from acckv.evaluation.journal import Journal
 from acckv.evaluation.run_config import RunConfig
+from acckv.models.clips import Media, PrecomputedClip
 
 ClipReader = Callable[[Record], Media | PrecomputedClip]
 GeneratedSplit = Literal["train", "validation", "test"]

@@ -12,13 +12,13 @@ from lightning import LightningModule
 from acckv import KVCompressor
 from acckv.benchmarks.judging import Judge
 from acckv.data.encoding import encode
-from acckv.data.media import KINDS
 from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.evaluation.answering import Generated, PackedQuestions, answer_prompts, answer_questions
 from acckv.evaluation.journal import Batch
 from acckv.evaluation.results import FULL, Answer, Setting
 from acckv.evaluation.sizes import Sizes
+from acckv.models.clips import KINDS
 from acckv.runtime.session import Prefill, Session
 from lightning_modules.evaluation.datamodule import Clip, ClipBatch
 

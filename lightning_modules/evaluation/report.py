@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from acckv.data.media import TEMPORAL_PATCH, Media
 from acckv.evaluation.results import (
     CALIBRATED,
     FAILURES_FILE,
@@ -32,6 +31,7 @@ from acckv.evaluation.timeline import (
     save_timelines,
     thumbnails,
 )
+from acckv.models.clips import TEMPORAL_PATCH, Media
 from acckv.report.answers import Answers
 from acckv.report.html import shown_policy, write_html
 from acckv.report.plots import plot_budgets, plot_pareto

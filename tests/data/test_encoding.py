@@ -14,9 +14,10 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from acckv.data.encoding import encode, encode_context, encode_media, question_suffix, timing
-from acckv.data.media import Media
+from acckv.data.encoding import encode, encode_context, encode_media, question_suffix
 from acckv.errors import InputError
+from acckv.models.clips import Media
+from acckv.models.qwen_omni import timing
 from acckv.tiny.build import build_model, build_processor
 
 QUESTIONS = ("What colour was the circle?", "Which sound came after the beep?", "Describe the clip.")

@@ -11,9 +11,9 @@ from transformers.video_utils import VideoMetadata
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.data.encoding import encode, encode_context, encode_media, question_suffix
-from acckv.data.media import Media
 from acckv.errors import InputError
 from acckv.models import find_adapter, load_model
+from acckv.models.clips import Media
 from tests import checkpoints
 from tests.data.test_encoding import QUESTIONS, clip
 

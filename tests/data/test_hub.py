@@ -23,7 +23,7 @@ from acckv.benchmarks import load_benchmark
 from acckv.data.records import Record
 from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter, load_model
-from acckv.models.embedded import TINY_MODEL
+from acckv.models.loading import TINY_MODEL
 from tests import checkpoints
 from tests.paths import FIXTURES
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from acckv.data.media import Media, read_media
+from acckv.data.media import read_media
 from acckv.data.media_cache import MediaCache
 from acckv.data.records import Record
 from acckv.errors import InputError
+from acckv.models.clips import Media
 from tests.data.media_files import burst, write_picture, write_sound, write_video
 
 

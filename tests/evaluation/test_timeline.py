@@ -9,10 +9,11 @@ import torch
 from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.cache.cache import compressed_layers
 from acckv.data.encoding import encode_context, question_suffix
-from acckv.data.media import Media, read_media
+from acckv.data.media import read_media
 from acckv.evaluation.timeline import envelope, measure_kept, picture_grid, thumbnails
 from acckv.method.modality import Modality
 from acckv.models import load_model
+from acckv.models.clips import Media
 from acckv.policies.single_modality import EvictedModality
 from tests.data.test_media import write_video
 

@@ -23,9 +23,6 @@ UPWARD = {
     "lightning_modules.calibration.callbacks -> lightning_modules.evaluation.run",
 }
 INSIDE = {
-    "acckv.io.hub -> huggingface_hub",
-    "acckv.io.parquet -> pyarrow",
-    "acckv.models.loading -> acckv.models",
     "lightning_modules.cli.errors -> transformers",
 }
 

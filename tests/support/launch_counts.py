@@ -17,8 +17,7 @@ from torch import Tensor
 from acckv import CompressionConfig, KVCompressor
 from acckv.config import PolicyName
 from acckv.method.weights import CalibratedWeights
-from acckv.models import find_adapter
-from acckv.models.embedded import load_tiny
+from acckv.models import find_adapter, load_model
 from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
 from tests.families import Tokenizer
 from tests.support.simulated_accelerator import SimulatedAccelerator, on_device, place
@@ -41,7 +40,7 @@ class Counts:
 
 def model() -> Any:
     """The embedded model's decoder, six layers."""
-    return load_tiny()[0]
+    return load_model("tiny")[0]
 
 
 def clips(model: Any, lengths: tuple[int, ...] = (90,), question: int = QUESTION) -> dict[str, Tensor]:

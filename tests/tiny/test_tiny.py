@@ -14,13 +14,15 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
-from acckv.data.encoding import encode, question_suffix, timing
+from acckv.data.encoding import encode, question_suffix
 from acckv.data.media import read_media
 from acckv.data.records import Record
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.data.synthetic.events import COLOURS, DESCRIPTION_TYPES, PITCHES, SHAPES, SINGLE_TYPES, TIMBRES, draw_script
 from acckv.data.synthetic.render import write_mp4
-from acckv.models.embedded import TINY_MODEL, load_tiny
+from acckv.models import load_model
+from acckv.models.loading import TINY_MODEL
+from acckv.models.qwen_omni import timing
 from acckv.tiny import evaluate as evaluation
 from acckv.tiny import pretrain as pretraining
 from acckv.tiny.bank import NOTHING, SlotBank, load_bank
@@ -75,7 +77,7 @@ def test_checkpoint_and_processor_round_trip(tmp_path: Path) -> None:
 
 def test_shipped_checkpoint_is_small_and_complete() -> None:
     assert sum(path.stat().st_size for path in TINY_MODEL.iterdir()) <= 12e6
-    model, processor = load_tiny()
+    model, processor = load_model("tiny")
     assert not model.training and 1.5e6 < sum(p.numel() for p in model.parameters()) < 1.7e6
     assert all(p.dtype == torch.float32 and bool(p.isfinite().all()) for p in model.parameters())
     assert processor.tokenizer.get_vocab() == vocabulary()
@@ -83,7 +85,7 @@ def test_shipped_checkpoint_is_small_and_complete() -> None:
 
 def test_shipped_checkpoint_answers_about_clips_it_has_not_seen(tmp_path: Path) -> None:
     file = write_clips(tmp_path, "test", 4, seed=77, questions_per_clip=8, workers=1, progress=False)
-    figures = evaluation.evaluate(*load_tiny(), load_music_avqa(file, video_folder(file)))
+    figures = evaluation.evaluate(*load_model("tiny"), load_music_avqa(file, video_folder(file)))
     assert figures["word"]["questions"] == 32 and figures["description"]["questions"] == 12
     assert figures["word"]["accuracy"] >= 0.9
     assert figures["description"]["accuracy"] >= 0.95
@@ -93,7 +95,7 @@ def test_questions_on_one_prefill_get_the_answers_of_prompts_of_their_own(tmp_pa
     file = write_clips(tmp_path, "test", 1, seed=78, workers=1, progress=False)
     records = load_music_avqa(file, video_folder(file))[::3]
     questions, clip = [record.question for record in records], read_media(records[0].video)
-    model, processor = load_tiny()
+    model, processor = load_model("tiny")
     together = evaluation.answer(model, processor, clip, questions, 5)
     assert len({len(question_suffix(processor, question)) for question in questions}) > 1
     for question, reply in zip(questions, together, strict=True):
@@ -106,7 +108,7 @@ def test_shipped_checkpoint_needs_the_media(tmp_path: Path) -> None:
     """Blank pictures and silence leave chance: the answers are not in the questions."""
     file = write_clips(tmp_path, "test", 4, seed=77, sound="silence", picture="blank", workers=1, progress=False)
     records = [record for record in load_music_avqa(file, video_folder(file)) if record.protocol == "word"]
-    assert evaluation.evaluate(*load_tiny(), records)["word"]["accuracy"] < 0.5
+    assert evaluation.evaluate(*load_model("tiny"), records)["word"]["accuracy"] < 0.5
 
 
 def test_evaluation_counts_words_and_questions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,24 +1,49 @@
-"""Clips as precomputed embeddings, for a plain decoder."""
+"""A plain decoder, fed with embeddings: its tokenizer stands for a processor, its clips are precomputed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acckv.data.encoding.base import Encoder
-from acckv.data.precomputed import EMBEDS, KINDS, PrecomputedClip
 from acckv.errors import InputError
 from acckv.method.modality import Modality
+from acckv.models.clips import PrecomputedClip
+from acckv.models.encoder import Encoder
+
+EMBEDS, MODALITY_IDS = "inputs_embeds", "modality_ids"
+"""Model inputs, and tensors of a file of precomputed embeddings."""
+
+
+@dataclass(frozen=True)
+class TextProcessor:
+    """The tokenizer of a plain decoder, and what its embeddings are like.
+
+    Attributes:
+        tokenizer: of the decoder.
+        width: numbers of an embedding.
+        dtype: that the decoder runs in.
+        embed: int64 ``[tokens]`` to ``[tokens, width]``; None where the decoder itself was not loaded.
+    """
+
+    tokenizer: Any
+    width: int
+    dtype: torch.dtype = torch.float32
+    embed: Callable[[Tensor], Tensor] | None = None
+
+    def batch_decode(self, tokens: Any, **options: Any) -> list[str]:
+        """As of every processor of transformers."""
+        return self.tokenizer.batch_decode(tokens, **options)
 
 
 class EmbeddingsEncoder(Encoder):
     """Gives `inputs_embeds` [batch, tokens, width], `modality_ids` and `attention_mask` [batch, tokens]."""
 
+    processor_types = (TextProcessor,)
     clip_type = PrecomputedClip
 
     def encode(
@@ -42,7 +67,7 @@ class EmbeddingsEncoder(Encoder):
         labels = torch.stack(kinds)
         return {
             EMBEDS: torch.stack(embeds),
-            KINDS: labels,
+            MODALITY_IDS: labels,
             "attention_mask": (labels != padding).long(),
         }
 

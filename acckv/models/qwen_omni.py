@@ -1,6 +1,6 @@
-"""Qwen2.5-Omni and Qwen3-Omni: a clip with a sound track is interleaved (audio in video).
+"""Qwen2.5-Omni and Qwen3-Omni: pictures and sound interleaved in chunks, three-dimensional rotary positions.
 
-A clip without one is video only, and sound without pictures is an audio.
+A clip with a sound track is interleaved (audio in video); one without is video only, sound without pictures an audio.
 """
 
 from __future__ import annotations
@@ -14,15 +14,63 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms.v2.functional import resize
+from transformers import (
+    Qwen2_5OmniProcessor,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3OmniMoeProcessor,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 
-from acckv.data.encoding.base import ChatEncoder
-from acckv.data.media import Media
 from acckv.errors import InputError
+from acckv.models.base import ModelAdapter
 from acckv.models.batching import pad_left
+from acckv.models.clips import Media
+from acckv.models.deepstack import Deepstack
+from acckv.models.encoder import ChatEncoder
+from acckv.models.family import Family, register_family
 
 MEL = ("input_features", "feature_attention_mask")
 _CUTS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+class Qwen25OmniAdapter(ModelAdapter):
+    """The thinker, ``Qwen2_5OmniThinkerForConditionalGeneration``."""
+
+    @property
+    def closing_tokens(self) -> tuple[int, ...]:
+        config = self.model.config
+        return (config.audio_end_token_id, config.vision_end_token_id)
+
+    def text_positions(self, positions: Tensor) -> Tensor:
+        return positions[None].expand(3, -1, -1)
+
+    def prompt_positions(self, inputs: dict[str, Any], real: Tensor, start: Tensor) -> Tensor:
+        lengths = inputs.get("audio_feature_lengths")
+        if inputs.get("feature_attention_mask") is not None:
+            lengths = inputs["feature_attention_mask"].sum(dim=-1)
+        positions, _ = self.model.get_rope_index(
+            inputs["input_ids"],
+            inputs.get("image_grid_thw"),
+            inputs.get("video_grid_thw"),
+            real.long(),
+            inputs.get("use_audio_in_video") or False,
+            lengths,
+            inputs.get("video_second_per_grid"),
+        )
+        return self.as_read(positions) + start
+
+    def as_read(self, positions: Tensor) -> Tensor:
+        """Positions of get_rope_index as the decoder reads them: whole, though given as floats with some media."""
+        return positions.long()
+
+
+class Qwen3OmniMoeAdapter(Deepstack, Qwen25OmniAdapter):
+    """The thinker, ``Qwen3OmniMoeThinkerForConditionalGeneration``, with visual features in the first layers again."""
+
+    def as_read(self, positions: Tensor) -> Tensor:
+        """As they are: frames that are no whole number of positions apart stay so."""
+        return positions
 
 
 def timing(processor: Any) -> tuple[int, float]:
@@ -51,6 +99,8 @@ def cuts_sound(processor: Any) -> bool:
 class QwenOmniEncoder(ChatEncoder):
     """Gives `input_ids`, `attention_mask`, pixel and mel features, and `use_audio_in_video` (of the whole batch)."""
 
+    processor_types = (Qwen2_5OmniProcessor, Qwen3OmniMoeProcessor)
+
     def content(self, clip: Media | None) -> list[dict[str, str]]:
         medium = _medium(clip)
         return [{"type": medium, medium: "clip"}]
@@ -78,11 +128,12 @@ class QwenOmniEncoder(ChatEncoder):
             return self._joined([self.process([clip], [text]) for clip, text in zip(clips, texts, strict=True)])
         arguments: dict[str, Any] = {}
         if kind != "audio":
-            frames = [self._whole_patches(clip.frames) for clip in clips]
+            frames = [self._whole_patches(clip.frames) for clip in clips if clip.frames is not None]
             arguments |= {"videos": frames, "fps": clips[0].fps, "do_sample_frames": False}
         if kind != "video":
-            options = {"sampling_rate": clips[0].sampling_rate, "max_length": self._padded_samples(clips)}
-            arguments |= {"audio": [clip.audio.numpy() for clip in clips], "audio_kwargs": options}
+            sounds = [clip.audio for clip in clips if clip.audio is not None]
+            options = {"sampling_rate": clips[0].sampling_rate, "max_length": self._padded_samples(sounds)}
+            arguments |= {"audio": [sound.numpy() for sound in sounds], "audio_kwargs": options}
         if kind == "audio-video":
             position_ids, seconds = timing(self.processor)
             arguments |= {
@@ -100,15 +151,15 @@ class QwenOmniEncoder(ChatEncoder):
         inputs["use_audio_in_video"] = kind == "audio-video"
         return inputs
 
-    def _joined(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def _joined(self, prompts: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of inputs that were made one by one: prompts padded on the left, mel features on the right."""
         joined: dict[str, Any] = {}
         ids, joined["attention_mask"] = pad_left(
-            [row["input_ids"][0] for row in rows], self.processor.tokenizer.pad_token_id
+            [prompt["input_ids"][0] for prompt in prompts], self.processor.tokenizer.pad_token_id
         )
         joined["input_ids"] = ids
-        for name in rows[0].keys() - joined.keys():
-            values = [row[name] for row in rows]
+        for name in prompts[0].keys() - joined.keys():
+            values = [prompt[name] for prompt in prompts]
             if isinstance(values[0], bool):
                 joined[name] = values[0]
                 continue
@@ -129,16 +180,36 @@ class QwenOmniEncoder(ChatEncoder):
         size = smart_resize(height, width, video.patch_size * video.merge_size, **bounds)
         return frames if size == (height, width) else resize(frames, list(size), antialias=True)
 
-    def _padded_samples(self, clips: Sequence[Media]) -> int:
-        """Samples to pad sound to: the longest clip and one window of silence, instead of the extractor's maximum.
+    def _padded_samples(self, sounds: Sequence[Tensor]) -> int:
+        """Samples to pad sounds ``[samples]`` to: the longest and a window of silence, not the extractor's maximum.
 
         The window keeps the last mel frame what it is with full padding; all frames that the mask shows are the same.
         """
         extractor = self.processor.feature_extractor
-        hops = -(-(max(len(clip.audio) for clip in clips) + extractor.n_fft) // extractor.hop_length)
+        hops = -(-(max(len(sound) for sound in sounds) + extractor.n_fft) // extractor.hop_length)
         return hops * extractor.hop_length
 
 
 def _medium(clip: Media | None) -> str:
-    """What the chat template calls a clip."""
+    """The chat template's name for a clip."""
     return "audio" if clip is not None and clip.kind == "audio" else "video"
+
+
+register_family(
+    Family(
+        title="Qwen2.5-Omni",
+        model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
+        model_adapter=Qwen25OmniAdapter,
+        model_class=Qwen2_5OmniThinkerForConditionalGeneration,
+        encoder=QwenOmniEncoder,
+    )
+)
+register_family(
+    Family(
+        title="Qwen3-Omni",
+        model_types=("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
+        model_adapter=Qwen3OmniMoeAdapter,
+        model_class=Qwen3OmniMoeThinkerForConditionalGeneration,
+        encoder=QwenOmniEncoder,
+    )
+)

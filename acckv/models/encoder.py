@@ -1,4 +1,4 @@
-"""What an encoder is, and what those have in common that go by their processor's chat template."""
+"""The encoder of a model family: clips and questions into model inputs, most often by a chat template."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from acckv.data.media import Media
 from acckv.errors import InputError
+from acckv.models.clips import Media
 
 
 class Encoder(ABC):
-    """Makes model inputs for one kind of processor; see the functions of :mod:`acckv.data.encoding`.
+    """Makes model inputs with one kind of processor; see the functions of :mod:`acckv.data.encoding`.
+
+    The context comes first and the question after it, so that the tokens of a clip without a question are exactly the
+    first ones of the same clip with any question, and the rest is `question_suffix`.
 
     Attributes:
-        clip_type: what it takes as a clip.
+        processor_types: classes of transformers' processors that it works with.
+        clip_type: of the clips that it takes.
     """
 
+    processor_types: ClassVar[tuple[type, ...]]
     clip_type: ClassVar[type] = Media
 
     def __init__(self, processor: Any) -> None:
@@ -79,8 +84,8 @@ class ChatEncoder(Encoder):
                 raise InputError(f"clips with and without {missing} cannot share a batch", source=clip.path)
             self.check(clip)
         texts = []
-        asked = [""] * len(clips) if questions is None else questions
-        for question, clip, system in zip(asked, clips, system_prompts, strict=True):
+        endings = [""] * len(clips) if questions is None else questions
+        for question, clip, system in zip(endings, clips, system_prompts, strict=True):
             text, _, stop = self._prompt(question, clip, system)
             texts.append(text[:stop] if questions is None else text)
         return self.process(clips, texts)
@@ -96,7 +101,7 @@ class ChatEncoder(Encoder):
         return torch.tensor(ids, dtype=torch.long)
 
     def _prompt(self, question: str, clip: Media | None, system: str | None = None) -> tuple[str, int, int]:
-        """A prompt, and the places in it where its media start and stop.
+        """A prompt, and the indices of the characters where its media start and stop.
 
         Raises:
             InputError: the template has no place for the media, or none before them for the system prompt.
@@ -122,7 +127,7 @@ class ChatEncoder(Encoder):
         return text, start, stop
 
     def _media_span(self, text: str, clip: Media | None) -> tuple[int, int]:
-        """Where the media of a prompt start and stop."""
+        """Indices of the characters where the media of a prompt start and stop."""
         starts, stop = [], 0
         for marker in self.markers(clip):
             starts.append(text.find(marker, stop))

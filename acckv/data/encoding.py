@@ -1,4 +1,4 @@
-"""Clips and questions into model inputs: one file a kind of processor, behind the same four functions.
+"""Clips and questions into model inputs, by the encoder of the processor's family.
 
 The context comes first and the question after it, so that the tokens of `encode_context` are exactly the first ones of
 `encode` for every question, and the rest is `question_suffix`.
@@ -10,29 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import (
-    Gemma4Processor,
-    Gemma4UnifiedProcessor,
-    Qwen2_5OmniProcessor,
-    Qwen3OmniMoeProcessor,
-)
 
-from acckv.data.encoding.base import Encoder
-from acckv.data.encoding.embeddings import EmbeddingsEncoder
-from acckv.data.encoding.gemma4 import Gemma4Encoder
-from acckv.data.encoding.qwen_omni import QwenOmniEncoder, timing
 from acckv.errors import InputError
-from acckv.models.processors import TextProcessor
-
-ENCODERS: dict[type, type[Encoder]] = {
-    Qwen2_5OmniProcessor: QwenOmniEncoder,
-    Qwen3OmniMoeProcessor: QwenOmniEncoder,
-    Gemma4Processor: Gemma4Encoder,
-    Gemma4UnifiedProcessor: Gemma4Encoder,
-    TextProcessor: EmbeddingsEncoder,
-}
-
-__all__ = ["ENCODERS", "encode", "encode_context", "encode_media", "question_suffix", "timing"]
+from acckv.models.encoder import Encoder
+from acckv.models.family import find_encoder
 
 
 def encode(
@@ -45,11 +26,10 @@ def encode(
 
     Args:
         processor: as `acckv.models.load_model` gives it.
-        clips: :class:`acckv.data.media.Media`, all of one `kind`; for a plain decoder
-            :class:`acckv.data.precomputed.PrecomputedClip`.
+        clips: :class:`acckv.models.clips.Media`, all of one `kind`; for a plain decoder
+            :class:`acckv.models.clips.PrecomputedClip`.
         questions: one question a clip. None: each prompt ends with the end-of-media tokens (see `encode_context`).
-        system_prompt: what the model is told before the media: one text for all clips, or one a clip. None is what the
-            chat template says by itself.
+        system_prompt: text before the media: one for all clips, or one a clip. None is that of the chat template.
 
     Returns:
         what `model(**inputs)` and `model.generate(**inputs)` take, rows padded on the left; `modality_ids` of a plain
@@ -97,11 +77,7 @@ def question_suffix(processor: Any, question: str) -> Tensor:
 
 
 def _encoder(processor: Any, clips: Sequence[Any] = ()) -> Encoder:
-    encoder = next((kind(processor) for type_, kind in ENCODERS.items() if isinstance(processor, type_)), None)
-    if encoder is None:
-        known = ", ".join(kind.__name__ for kind in ENCODERS)
-        message = f"clips cannot be encoded for a {type(processor).__name__}, only for {known}"
-        raise InputError(message, field="processor")
+    encoder = find_encoder(processor)
     for clip in clips:
         if not isinstance(clip, encoder.clip_type):
             kinds = f"{encoder.clip_type.__name__}, not {type(clip).__name__}"
