@@ -33,7 +33,7 @@ LoraScope = Literal["after", "all"]
 class CompressionConfig:
     """How the audio and video entries of a KV cache are compressed. Text entries are always kept.
 
-    The defaults are the paper's AccKV (preset ``paper``); see METHOD of the README for the steps.
+    The defaults are the paper's AccKV (preset ``paper``); docs/method.md writes the steps out.
 
     Raises:
         InputError: an option is out of its range; the message names it.

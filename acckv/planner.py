@@ -52,7 +52,7 @@ class Planner:
         return ratio >= 1 and self.config.budget is None
 
     def scores(self, observations: list[Observation], labels: ModalityMap) -> list[LayerScore]:
-        """The scores of every layer's entries (METHOD steps 1 and 2)."""
+        """The scores of every layer's entries (docs/method.md, steps 1 and 2)."""
         return self.policy.scores(observations, labels)
 
     # ------------------------------------------------------------------ budgets

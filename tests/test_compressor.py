@@ -146,7 +146,7 @@ def test_budgets_of_learned_weights_are_exact(model: Any) -> None:
 
 
 def test_every_weight_gets_a_gradient(model: Any) -> None:
-    """With all steps on, each row of METHOD's table is reached by the soft selection's gradient."""
+    """With all steps on, each learned weight of docs/method.md is reached by the soft selection's gradient."""
     compressor = calibrated(model, CompressionConfig.preset("paper"), noise=0.1)
     with compressor(model, tiny_omni.Tokenizer()) as session:
         prefill = session.prefill(**tiny_omni.context())

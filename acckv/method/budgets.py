@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def focus(score: Tensor, members: Tensor) -> Tensor:
-    """Share of attention that each modality of one layer gets: ``W_v`` and ``W_a = 1 - W_v`` (METHOD step 2).
+    """Share of attention that each modality of one layer gets: ``W_v`` and ``W_a = 1 - W_v`` (docs/method.md, step 2).
 
     Args:
         score: ``[B, K, N]`` heavy-hitter score from text rows; members: bool ``[B, 2, N]``.

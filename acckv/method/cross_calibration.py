@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def integrate(keys: Tensor, values: Tensor, gates: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Average what a modality loses into one merged entry (METHOD step 3); modalities are never mixed.
+    """Average what a modality loses into one merged entry (docs/method.md, step 3); modalities are never mixed.
 
     Args:
         keys, values: ``[B, K, N, D]``; gates: ``[B, K, N]``, 1 where kept; members: bool ``[B, 2, N]``.
@@ -28,7 +28,7 @@ def integrate(keys: Tensor, values: Tensor, gates: Tensor, members: Tensor) -> t
 
 
 def alignment(keys: Tensor, scale: Tensor, kept: Tensor, count: Tensor) -> Tensor:
-    """Mean cosine similarity ``c(j)`` of each key to the kept high-priority keys (METHOD step 4).
+    """Mean cosine similarity ``c(j)`` of each key to the kept high-priority keys (docs/method.md, step 4).
 
     It equals the dot product with the mean of the normalised kept keys, so it costs N x D and not N x N.
 

@@ -207,7 +207,7 @@ def _align(
     to_gates: LogGates,
     rule: AlignmentRule,
 ) -> tuple[Tensor, Tensor]:
-    """METHOD step 4: the scores and budgets after low-priority entries met the kept high-priority keys."""
+    """docs/method.md, step 4: the scores and budgets after low-priority entries met the kept high-priority keys."""
     first = shares.detach().argmax(-1).cpu()
     high = torch.nn.functional.one_hot(first, 2).bool()[:, None].to(split.device)
     high_members, low_members = (labels.of_modality(tuple(side.tolist()))[:, None] for side in (first, 1 - first))

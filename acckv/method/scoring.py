@@ -105,7 +105,7 @@ def attention_rows(observation: Observation, chunk: int | None = None) -> Iterat
 def redistribution_weights(
     row_positions: Tensor, real: Tensor, gamma: Tensor | float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Weights ``((i + 1) / (N - j)) ** gamma`` of METHOD step 1, as a row and a column factor.
+    """Weights ``((i + 1) / (N - j)) ** gamma`` of docs/method.md, step 1, as a row and a column factor.
 
     ``i + 1`` undoes the dilution of row i, ``N - j`` divides by the number of rows that can see column j.
     Padding on the left counts in neither, so that a padded row equals the row alone; its columns get 0.
@@ -123,7 +123,7 @@ def redistribution_weights(
 
 
 def heavy_hitter_score(observation: Observation, gamma: Tensor | float = 0.0) -> Tensor:
-    """Attention that each entry receives from the observed rows (METHOD step 1; gamma 0 is plain H2O).
+    """Attention that each entry receives from the observed rows (docs/method.md, step 1; gamma 0 is plain H2O).
 
     Returns:
         float32 ``[B, K, N]``: sum over rows, mean over the query heads of a KV head; 0 for padding.

@@ -1,4 +1,4 @@
-"""The learned weights of METHOD's table, each a residual over what the training-free preset measures."""
+"""The learned weights of docs/method.md, each a residual over what the training-free preset measures."""
 
 from __future__ import annotations
 

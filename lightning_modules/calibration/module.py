@@ -56,7 +56,7 @@ class Distillation:
 
 
 class CalibrationModule(CalibrationState):
-    """Learn the weights of METHOD's table and LoRA by distillation from the full cache of the same frozen model.
+    """Learn the weights of docs/method.md and LoRA by distillation from the full cache of the same frozen model.
 
     Each step draws a ratio, prefills the media once without gradients, lets the model answer with the
     full cache (teacher, LoRA off) and with gated entries (student), and minimises KL(teacher || student) over the

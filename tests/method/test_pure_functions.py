@@ -1,4 +1,4 @@
-"""Scores, budgets and gates against independent slow implementations written from METHOD's words."""
+"""Scores, budgets and gates against independent slow implementations written from the words of docs/method.md."""
 
 from __future__ import annotations
 

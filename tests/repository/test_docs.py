@@ -21,7 +21,7 @@ import torch
 from acckv import CompressionConfig, KVCompressor
 from acckv.data.encoding import encode
 from acckv.data.media import read_media
-from acckv.method.weights import CalibratedWeights
+from acckv.method.weights import WEIGHT_GROUPS, CalibratedWeights
 from acckv.models import find_adapter, load_model
 from benchmarks.headline import NAMED, RESULTS, curves
 from tests.data.media_files import write_video
@@ -214,6 +214,24 @@ def test_links_lead_to_files(page: Path) -> None:
         if not target.startswith("http"):
             generated = page.parent.name == "docs" and target in ("index.md", "contributing.md", "changelog.md")
             assert generated or (page.parent / target).exists(), target
+
+
+def test_code_cites_pages_that_exist() -> None:
+    for file in [*ROOT.glob("acckv/**/*.py"), *ROOT.glob("lightning_modules/**/*.py"), *ROOT.glob("tests/**/*.py")]:
+        for page in re.findall(r"docs/[\w-]+\.md", file.read_text(encoding="utf-8")):
+            assert (ROOT / page).is_file(), f"{file}: {page}"
+
+
+def test_the_method_lists_every_learned_weight_with_its_shape() -> None:
+    text = (ROOT / "docs/method.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \| `\[(.*?)\]` \| (\w+) \|", text, re.MULTILINE)
+    sizes = {"L": 2, "K": 3, "Hq": 6, "D": 5, "2D": 10, "P": 4}
+    shapes = {name: tuple(sizes.get(part) or int(part) for part in shape.split(", ")) for name, shape, _ in listed}
+    weights = CalibratedWeights(layers=2, kv_heads=3, query_heads=6, head_size=5, probes=4)
+    assert shapes == {name: tuple(weight.shape) for name, weight in weights.named_parameters()}
+    assert {name: group for name, _, group in listed} == {
+        name: group for group, names in WEIGHT_GROUPS.items() for name in names
+    }
 
 
 # ------------------------------------------------------------------ the README
