@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,10 +21,10 @@ class Sizes:
         kv_bytes: bytes of all keys and values held.
     """
 
-    prompts: int
-    kept: list[list[float]]
-    full: list[float]
-    kv_bytes: int
+    prompts: int = 0
+    kept: list[list[float]] = field(default_factory=list)
+    full: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    kv_bytes: int = 0
 
     @classmethod
     def of(cls, cache: CompressedCache) -> Sizes:
@@ -34,6 +34,8 @@ class Sizes:
         return cls(prompts, kept.tolist(), full.tolist(), cache.kv_bytes())
 
     def __add__(self, other: Sizes) -> Sizes:
+        if not self.prompts:
+            return other
         kept = torch.tensor(self.kept, dtype=torch.float64) + torch.tensor(other.kept, dtype=torch.float64)
         full = [own + others for own, others in zip(self.full, other.full, strict=True)]
         return Sizes(self.prompts + other.prompts, kept.tolist(), full, self.kv_bytes + other.kv_bytes)
@@ -46,7 +48,7 @@ class Sizes:
     @property
     def full_entries(self) -> Tensor:
         """float64 ``[2]``: video and audio entries before compression, mean over prompts."""
-        return torch.tensor(self.full, dtype=torch.float64) / self.prompts
+        return torch.tensor(self.full, dtype=torch.float64) / max(1, self.prompts)
 
     @property
     def entries(self) -> float:

@@ -1,9 +1,9 @@
-"""Answer prompts from compressed caches; questions about one clip that follow one another share its cache."""
+"""Answers to prompts from compressed caches; questions about one clip that follow one another share its cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,8 @@ from acckv.cache.cache import CompressedCache
 from acckv.data.encoding import encode, encode_context, question_suffix
 from acckv.data.media import MediaOptions, join_media, read_media
 from acckv.errors import InputError
+from acckv.evaluation.answering import Generated, answer_questions, decode
+from acckv.evaluation.sizes import Sizes
 from acckv.models.batching import pad_left
 from acckv.models.clips import Media
 from acckv.plugins.requests import ClipRef, Generation
@@ -23,7 +25,7 @@ from acckv.runtime.logits import chosen_logits
 from acckv.runtime.session import Session
 
 Clip = tuple[ClipRef, ...]
-"""What a question is about, read as one clip."""
+"""The media of a question, read as one clip."""
 
 
 def build_compressor(
@@ -51,24 +53,6 @@ def build_compressor(
     return KVCompressor(CompressionConfig(policy=policy or "full", seed=seed, **given))  # type: ignore[arg-type]
 
 
-@dataclass
-class Sizes:
-    """What was kept over all caches that were made."""
-
-    kept: float = 0.0
-    full: float = 0.0
-
-    def add(self, cache: CompressedCache) -> None:
-        kept = cache.kept_entries()
-        self.kept += float(kept.sum())
-        self.full += float(cache.full_entries().sum()) * len(kept)
-
-    @property
-    def ratio(self) -> float:
-        """Kept share of the audio and video entries, 0..1; 1 where there were none."""
-        return self.kept / self.full if self.full else 1.0
-
-
 class Answerer:
     """A model with its compressed caches.
 
@@ -79,6 +63,7 @@ class Answerer:
         sound: False leaves the sound tracks out.
 
     Attributes:
+        sizes: of all caches that were made.
         cut: answers that `max_new_tokens` ended.
     """
 
@@ -110,27 +95,27 @@ class Answerer:
             InputError: the clip cannot be read.
         """
         if not clip:
-            new = [self._generate(self._text_inputs(question, system), generation) for question in questions]
+            answers = [self._generate(self._text_inputs(question, system), generation) for question in questions]
         elif self._once:
             with self._session() as session:
-                ids, mask = self._rows([question_suffix(self.processor, question) for question in questions])
-                new = list(session.answer(self._context(session, clip, system), ids, mask, **self._options(generation)))
+                cache, options = self._context(session, clip, system), generation.options()
+                (answers,) = answer_questions(session, self.processor, cache, [questions], **options)
         else:
             with self._session() as session:
-                new = []
+                answers = []
                 for question in questions:
-                    new.append(self._generate(self._moved(self._prompt(clip, question, system)), generation))
-                    if not self.compressor.planners.keeps_all():  # else nothing is made
-                        self.sizes.add(_made(session))
-        self.cut += sum(self._is_cut(row, generation) for row in new)
-        texts = self.processor.tokenizer.batch_decode([row.tolist() for row in new], skip_special_tokens=True)
-        return [generation.cut(text) for text in texts]
+                    inputs = session.adapter.placed(self._prompt(clip, question, system))
+                    answers.append(self._generate(inputs, generation))
+                    if session.last_cache is not None:  # a compressor that keeps all makes none
+                        self.sizes += Sizes.of(session.last_cache)
+        self.cut += sum(answer.cut for answer in answers)
+        return [generation.cut(answer.text) for answer in answers]
 
     @torch.no_grad()
     def losses(
         self, clip: Clip, question: str, answers: Sequence[str], system: str | None = None
     ) -> list[tuple[float, bool]]:
-        """How well the compressed cache predicts given answers.
+        """The fit of given answers to the compressed cache's predictions.
 
         Returns:
             for each answer its mean negative log-likelihood a token, and whether greedy search would give it.
@@ -166,9 +151,9 @@ class Answerer:
             before = question_suffix(self.processor, question).to(self.model.device)
             rows = [torch.cat([before, ids]) for ids in targets]
         else:
-            prefill = session.prefill(**self._moved(self._prompt(clip, question, system)))
+            prefill = session.prefill(**self._prompt(clip, question, system))
             cache, first, rows = session.compress(prefill), prefill.logits, targets
-            self.sizes.add(cache)
+            self.sizes += Sizes.of(cache)
         ids, mask = self._rows(rows)
         branch = cache.branch(len(rows))
         positions = session.adapter.text_positions(branch.next_position + (mask.cumsum(-1) - 1).clamp_min(0))
@@ -187,9 +172,9 @@ class Answerer:
     def _context(self, session: Session, clip: Clip, system: str | None) -> CompressedCache:
         """The compressed cache of a clip after a system prompt; the last one is kept."""
         if self._cache is None or self._cache[:2] != (clip, system):
-            inputs = self._moved(encode_context(self.processor, self._read(clip), system))
+            inputs = encode_context(self.processor, self._read(clip), system)
             self._cache = clip, system, session.compress(**inputs)
-            self.sizes.add(self._cache[2])
+            self.sizes += Sizes.of(self._cache[2])
         return self._cache[2]
 
     def _prompt(self, clip: Clip, question: str, system: str | None) -> dict[str, Any]:
@@ -210,11 +195,6 @@ class Answerer:
         options = {**self.media.limits(), **changes}
         return [read_media(part.path, start=part.start, end=part.end, **options) for part in clip]
 
-    def _is_cut(self, row: Tensor, generation: Generation) -> bool:
-        ends = self.model.generation_config.eos_token_id
-        ended = ends is not None and bool(torch.isin(row, torch.as_tensor(ends, device=row.device)).any())
-        return not ended and len(row) >= generation.max_new_tokens
-
     def _text_inputs(self, question: str, system: str | None) -> dict[str, Any]:
         """Model inputs of a prompt without media."""
         told = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
@@ -226,12 +206,14 @@ class Answerer:
         if system is not None and system.strip() not in text:
             raise InputError("the model's chat template does not write it; leave it out", field="system_prompt")
         ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        return self._moved({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        ids = ids.to(self.model.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def _generate(self, inputs: dict[str, Any], generation: Generation) -> Tensor:
-        """The new tokens ``[new]`` of one prompt."""
-        out = self.model.generate(**inputs, **self._options(generation))
-        return out[0, inputs["input_ids"].shape[1] :]
+    def _generate(self, inputs: dict[str, Any], generation: Generation) -> Generated:
+        """The answer to one prompt."""
+        options = {**generation.options(), "pad_token_id": self.processor.tokenizer.pad_token_id}
+        new = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        return decode(self.model, self.processor, new, generation.max_new_tokens)[0]
 
     def _answer_ids(self, answer: str) -> Tensor:
         ids = self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -242,19 +224,6 @@ class Answerer:
     def _rows(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         ids, mask = pad_left(rows, self.processor.tokenizer.pad_token_id)
         return ids.to(self.model.device), mask.to(self.model.device)
-
-    def _moved(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        device = self.model.device
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-
-    def _options(self, generation: Generation) -> dict[str, Any]:
-        return {**generation.options(), "pad_token_id": self.processor.tokenizer.pad_token_id}
-
-
-def _made(session: Session) -> CompressedCache:
-    if session.last_cache is None:
-        raise ValueError("nothing was compressed")
-    return session.last_cache
 
 
 def _loss(logits: Tensor, ids: Tensor) -> tuple[float, bool]:

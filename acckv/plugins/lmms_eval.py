@@ -30,7 +30,7 @@ from acckv.plugins.requests import Generation, Prompt, read_prompt
 
 
 class Acckv(lmms):
-    """What `--model acckv` runs: tasks that generate, given as chat messages.
+    """The model of `--model acckv`: tasks that generate, given as chat messages.
 
     Args:
         pretrained: the AV-LLM: tiny (packaged), a folder or a hub id.
@@ -162,13 +162,13 @@ class Acckv(lmms):
 
     def _log_sizes(self) -> None:
         sizes = self.answerer.sizes
-        logger.info(f"acckv kept {sizes.ratio:.2%} of the audio and video entries ({sizes.kept:g} of {sizes.full:g})")
+        logger.info(f"acckv kept {sizes.ratio:.2%} of the audio and video entries of {sizes.prompts} caches")
         if self.answerer.cut:
             logger.warning(f"{self.answerer.cut} answers were ended by the task's max_new_tokens, not by the model")
 
 
 class AcckvSimple(Acckv):
-    """What `--model acckv --force_simple` runs: multiple choice by likelihood, and tasks without chat messages."""
+    """The model of `--model acckv --force_simple`: multiple choice by likelihood, and tasks without chat messages."""
 
     is_simple = True
 

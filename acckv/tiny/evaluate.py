@@ -1,13 +1,11 @@
 """Measure the tiny AV-LLM on real .mp4 clips it has never seen: `python -m acckv.tiny.evaluate`.
 
-Clips are generated, read back, run through the processor, and answered with the model's own greedy `generate` and a
-full cache.
+Clips are generated, read back, run through the processor, and answered by greedy search from a full cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import time
@@ -22,13 +20,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from acckv import CompressionConfig, KVCompressor
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
-from acckv.data.encoding import encode_context, question_suffix
+from acckv.data.encoding import encode_context
 from acckv.data.media import read_media
 from acckv.data.records import Record
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.data.synthetic.events import DESCRIPTION_TYPES
 from acckv.errors import InputError
+from acckv.evaluation.answering import answer_questions
 from acckv.metrics.words import word_hits
 from acckv.models import load_model
 from acckv.models.clips import Media
@@ -38,32 +38,12 @@ WORD_TOKENS = 3
 DESCRIPTION_TOKENS = 64
 
 
-@torch.inference_mode()
 def answer(model: Any, processor: Any, clip: Media, questions: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Greedy answers to several questions about one clip, without special tokens.
-
-    The clip is prefilled once; every question continues a copy of that full cache, which equals a prompt of its own.
-    Questions of equal length share a batch, so nothing is padded.
-    """
-    context = encode_context(processor, clip)
-    prefilled = model(**context, use_cache=True).cache
-    suffixes = [question_suffix(processor, question) for question in questions]
-    replies = [""] * len(questions)
-    for length in sorted({len(suffix) for suffix in suffixes}):
-        rows = [row for row, suffix in enumerate(suffixes) if len(suffix) == length]
-        prompts = torch.stack([torch.cat([context["input_ids"][0], suffixes[row]]) for row in rows])
-        cache = copy.deepcopy(prefilled)
-        cache.batch_repeat_interleave(len(rows))
-        tokens = model.generate(
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
-            cache=cache,
-            max_new_tokens=max_new_tokens,
-        )
-        texts = processor.batch_decode(tokens[:, prompts.shape[1] :], skip_special_tokens=True)
-        for row, text in zip(rows, texts, strict=True):
-            replies[row] = text
-    return replies
+    """Greedy answers to several questions about one clip, each from a copy of its full cache."""
+    with KVCompressor(CompressionConfig(policy="full"))(model, processor) as session:
+        cache = session.compress(**encode_context(processor, clip))
+        (answers,) = answer_questions(session, processor, cache, [questions], max_new_tokens)
+    return [answer.text for answer in answers]
 
 
 def evaluate(model: Any, processor: Any, records: Iterable[Record]) -> dict[str, dict[str, float]]:
@@ -88,7 +68,7 @@ def evaluate(model: Any, processor: Any, records: Iterable[Record]) -> dict[str,
             for record, reply in zip(chosen, replies, strict=True):
                 hits, total = word_hits(reply, record.answer)
                 if protocol == "word":
-                    hits, total = int(reply.strip() == record.answer), 1
+                    hits, total = int(reply == record.answer), 1
                 for name in (record.groups[-1], protocol):
                     right[name] += hits
                     words[name] += total

@@ -17,10 +17,10 @@ from acckv.data.encoding import encode, question_suffix
 from acckv.data.media import MediaOptions, read_media
 from acckv.data.records import Record
 from acckv.errors import InputError
+from acckv.evaluation.answering import answer_questions
 from acckv.io.files import whole_file
 from acckv.io.progress import Progress
 from acckv.models import load_model
-from acckv.models.batching import pad_left
 from acckv.models.clips import KINDS, Media
 
 FORMAT = 2
@@ -158,9 +158,12 @@ def answer_clips(
             for kind in KINDS:
                 chosen = [clip for clip in media if clip.kind == kind]
                 if chosen:
-                    answered = _answers(session, processor, chosen, settings)
-                    for clip, (answers, ended) in zip(chosen, answered, strict=True):
-                        file.add(clip.path, clip.audio is not None, answers, ended)
+                    cache = session.compress(**encode(processor, chosen, None, settings.system_prompt))
+                    questions = [settings.prompts] * len(chosen)
+                    answered = answer_questions(session, processor, cache, questions, settings.max_new_tokens)
+                    for clip, answers in zip(chosen, answered, strict=True):
+                        ended = [answer.cut for answer in answers]
+                        file.add(clip.path, clip.audio is not None, [answer.text for answer in answers], ended)
                         cut += sum(ended)
             file.save()
             seen.advance(len(media))
@@ -183,35 +186,6 @@ class _Videos(Dataset[list[Media] | InputError]):
             return [read_media(video, **self.options) for video in self.batches[number]]
         except InputError as error:
             return error
-
-
-def _answers(
-    session: Any, processor: Any, clips: list[Media], settings: AnswerSettings
-) -> list[tuple[list[str], list[bool]]]:
-    """By clip, for each prompt the answer and whether the limit of tokens ended it."""
-    device = session.model.device
-    inputs = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in encode(processor, clips, None, settings.system_prompt).items()
-    }
-    tokenizer = processor.tokenizer
-    ids, mask = pad_left([question_suffix(processor, prompt) for prompt in settings.prompts], tokenizer.pad_token_id)
-    new = session.answer(
-        session.compress(**inputs),
-        ids.repeat(len(clips), 1).to(device),
-        mask.repeat(len(clips), 1).to(device),
-        max_new_tokens=settings.max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    texts = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-    count = len(settings.prompts)
-    ends = session.model.generation_config.eos_token_id
-    ended = torch.isin(new, torch.as_tensor([] if ends is None else ends, device=new.device)).any(-1)
-    cut = [not end and new.shape[1] >= settings.max_new_tokens for end in ended.tolist()]
-    starts = range(0, len(texts), count)
-    return [(texts[start : start + count], cut[start : start + count]) for start in starts]
 
 
 def _warn_of_unknown_words(processor: Any, prompts: Sequence[str]) -> None:

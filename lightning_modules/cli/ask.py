@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from acckv import CompressionConfig, KVCompressor
-from acckv.cache.cache import CompressedCache
-from acckv.data.encoding import encode_context, question_suffix
+from acckv.data.encoding import encode_context
 from acckv.data.media import MediaOptions, read_media
 from acckv.errors import InputError
+from acckv.evaluation.answering import answer_questions
 from acckv.evaluation.results import CALIBRATED
+from acckv.evaluation.sizes import Sizes
 from acckv.models import load_model
+from acckv.runtime.session import Prefill, Session
 from lightning_modules.evaluation.options import POLICIES
 
 _Made = TypeVar("_Made")
@@ -99,18 +101,17 @@ class Asked:
     """An answer and what it took.
 
     Attributes:
-        text: the answer.
+        text: the answer; cut: whether `max_new_tokens` ended it.
         entries: audio and video entries held, mean over layers; kv_bytes: of all keys and values held.
         compress_seconds, answer_seconds: after the prefill, which both answers share.
-        cut: whether `max_new_tokens` ended it.
     """
 
     text: str
+    cut: bool
     entries: float
     kv_bytes: int
     compress_seconds: float
     answer_seconds: float
-    cut: bool = False
 
 
 def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked, Asked]:
@@ -125,22 +126,15 @@ def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked,
     placed = options.accelerator == "auto" and "device_map" in (options.load_options or {})
     device = None if placed else _device(options.accelerator)
     model, processor = load_model(options.model, options.dtype, device, load_options=options.load_options)
-    inputs: dict[str, Any] = {
-        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
-        for name, value in encode_context(processor, media, options.system_prompt).items()
-    }
-    ids = question_suffix(processor, options.question)[None].to(model.device)
-    limit = {"max_new_tokens": options.max_new_tokens, "do_sample": False, "num_beams": 1}
-    limit["pad_token_id"] = processor.tokenizer.pad_token_id
+    inputs = encode_context(processor, media, options.system_prompt)
 
-    def asked(session: Any, prefill: Any, ratio: float) -> Asked:
+    def asked(session: Session, prefill: Prefill, ratio: float) -> Asked:
         cache, compressing = _timed(lambda: session.compress(prefill, ratio=ratio))
-        new, answering = _timed(lambda: session.answer(cache, ids, **limit))
-        text = processor.tokenizer.decode(new[0], skip_special_tokens=True).strip()
-        ends = model.generation_config.eos_token_id
-        ended = ends is not None and bool(torch.isin(new[0], torch.as_tensor(ends, device=new.device)).any())
-        cut = not ended and new.shape[1] >= options.max_new_tokens
-        return Asked(text, _entries(cache), cache.kv_bytes(), compressing, answering, cut)
+        (((answer,),), answering) = _timed(
+            lambda: answer_questions(session, processor, cache, [[options.question]], options.max_new_tokens)
+        )
+        sizes = Sizes.of(cache)
+        return Asked(answer.text, answer.cut, sizes.entries, sizes.kv_bytes, compressing, answering)
 
     with KVCompressor(CompressionConfig(policy="full"))(model, processor) as session:
         prefill, prefilling = _timed(lambda: session.prefill(**inputs))
@@ -180,16 +174,12 @@ def _device(accelerator: str) -> str:
 
 
 def _timed(make: Callable[[], _Made]) -> tuple[_Made, float]:
-    """What a function gives, and the seconds that it took."""
+    """The result of a function, and the seconds that it took."""
     start = time.perf_counter()
     made = make()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return made, time.perf_counter() - start
-
-
-def _entries(cache: CompressedCache) -> float:
-    return float(cache.kept_entries().sum(-1).mean())
 
 
 def _table(named: dict[str, Asked]) -> Table:

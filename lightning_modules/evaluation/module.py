@@ -105,7 +105,7 @@ class EvaluationModule(LightningModule):
                 ]
                 self.on_answers(setting, given, size)
                 answers += given
-                sizes[setting] = sizes[setting] + size if setting in sizes else size
+                sizes[setting] = sizes.get(setting, Sizes()) + size
         broken = [(clip, str(failed[clip])) for clip in sorted(failed)]
         self.on_batch(Batch(batch.number, batch.files, broken, answers, list(sizes.values())))
 
