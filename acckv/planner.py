@@ -11,7 +11,16 @@ from torch import Tensor
 from acckv.config import CompressionConfig, check_ratio
 from acckv.method.budgets import allocate, share_out, split_layer, total_budget
 from acckv.method.modality import ModalityMap
-from acckv.method.plan import AlignmentRule, LayerPlan, LayerScore, LogGates, MergeRule, hard, plan_layer, soft
+from acckv.method.plan import (
+    AlignmentRule,
+    LayerPlan,
+    LayerScore,
+    LogGates,
+    MergeRule,
+    hard_topk,
+    plan_layer,
+    soft_topk,
+)
 from acckv.method.scoring import Observation
 from acckv.method.weights import CalibratedWeights, LayerWeights
 from acckv.policies import Policy, build_policy
@@ -192,7 +201,7 @@ class Planner:
         score = (self.policy.score(layer, observation, labels) if score is None else score).on_host()
         split = self.split(layer, score, budget, labels, ratio).cpu()
         score = LayerScore(score.score.to(device), score.modality_shares)
-        plan = self._select(layer, score, observation, labels, split, hard, temperature=0.0)
+        plan = self._select(layer, score, observation, labels, split, hard_topk, temperature=0.0)
         by_row = split.sum(-1)  # every head of a row keeps the same number
         plan = replace(plan, kept=labels.host.text.sum(-1) + (by_row if by_row.ndim == 1 else by_row[:, 0]))
         return self.policy.merge(plan, observation.keys, observation.values, labels)
@@ -209,7 +218,7 @@ class Planner:
         """The plan of one layer in training: gates between 0 and 1 that sum to the budget."""
         device = observation.keys.device
         labels, score, split = labels.to(device), score.to(device), split.to(device)
-        plan = self._select(layer, score, observation, labels, split, soft(temperature), temperature)
+        plan = self._select(layer, score, observation, labels, split, soft_topk(temperature), temperature)
         return self.policy.merge(plan, observation.keys, observation.values, labels)
 
     def _select(

@@ -33,7 +33,7 @@ from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.cli.errors import quiet_libraries
 
 RATIOS = (0.2, 0.05, 0.02)
-PLACED = ("saliency_place",)
+PLACED = ("saliency_position",)
 
 
 class KeysAlone(CalibratedWeights):
@@ -66,8 +66,10 @@ class WithClipPlace(CalibratedWeights):
 
     def saliency_score(self, layer: int, keys: Tensor, values: Tensor, labels: ModalityMap) -> Tensor:
         members = labels.by_modality
-        by_place = torch.einsum("nf,mkf,bmn->bkn", clip_places(members), self.saliency_clip[layer], members.float())
-        return super().saliency_score(layer, keys, values, labels) + by_place
+        by_position = torch.einsum(
+            "nf,mkf,bmn->bkn", clip_positions(members), self.saliency_clip[layer], members.float()
+        )
+        return super().saliency_score(layer, keys, values, labels) + by_position
 
 
 class Perceptron(CalibratedWeights):
@@ -111,7 +113,7 @@ SCORERS: dict[str, tuple[type[CalibratedWeights], tuple[str, ...]]] = {
 """Label -> weights, and which of them learn besides key and value."""
 
 
-def clip_places(members: Tensor) -> Tensor:
+def clip_positions(members: Tensor) -> Tensor:
     """Sine and cosine of the place in the clip, ``[N, 2]``."""
     count = members.shape[-1]
     turn = math.tau * (torch.arange(count, device=members.device) + 0.5) / count
@@ -136,7 +138,7 @@ def validation_kl(
     """Train with one scorer; ratio -> KL on the validation clips."""
     seed_everything(seed, verbose=False)
     data.reorder(seed)
-    learn = tuple(group for group in WEIGHT_GROUPS if group != "places")
+    learn = tuple(group for group in WEIGHT_GROUPS if group != "positions")
     options = {"seed": seed, "validation_ratios": RATIOS, "feature_loss": None, "trainable": learn}
     module = WithScorer(**config["model"] | options)
     module.weights_class, module.extra = SCORERS[scorer]

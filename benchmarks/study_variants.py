@@ -8,7 +8,7 @@ from typing import Any
 from acckv.method.weights import WEIGHT_GROUPS
 
 #: Groups of weights in the order in which the ablations add them; places came last and have lines of their own.
-GROUPS = tuple(name for name in WEIGHT_GROUPS if name != "places")
+GROUPS = tuple(name for name in WEIGHT_GROUPS if name != "positions")
 
 
 #: Variants that others are compared with: the default; for as many steps as most others; and by KL alone, with a scorer
@@ -67,8 +67,8 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         _plain("alignment", "+ alignment (merging on)", **_up_to("alignment"), **MERGING),
         _plain("lora_merging", "+ LoRA (merging on)", **MERGING),
         _plain(KL_ALONE, "all, merging off"),
-        Variant("places", "all, merging off, + places", {"feature_loss": None}),
-        Variant(SHORT, "all, merging off, + places, + attention outputs (the default)"),
+        Variant("positions", "all, merging off, + positions", {"feature_loss": None}),
+        Variant(SHORT, "all, merging off, + positions, + attention outputs (the default)"),
         _plain("only_scorer", "scorer and probes alone", trainable=("probes", "scorer"), lora_rank=0),
         _plain("only_lora", "LoRA alone", trainable=()),
         _plain("no_budgets", "all without learned budgets (focusing)", trainable=_without("budgets")),

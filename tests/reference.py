@@ -62,13 +62,13 @@ class Ledger:
         commit = CompressedLayer.commit
 
         def followed(
-            layer: CompressedLayer, plan: Any, labels: Tensor, offered: Any = None, low_ratio: bool = False
+            layer: CompressedLayer, plan: Any, labels: Tensor, candidates: Any = None, low_ratio: bool = False
         ) -> None:
             slot, region, before = layer.slot, layer.region, layer.physical
             length = labels.shape[-1]
-            commit(layer, plan, labels, offered, low_ratio)
+            commit(layer, plan, labels, candidates, low_ratio)
             heads = layer.keys.shape[1]
-            assert plan.bias.shape[-1] == 0, "a merged entry is no token"
+            assert plan.merged_bias.shape[-1] == 0, "a merged entry is no token"
             later = torch.arange(layer.seen - (length - region), layer.seen).expand(heads, -1)
             held = torch.cat([self.tokens[slot], later], dim=1) if region else later
             keep = torch.isfinite(plan.log_gates[0, :, :length]).expand(heads, -1)

@@ -22,7 +22,7 @@ class CompressedLayer(DynamicLayer):
         bias: added to the attention logits of the region, ``[B, K, region]``: -inf marks the empty places of a row
             that kept fewer entries than the longest, other values are the log mass of merged entries. None is zero.
         labels: int8 ``[B, 1 or K, region]`` modality of each entry of the region, by head where heads chose apart.
-        offered: int64 ``[B, 2]`` video and audio entries that were there to choose from, evicted ones included.
+        candidates: int64 ``[B, 2]`` video and audio entries that were there to choose from, evicted ones included.
         low_ratio: whether it was compressed, and is to be read, with what the lowest ratios have of their own.
         lengths: entries held by every compressed layer of the cache, one list for all; slot: this layer's place.
             Numbers and not the layers themselves: a ring of references would keep dropped caches in memory.
@@ -38,7 +38,7 @@ class CompressedLayer(DynamicLayer):
         self.region = 0
         self.bias: Tensor | None = None
         self.labels: Tensor | None = None
-        self.offered: Tensor | None = None
+        self.candidates: Tensor | None = None
         self.low_ratio = False
         self.slot, self.lengths = len(lengths), lengths
         lengths.append(0)
@@ -88,7 +88,7 @@ class CompressedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.region, self.bias, self.labels, self.offered, self.low_ratio = 0, 0, None, None, None, False
+        self.seen, self.region, self.bias, self.labels, self.candidates, self.low_ratio = 0, 0, None, None, None, False
         self.lengths[self.slot] = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -105,11 +105,13 @@ class CompressedLayer(DynamicLayer):
         self._map_rows(lambda rows: rows[indices])
 
     def _map_rows(self, change: Any) -> None:
-        for name in ("bias", "labels", "offered"):
+        for name in ("bias", "labels", "candidates"):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
 
-    def commit(self, plan: LayerPlan, labels: Tensor, offered: Tensor | None = None, low_ratio: bool = False) -> None:
+    def commit(
+        self, plan: LayerPlan, labels: Tensor, candidates: Tensor | None = None, low_ratio: bool = False
+    ) -> None:
         """Evict: hold what the plan keeps, in order of position, merged entries last; all of it is the new region.
 
         Entries after those that the plan speaks of (a probe prompt's) are dropped; `seen` takes them back.
@@ -117,26 +119,26 @@ class CompressedLayer(DynamicLayer):
         Args:
             plan: hard log gates (0 or -inf) over the first N entries held and over merged ones.
             labels: integers ``[B, 1 or K, N]``: modality of these entries.
-            offered: int64 ``[B, 2]`` video and audio entries that `labels` brought for the first time.
+            candidates: int64 ``[B, 2]`` video and audio entries that `labels` brought for the first time.
             low_ratio: whether the plan is one of the lowest ratios.
         """
         self.low_ratio = low_ratio
-        length, merged = labels.shape[-1], plan.bias.shape[-1]
+        length, merged = labels.shape[-1], plan.merged_bias.shape[-1]
         labels = labels.to(self.keys.device, torch.int8)
         if merged:
             new = torch.tensor(COMPRESSED[:merged], device=labels.device, dtype=labels.dtype)
             labels = torch.cat([labels, new.expand(*labels.shape[:2], -1)], dim=-1)
         bias = None
-        if self.bias is not None or (merged and bool((plan.bias != 0).any())):
-            bias = torch.cat([self._region_bias(length).to(plan.bias.dtype), plan.bias], dim=-1)
+        if self.bias is not None or (merged and bool((plan.merged_bias != 0).any())):
+            bias = torch.cat([self._region_bias(length).to(plan.merged_bias.dtype), plan.merged_bias], dim=-1)
         self.seen -= self.physical - length
         keys, values = self.keys[:, :, :length], self.values[:, :, :length]
-        if plan.pivots is not None:
-            keys, values = plan.pivots.place(keys, values)
-        if offered is not None:
-            offered = offered.to(self.keys.device)
-            self.offered = offered if self.offered is None else self.offered + offered
-        self._hold((keys, plan.keys), (values, plan.values), bias, labels, plan.log_gates, plan.kept)
+        if plan.merged_into is not None:
+            keys, values = plan.merged_into.place(keys, values)
+        if candidates is not None:
+            candidates = candidates.to(self.keys.device)
+            self.candidates = candidates if self.candidates is None else self.candidates + candidates
+        self._hold((keys, plan.merged_keys), (values, plan.merged_values), bias, labels, plan.log_gates, plan.kept)
 
     def compact(self, valid: Tensor) -> None:
         """Drop the entries that are no token of their row; what stays becomes the compressed region.

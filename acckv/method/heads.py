@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from acckv.method.plan import LayerPlan, Pivots
+from acckv.method.plan import LayerPlan, MergedInto
 from acckv.method.scoring import Observation
 
 
@@ -24,7 +24,7 @@ def one_head(seen: Observation, head: int) -> Observation:
         queries=cut(seen.queries, group),
         keys=cut(seen.keys),
         values=cut(seen.values),
-        repetition=None if seen.repetition is None else cut(seen.repetition),
+        reconstruction=None if seen.reconstruction is None else cut(seen.reconstruction),
     )
 
 
@@ -34,14 +34,14 @@ def join_heads(plans: Sequence[LayerPlan]) -> LayerPlan:
     def joined(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(tensors), dim=1)
 
-    pivots = [plan.pivots for plan in plans if plan.pivots is not None]
+    merged_into = [plan.merged_into for plan in plans if plan.merged_into is not None]
     return LayerPlan(
         joined([plan.log_gates for plan in plans]),
-        joined([plan.keys for plan in plans]),
-        joined([plan.values for plan in plans]),
-        joined([plan.bias for plan in plans]),
-        Pivots(*(joined([getattr(each, name) for each in pivots]) for name in ("index", "keys", "values")))
-        if pivots
+        joined([plan.merged_keys for plan in plans]),
+        joined([plan.merged_values for plan in plans]),
+        joined([plan.merged_bias for plan in plans]),
+        MergedInto(*(joined([getattr(each, name) for each in merged_into]) for name in ("index", "keys", "values")))
+        if merged_into
         else None,
         plans[0].kept,
     )

@@ -26,8 +26,8 @@ class Modality(IntEnum):
 
 #: Least variance that a score is standardised by.
 VARIANCE_FLOOR = 1e-8
-#: How many numbers stand for an entry's place in its segment.
-SEGMENT_PLACES = 3
+#: How many numbers stand for an entry's position in its segment.
+SEGMENT_POSITIONS = 3
 #: The order of the last axis of every per-modality tensor in this package.
 COMPRESSED = (Modality.VIDEO, Modality.AUDIO)
 
@@ -134,25 +134,25 @@ class ModalityMap:
         return self._of_modality[which]
 
     @_made_on_host
-    def segment_places(self) -> Tensor:
-        """float ``[batch, tokens, 3]``: place of each entry in its segment, a run of one modality such as a frame.
+    def segment_position(self) -> Tensor:
+        """float ``[batch, tokens, 3]``: position of each entry in its segment, a run of one modality such as a frame.
 
         From 0 to 1, with its sine and cosine over one turn. Neither padding nor how long a clip is changes it. In a
-        stream, the place among what is left of the segment.
+        stream, the position among what is left of the segment.
         """
         index = torch.arange(self.labels.shape[1], device=self.labels.device).expand_as(self.labels)
         first = F.pad(self.labels[:, 1:] != self.labels[:, :-1], (1, 0), value=True)
         last = F.pad(first[:, 1:], (0, 1), value=True)
         start = torch.where(first, index, 0).cummax(1).values
         end = torch.where(last, index, index.shape[1]).flip(1).cummin(1).values.flip(1)
-        place = (index - start + 0.5) / (end - start + 1)
-        return torch.stack([place, (math.tau * place).sin(), (math.tau * place).cos()], dim=-1)
+        position = (index - start + 0.5) / (end - start + 1)
+        return torch.stack([position, (math.tau * position).sin(), (math.tau * position).cos()], dim=-1)
 
     @_made_on_host
-    def placed(self) -> Tensor:
-        """float ``[batch, 8, tokens]``: for each modality the three places in the segment, and 1, of its entries."""
-        places = F.pad(self.segment_places, (0, 1), value=1.0).transpose(1, 2)
-        return (self.masks[:, :, None] * places[:, None]).flatten(1, 2)
+    def segment_positions(self) -> Tensor:
+        """float ``[batch, 8, tokens]``: for each modality :attr:`segment_position` and 1, of its own entries."""
+        positions = F.pad(self.segment_position, (0, 1), value=1.0).transpose(1, 2)
+        return (self.masks[:, :, None] * positions[:, None]).flatten(1, 2)
 
     def alike_around(self, width: int) -> Tensor:
         """float32 ``[batch, 1, tokens, 2 * width + 1]``: 1 where a neighbour is another entry of the same modality."""

@@ -20,12 +20,12 @@ from acckv.method.topk import kept, soft_log_gates
 LogGates = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def hard(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
+def hard_topk(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
     """What is shipped: log gates of 0 and -inf."""
     return torch.where(kept(score, members, budget), 0.0, -torch.inf)
 
 
-def soft(temperature: float) -> LogGates:
+def soft_topk(temperature: float) -> LogGates:
     """What is trained: gates in 0 to 1 that sum to the budget and pass gradients to scores and budgets."""
 
     def gates(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
@@ -82,11 +82,11 @@ class MergeRule:
 
 
 @dataclass(frozen=True)
-class Pivots:
+class MergedInto:
     """Kept entries into which others were merged, with what they are afterwards.
 
     Args:
-        index: int64 ``[B, K, P]``, places in the prompt, each at most once in a row and head.
+        index: int64 ``[B, K, P]``, indices in the prompt, each at most once in a row and head.
         keys, values: ``[B, K, P, D]``.
     """
 
@@ -95,7 +95,7 @@ class Pivots:
     values: Tensor
 
     def place(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, K, N or more, D]`` with the pivots in their places."""
+        """Keys and values ``[B, K, N or more, D]`` with these entries in their places."""
         index = self.index[..., None]
         return (
             keys.scatter(2, index.expand(self.keys.shape), self.keys.to(keys.dtype)),
@@ -109,18 +109,18 @@ class LayerPlan:
 
     Args:
         log_gates: ``[B, K or 1, M]``; added to the attention logits of later queries. 0 kept, -inf evicted.
-        keys, values: the merged entries ``[B, K, M - N, D]``.
-        bias: ``[B, K, M - N]`` log mass of the merged entries.
-        pivots: kept prompt entries that changed, or None.
+        merged_keys, merged_values: the merged entries ``[B, K, M - N, D]``.
+        merged_bias: ``[B, K, M - N]`` log mass of the merged entries.
+        merged_into: kept prompt entries that changed, or None.
         kept: int64 ``[B]``, on the CPU: entries that every head of a row keeps, merged ones included; None where only
             the gates tell.
     """
 
     log_gates: Tensor
-    keys: Tensor
-    values: Tensor
-    bias: Tensor
-    pivots: Pivots | None = None
+    merged_keys: Tensor
+    merged_values: Tensor
+    merged_bias: Tensor
+    merged_into: MergedInto | None = None
     kept: Tensor | None = None
 
     def apply(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,16 +132,16 @@ class LayerPlan:
         Returns:
             keys and values ``[B, K, M + later, D]``, bias ``[B, K or 1, M]``.
         """
-        if self.pivots is not None:
-            keys, values = self.pivots.place(keys, values)
-        merged = self.keys.shape[2]
+        if self.merged_into is not None:
+            keys, values = self.merged_into.place(keys, values)
+        merged = self.merged_keys.shape[2]
         if not merged:
             return keys, values, self.log_gates
         length = self.log_gates.shape[-1] - merged
-        keys = torch.cat([keys[:, :, :length], self.keys.to(keys.dtype), keys[:, :, length:]], dim=2)
-        values = torch.cat([values[:, :, :length], self.values.to(values.dtype), values[:, :, length:]], dim=2)
+        keys = torch.cat([keys[:, :, :length], self.merged_keys.to(keys.dtype), keys[:, :, length:]], dim=2)
+        values = torch.cat([values[:, :, :length], self.merged_values.to(values.dtype), values[:, :, length:]], dim=2)
         gates = self.log_gates.expand(-1, keys.shape[1], -1)
-        return keys, values, torch.cat([gates[..., :length], gates[..., length:] + self.bias], dim=-1)
+        return keys, values, torch.cat([gates[..., :length], gates[..., length:] + self.merged_bias], dim=-1)
 
 
 def plan_layer(

@@ -34,7 +34,7 @@ class Observation:
         real: bool ``[B, N]``, on the CPU: entries that are no padding.
         scaling: factor of the dot product (Gemma 4's is 1, so it is never derived from D).
         rotation: the prompt's rotary embedding, for policies that take it off (`rotated`).
-        repetition: ``[B, K, N]``, the most attention to each entry while the context was repeated (rows 'repetition').
+        reconstruction: ``[B, K, N]``, the most attention to each entry while the context was fed in again.
     """
 
     queries: Tensor
@@ -45,7 +45,7 @@ class Observation:
     real: Tensor
     scaling: float
     rotation: Rotation | None = None
-    repetition: Tensor | None = None
+    reconstruction: Tensor | None = None
 
     @cached_property
     def key_scale(self) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acckv.method.modality import SEGMENT_PLACES, ModalityMap
+from acckv.method.modality import SEGMENT_POSITIONS, ModalityMap
 
 #: Ratio at which the slopes over log ratio have no effect.
 REFERENCE_RATIO = 0.1
@@ -22,7 +22,7 @@ WEIGHT_GROUPS = {
     "gains": ("redistribution", "modality_gain"),
     "probes": ("probe_queries", "signal_mix"),
     "scorer": ("saliency", "saliency_bias"),
-    "places": ("saliency_place",),
+    "positions": ("saliency_position",),
     "redundancy": ("redundancy",),
     "merging": ("merge_bias", "merge_gain"),
     "alignment": ("alignment_weight", "alignment_threshold"),
@@ -42,7 +42,7 @@ class LayerWeights:
     probe_queries: Tensor
     saliency: Tensor
     saliency_bias: Tensor
-    saliency_place: Tensor
+    saliency_position: Tensor
     signal_mix: Tensor
     redundancy: Tensor
     merge_bias: Tensor
@@ -92,9 +92,9 @@ class LayerWeights:
         return self.saliency.permute(1, 2, 0) * math.sqrt(self.saliency.shape[-1])
 
     @cached_property
-    def by_place(self) -> Tensor:
-        """``[K, 8]``: weights of :attr:`ModalityMap.placed`."""
-        return torch.cat([self.saliency_place, self.saliency_bias[..., None]], dim=-1).transpose(0, 1).flatten(1)
+    def by_position(self) -> Tensor:
+        """``[K, 8]``: weights of :attr:`ModalityMap.segment_positions`."""
+        return torch.cat([self.saliency_position, self.saliency_bias[..., None]], dim=-1).transpose(0, 1).flatten(1)
 
 
 class CalibratedWeights(nn.Module):
@@ -111,7 +111,7 @@ class CalibratedWeights(nn.Module):
         probe_queries: ``[L, Hq, P, D]`` queries in the space after position embedding.
         saliency: ``[L, 2, K, 2 * D]`` linear scorer on an entry's own (key, value), one for each modality.
         saliency_bias: ``[L, 2, K]``.
-        saliency_place: ``[L, 2, K, 3]`` linear scorer on an entry's place in its segment.
+        saliency_position: ``[L, 2, K, 3]`` linear scorer on an entry's position in its segment.
         signal_mix: ``[L, 4]`` added to the preset's mix of SIGNALS.
         redundancy: ``[L, 2]`` by modality, what a score loses for what better neighbours hold already.
         merge_bias, merge_gain: ``[L, K, 2]`` log mass and relative value gain of merged entries.
@@ -135,7 +135,7 @@ class CalibratedWeights(nn.Module):
         self.probe_queries = nn.Parameter(queries.to(self.layer_budget.device))
         self.saliency = zeros(layers, 2, kv_heads, 2 * head_size)
         self.saliency_bias = zeros(layers, 2, kv_heads)
-        self.saliency_place = zeros(layers, 2, kv_heads, SEGMENT_PLACES)
+        self.saliency_position = zeros(layers, 2, kv_heads, SEGMENT_POSITIONS)
         self.signal_mix = zeros(layers, len(SIGNALS))
         self.redundancy = zeros(layers, 2)
         self.merge_bias = zeros(layers, kv_heads, 2)
@@ -151,7 +151,7 @@ class CalibratedWeights(nn.Module):
         group = query_heads // kv_heads
         alone = CalibratedWeights(layers, 1, group, head_size, probes)
         axes = {"modality_gain": 1, "merge_bias": 1, "merge_gain": 1}
-        axes |= dict.fromkeys(("saliency", "saliency_bias", "saliency_place"), 2)
+        axes |= dict.fromkeys(("saliency", "saliency_bias", "saliency_position"), 2)
         for name, parameter in self.named_parameters():
             whole = parameter.detach()
             if name in axes:
@@ -177,7 +177,7 @@ class CalibratedWeights(nn.Module):
         return shares / shares.sum(-1, keepdim=True).clamp_min(1e-12)
 
     def saliency_score(self, layer: int, keys: Tensor, values: Tensor, labels: ModalityMap) -> Tensor:
-        """Linear score of each entry's own key and value and of its place in its segment, ``[B, K, N]``.
+        """Linear score of each entry's own key and value and of its position in its segment, ``[B, K, N]``.
 
         Args:
             keys, values: ``[B, K, N, D]``.
@@ -194,7 +194,7 @@ class CalibratedWeights(nn.Module):
         )
         linear = torch.baddbmm(keys.flatten(0, 1) @ by_key, values.flatten(0, 1), by_value).unflatten(0, (batch, -1))
         linear = (linear * labels.masks.transpose(1, 2)[:, None]).sum(-1)
-        return torch.addcmul(weights.by_place @ labels.placed, linear, size)
+        return torch.addcmul(weights.by_position @ labels.segment_positions, linear, size)
 
     def layer(self, index: int, device: torch.device) -> LayerWeights:
         """The weights of one layer where that layer is.

@@ -192,7 +192,7 @@ def observed_queries(labels: ModalityMap, rows: Rows, width: int) -> Tensor:
     """
     labels = labels.host
     index = torch.arange(labels.labels.shape[1])
-    if rows in ("none", "repetition"):
+    if rows in ("none", "reconstruction"):
         return torch.zeros_like(labels.text)
     if rows == "window":
         return labels.real & (index >= index.shape[0] - width)

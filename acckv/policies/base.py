@@ -14,7 +14,7 @@ from acckv.method.modality import ModalityMap
 from acckv.method.plan import LayerPlan, LayerScore
 from acckv.method.scoring import Observation
 
-Rows = Literal["none", "window", "text", "all", "repetition"]
+Rows = Literal["none", "window", "text", "all", "reconstruction"]
 
 
 class Policy(ABC):
@@ -22,7 +22,7 @@ class Policy(ABC):
 
     Attributes:
         rows: the rows whose attention it reads. 'text' are the text rows after the media, or the rows of a probe
-            prompt where no text has been seen yet (`when: context`). 'repetition' are rows of no prompt but of the
+            prompt where no text has been seen yet (`when: context`). 'reconstruction' are rows of no prompt but of the
             context fed in again (see :mod:`acckv.runtime.context_reconstruction`).
         rotated: whether it needs the rotary embedding of its rows.
         keeps_all: whether it evicts nothing, whatever the ratio; None where the ratio decides.

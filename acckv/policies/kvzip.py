@@ -25,13 +25,13 @@ class KVzip(Policy):
     """
 
     name = "kvzip"
-    rows = "repetition"
+    rows = "reconstruction"
     cross_layer = True
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
-        if observation.repetition is None:
+        if observation.reconstruction is None:
             raise InputError("needs the attention of a repeated context", field="observation")
-        return LayerScore(self.shared(observation.repetition), None)
+        return LayerScore(self.shared(observation.reconstruction), None)
 
     def layer_shares(self, scores: Sequence[LayerScore | None], labels: ModalityMap, total: Tensor) -> Tensor:
         ranked = torch.stack([score.score for score in scores if score is not None], dim=1)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acckv.method.modality import ModalityMap
-from acckv.method.plan import LayerPlan, Pivots
+from acckv.method.plan import LayerPlan, MergedInto
 from acckv.method.scoring import ROW_CHUNK
 from acckv.policies.h2o import H2O
 
@@ -18,8 +18,8 @@ class LookM(H2O):
     """Text-prior eviction by accumulated attention with pivotal merging, the paper's best variant.
 
     Deviations. Text is kept in any policy, so it needs no bonus on its score, and the paper's window of recent tokens
-    is text. Pivots are the kept audio and video entries only, where the paper also merges into text: here text stays as
-    it is, and with nothing kept nothing of the media is left. Soft gates evict nothing for good, so they merge nothing.
+    is text. Merged into are the kept audio and video entries only, where the paper also merges into text: here text
+    stays as it is, and with nothing kept nothing of the media is left. Soft gates evict nothing for good, so they merge nothing.
     """
 
     name = "look_m"
@@ -27,10 +27,10 @@ class LookM(H2O):
     def merge(self, plan: LayerPlan, keys: Tensor, values: Tensor, labels: ModalityMap) -> LayerPlan:
         stays = torch.isfinite(plan.log_gates).expand(keys.shape[:3])
         media = labels.media[:, None]
-        return replace(plan, pivots=pivotal_merging(keys, values, stays & media, ~stays & media))
+        return replace(plan, merged_into=pivotal_merging(keys, values, stays & media, ~stays & media))
 
 
-def pivotal_merging(keys: Tensor, values: Tensor, kept: Tensor, lost: Tensor) -> Pivots | None:
+def pivotal_merging(keys: Tensor, values: Tensor, kept: Tensor, lost: Tensor) -> MergedInto | None:
     """Merge every lost entry into the kept one whose key has the largest cosine similarity, its pivot.
 
     A pivot becomes the mean of itself and of its midpoints to each entry that it takes in. Lost entries are worked off
@@ -62,4 +62,4 @@ def pivotal_merging(keys: Tensor, values: Tensor, kept: Tensor, lost: Tensor) ->
             total.scatter_add_(2, place, source[:, :, part].float() * gone[..., None])
     share = count[..., None]
     merged = [(pivot * (1 + share / 2) + total / 2) / (1 + share) for pivot, total in zip(pivots, sums, strict=True)]
-    return Pivots(index, merged[0].to(keys.dtype), merged[1].to(values.dtype))
+    return MergedInto(index, merged[0].to(keys.dtype), merged[1].to(values.dtype))

@@ -29,7 +29,7 @@ class LayerEviction:
     """Scores, budgets and commits the layers of one prefill.
 
     With a ratio, only the new tokens are compressed: what was kept of earlier clips counts as text, and the whole stays
-    within ``floor(ratio * L * all entries ever offered)``. With an absolute budget, which does not grow, everything
+    within ``floor(ratio * L * all entries ever candidates)``. With an absolute budget, which does not grow, everything
     held competes anew: that is what bounds a stream.
 
     A layer's budget needs no score, so each layer is evicted before the next one runs and the peak is one full layer
@@ -78,7 +78,7 @@ class LayerEviction:
     def _check(self, policy: Policy) -> None:
         if not any(self.before):
             return
-        if policy.rows == "repetition":
+        if policy.rows == "reconstruction":
             raise InputError(f"{self.config.policy} repeats a whole context and cannot go on from a compressed one")
         if policy.cross_layer and self.competing:
             raise InputError(
@@ -103,7 +103,7 @@ class LayerEviction:
 
     def _offered(self) -> Tensor:
         """int64 ``[B, 2]`` entries that there have been to choose from in a layer, the new ones included."""
-        before = self.layers[0].offered
+        before = self.layers[0].candidates
         return self.new if before is None else before.cpu() + self.new
 
     def _total(self) -> Tensor:
@@ -183,9 +183,11 @@ class LayerEviction:
         stays = self.held[slot].planned[0].labels[:, None, :first] != Modality.PADDING
         stays = torch.where(stays.to(plan.log_gates.device), 0.0, -torch.inf).to(plan.log_gates)
         gates = torch.cat([stays.expand(-1, plan.log_gates.shape[1], -1), plan.log_gates], dim=-1)
-        pivots = None if plan.pivots is None else replace(plan.pivots, index=plan.pivots.index + first)
+        merged_into = (
+            None if plan.merged_into is None else replace(plan.merged_into, index=plan.merged_into.index + first)
+        )
         kept = None if plan.kept is None else plan.kept + self.held[slot].real[:, :first].sum(-1)
-        return replace(plan, log_gates=gates, pivots=pivots, kept=kept)
+        return replace(plan, log_gates=gates, merged_into=merged_into, kept=kept)
 
     def _commit(self, slot: int, plan: LayerPlan) -> None:
         layer = self.layers[slot]

@@ -70,7 +70,7 @@ class PolicyInputs:
         return spread(layout, self.adapter.rotation(positions, layer), like)
 
     @torch.no_grad()
-    def repetition(self, layers: list[Any], embedded: DecoderInputs) -> list[Tensor]:
+    def reconstruction(self, layers: list[Any], embedded: DecoderInputs) -> list[Tensor]:
         """By compressed layer ``[B, K, N]``, the most attention that each entry gets while the context is repeated.
 
         Args:
@@ -110,17 +110,17 @@ class PolicyInputs:
             self.attention_hook.listener = before
 
     def complete(
-        self, observations: list[Observation], layers: list[Any], embedded: DecoderInputs, repetition: list[Tensor]
+        self, observations: list[Observation], layers: list[Any], embedded: DecoderInputs, reconstruction: list[Tensor]
     ) -> list[Observation]:
         """The observations of a prefill with what the policy reads besides.
 
         Args:
-            repetition: filled if it is empty and the policy asks for it.
+            reconstruction: filled if it is empty and the policy asks for it.
         """
-        if self.policy.rows == "repetition":
-            if not repetition:
-                repetition += self.repetition(layers, embedded)
-            return [replace(seen, repetition=peak) for seen, peak in zip(observations, repetition, strict=True)]
+        if self.policy.rows == "reconstruction":
+            if not reconstruction:
+                reconstruction += self.reconstruction(layers, embedded)
+            return [replace(seen, reconstruction=peak) for seen, peak in zip(observations, reconstruction, strict=True)]
         rotations = self.rotations(embedded.position_ids)
         return [
             replace(seen, rotation=rotation and rotation.to(seen.keys.device))

@@ -33,8 +33,8 @@ class Prefill:
         adapted: whether LoRA acted on the prompt (scope 'all').
         embedded: what went into the decoder; another prefill can start from it.
         logits: of the last token, ``[B, vocabulary]``, before compression; None where it started from embeddings.
-        repetition: by compressed layer, what a repetition of the context attends to; empty until a policy first asks
-            for it.
+        reconstruction: by compressed layer, what the context fed in again attends to; empty until a policy first
+            asks for it.
     """
 
     cache: Cache
@@ -45,7 +45,7 @@ class Prefill:
     adapted: bool
     embedded: DecoderInputs
     logits: Tensor | None
-    repetition: list[Tensor] = field(default_factory=list)
+    reconstruction: list[Tensor] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Prefill:
         """The same on a device (layers that are compressed, as of :meth:`rows`)."""
@@ -65,7 +65,7 @@ class Prefill:
             probes=None if self.probes is None else moved(self.probes),
             next_position=next_position,
             embedded=embedded,
-            repetition=[peak.to(device) for peak in self.repetition],
+            reconstruction=[peak.to(device) for peak in self.reconstruction],
         )._share_entries()
 
     def rows(self) -> list[Prefill]:
@@ -91,7 +91,7 @@ class Prefill:
                 next_position=self.next_position[one],
                 embedded=embedded,
                 logits=None,
-                repetition=[peak[one, :, -length:].clone() for peak in self.repetition],
+                reconstruction=[peak[one, :, -length:].clone() for peak in self.reconstruction],
             )
             parts.append(cut._share_entries())
         return parts
@@ -132,7 +132,7 @@ class Prefill:
             probes=[observed(slot) for slot in zip(*probes, strict=True)] if probes else None,
             next_position=next_position,
             embedded=embedded,
-            repetition=[padded(list(slot)) for slot in zip(*(row.repetition for row in rows), strict=True)],
+            reconstruction=[padded(list(slot)) for slot in zip(*(row.reconstruction for row in rows), strict=True)],
         )._share_entries()
 
     @property

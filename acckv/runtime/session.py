@@ -185,10 +185,10 @@ class Session:
             raise InputError("was made with other LoRA weights; run this session's own prefill", field="prefill")
         cache = CompressedCache(branch_layers(prefill.cache.layers), prefill.labels, prefill.next_position)
         if not self.planners.keeps_all(ratio):
-            labels, offered = prefill.labels.labels[:, None], prefill.labels.counts()
+            labels, candidates = prefill.labels.labels[:, None], prefill.labels.counts()
             is_low = self.planners.is_low(self._ratio(prefill, ratio))
             for layer, plan in zip(compressed_layers(cache), self.plan(prefill, ratio), strict=True):
-                layer.commit(plan, labels, offered, is_low)
+                layer.commit(plan, labels, candidates, is_low)
         self.dispatcher.last_cache = cache
         return cache
 
@@ -242,10 +242,10 @@ class Session:
         rows = self.planners.policy.rows
         seen = prefill.watched(rows, self.planners.config)
         with (
-            self.dispatcher.prompt_adapters() if rows == "repetition" else nullcontext()
+            self.dispatcher.prompt_adapters() if rows == "reconstruction" else nullcontext()
         ):  # the one that runs the model
             observations = self.dispatcher.policy_inputs.complete(
-                seen, prefill.cache.layers, prefill.embedded, prefill.repetition
+                seen, prefill.cache.layers, prefill.embedded, prefill.reconstruction
             )
         planner = self.planners.at(self._ratio(prefill, ratio))
         return planner.plan(observations, prefill.labels, ratio, temperature)

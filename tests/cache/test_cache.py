@@ -37,7 +37,7 @@ def layer(rows: int = 3) -> CompressedLayer:
 
 
 def state(made: CompressedLayer) -> list[Any]:
-    return [made.keys, made.values, made.bias, made.labels, made.offered, made.kept]
+    return [made.keys, made.values, made.bias, made.labels, made.candidates, made.kept]
 
 
 def test_rows_of_different_length_are_padded_with_masked_places() -> None:

@@ -299,7 +299,7 @@ def test_redundancy_leaves_one_of_each_event() -> None:
 def test_place_in_a_segment(kinds: list[str], padding: int) -> None:
     """Against runs found one by one; padding on the left changes nothing."""
     labels = [3] * padding + ["tva".index(kind) for kind in kinds]
-    found = ModalityMap(torch.tensor([labels])).segment_places[0, padding:]
+    found = ModalityMap(torch.tensor([labels])).segment_position[0, padding:]
     for index, kind in enumerate(kinds):
         start, end = index, index
         while start and kinds[start - 1] == kind:

@@ -78,7 +78,7 @@ def layers_of(seed: int, padded: bool = True) -> tuple[list[Observation], Modali
 def alone(seen: Observation) -> Observation:
     """Row 1 of an observation without its padding."""
     assert seen.rotation is not None
-    assert seen.repetition is not None
+    assert seen.reconstruction is not None
     rotation = Rotation(
         seen.rotation.cos[1:, PADDING:],
         seen.rotation.sin[1:, PADDING:],
@@ -96,7 +96,7 @@ def alone(seen: Observation) -> Observation:
         seen.real[1:, PADDING:],
         seen.scaling,
         rotation,
-        seen.repetition[1:, :, PADDING:],
+        seen.reconstruction[1:, :, PADDING:],
     )
 
 
@@ -311,7 +311,7 @@ def test_look_m_changes_kept_media_only(seed: int) -> None:
         assert not bool((changed & ~(kept & labels.media[:, None])).any())
         assert bool(changed.any())
     nothing = compressor.planners.default.plan(observations, labels, ratio=0.0)
-    assert all(plan.pivots is None for plan in nothing)
+    assert all(plan.merged_into is None for plan in nothing)
     for row in received(observations[1], 1, 0, list(range(PADDING, ENTRIES))), scores[1].score[1, 0].tolist():
         assert row == pytest.approx(scores[1].score[1, 0].tolist(), abs=1e-5)
 
@@ -463,9 +463,9 @@ def test_kvzip_ranks_all_layers_together(seed: int, ratio: float) -> None:
     for b, total in enumerate(totals(labels, ratio)):
         ranked = sorted(
             (
-                (float(seen.repetition[b, k, j]), layer)
+                (float(seen.reconstruction[b, k, j]), layer)
                 for layer, seen in enumerate(observations)
-                if seen.repetition is not None
+                if seen.reconstruction is not None
                 for k in range(KV_HEADS)
                 for j in labels.media[b].nonzero().flatten().tolist()
             ),
@@ -485,12 +485,12 @@ def test_kvzip_needs_a_tokenizer(model: Any) -> None:
 def test_a_prefill_is_repeated_once(eager: Any) -> None:
     with compressor_of("kvzip")(eager, tiny_omni.Tokenizer()) as session:
         prefill = session.prefill(**tiny_omni.context())
-        assert prefill.repetition == []
+        assert prefill.reconstruction == []
         session.compress(prefill, ratio=0.3)
-        first = list(prefill.repetition)
+        first = list(prefill.reconstruction)
         session.compress(prefill, ratio=0.1)
         assert len(first) == 3
-        assert all(one is other for one, other in zip(first, prefill.repetition, strict=True))
+        assert all(one is other for one, other in zip(first, prefill.reconstruction, strict=True))
 
 
 # ------------------------------------------------------------------ all of them
@@ -555,7 +555,7 @@ def test_eviction_is_simulation_is_masking(model: Any, policy: str, when: Any, r
         simulated = session.simulate(prefill, plans, **after)
         evicted = model(cache=evicted_cache.branch(), use_cache=True, **after).logits
     keep = [torch.isfinite(plan.log_gates).expand(-1, 2, -1) for plan in plans]
-    changed = [plan.pivots for plan in plans] if policy == "look_m" else None
+    changed = [plan.merged_into for plan in plans] if policy == "look_m" else None
     reference = masked_full_attention(model, inputs, keep, changed)
     assert (evicted - reference).abs().max() < 1e-5
     assert (simulated - evicted).abs().max() < 1e-5

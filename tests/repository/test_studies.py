@@ -14,7 +14,7 @@ import yaml
 from acckv.errors import InputError
 from acckv.method.modality import ModalityMap
 from acckv.method.weights import WEIGHT_GROUPS
-from benchmarks.scorer_study import SCORERS, clip_places
+from benchmarks.scorer_study import SCORERS, clip_positions
 from benchmarks.study_results import Line, with_earlier
 from benchmarks.study_tables import END, START, markdown, write_section
 from benchmarks.study_variants import STUDIES, Variant
@@ -35,7 +35,7 @@ def test_every_variant_can_be_built_and_changes_what_it_says(variant: Variant) -
 
 def test_variants_have_names_of_their_own_and_take_every_group_away() -> None:
     assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
-    groups = [name for name in WEIGHT_GROUPS if name != "places"]
+    groups = [name for name in WEIGHT_GROUPS if name != "positions"]
     steps = [set(variant.options["trainable"]) for variant in STUDIES["ablations"] if variant.name in groups]
     added = [after - before for before, after in zip([set(), *steps], steps, strict=False)]
     assert [name for names in added for name in names] == groups
@@ -83,13 +83,13 @@ def test_every_scorer_starts_at_nothing_and_learns_from_what_it_may_see(label: s
     (score * torch.randn(6)).sum().backward()
     learned = {name for name, weight in weights.named_parameters() if weight.grad is not None and weight.grad.any()}
     # The first layer of a perceptron has no gradient yet: its last one starts at zero.
-    assert learned == {"saliency", "saliency_bias", "saliency_place", *extra} - {"saliency_first"}
+    assert learned == {"saliency", "saliency_bias", "saliency_position", *extra} - {"saliency_first"}
     seen_keys, seen_values = weights.saliency.grad.abs().sum((0, 1, 2)).split(3)  # type: ignore[union-attr]
     assert bool(seen_keys.any()) == (label != "value alone")
     assert bool(seen_values.any()) == (label != "key alone")
 
 
 def test_places_in_the_clip() -> None:
-    found = clip_places(torch.ones(1, 2, 4, dtype=torch.bool))
+    found = clip_positions(torch.ones(1, 2, 4, dtype=torch.bool))
     half = 0.5**0.5
     torch.testing.assert_close(found, torch.tensor([[half, half], [half, -half], [-half, -half], [-half, half]]))

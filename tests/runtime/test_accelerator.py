@@ -51,7 +51,9 @@ def batch(family: Family, model: Any) -> dict[str, Any]:
 
 def held(cache: CompressedCache) -> list[Tensor]:
     """All that a cache holds, on the CPU."""
-    parts = [(layer.keys, layer.values, layer.bias, layer.labels, layer.offered) for layer in compressed_layers(cache)]
+    parts = [
+        (layer.keys, layer.values, layer.bias, layer.labels, layer.candidates) for layer in compressed_layers(cache)
+    ]
     return [on_cpu(part) for layer in parts for part in layer if part is not None]
 
 

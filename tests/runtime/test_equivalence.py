@@ -12,7 +12,7 @@ from torch import Tensor
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.cache.cache import CompressedCache, branch_layers, compressed_layers
-from acckv.method.plan import LayerPlan, Pivots
+from acckv.method.plan import LayerPlan, MergedInto
 from acckv.runtime.attention import hook_attention
 from tests import tiny_omni
 
@@ -26,7 +26,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def masked_full_attention(
-    model: Any, inputs: dict[str, Any], keep: list[Tensor], changed: list[Pivots | None] | None = None
+    model: Any, inputs: dict[str, Any], keep: list[Tensor], changed: list[MergedInto | None] | None = None
 ) -> Tensor:
     """The independent reference: every entry stays, evicted ones are masked for the tokens after the context.
 
@@ -39,8 +39,8 @@ def masked_full_attention(
 
     def attend(original: Any, layer: int, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kw: Any):
         groups = query.shape[1] // key.shape[1]
-        pivots = changed[layer] if changed is not None else None
-        later_key, later_value = (key, value) if pivots is None else pivots.place(key, value)
+        merged_into = changed[layer] if changed is not None else None
+        later_key, later_value = (key, value) if merged_into is None else merged_into.place(key, value)
         outputs = []
         for part, keys, values in ((query[:, :, :length], key, value), (query[:, :, length:], later_key, later_value)):
             keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
