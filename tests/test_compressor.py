@@ -60,8 +60,8 @@ def test_untrained_weights_select_what_the_preset_selects(model: Any, preset: st
             plans.append(session.plan(session.prefill(**inputs)))
     for preset_plan, learned_plan in zip(*plans, strict=True):
         assert torch.equal(preset_plan.log_gates, learned_plan.log_gates)
-        assert torch.equal(preset_plan.keys, learned_plan.keys)
-        assert torch.equal(preset_plan.bias, learned_plan.bias)
+        assert torch.equal(preset_plan.merged_keys, learned_plan.merged_keys)
+        assert torch.equal(preset_plan.merged_bias, learned_plan.merged_bias)
     moved = calibrated(model, config, noise=1.0)
     with moved(model, tiny_omni.Tokenizer()) as session:
         other = session.plan(session.prefill(**inputs))

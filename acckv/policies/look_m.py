@@ -19,7 +19,8 @@ class LookM(H2O):
 
     Deviations. Text is kept in any policy, so it needs no bonus on its score, and the paper's window of recent tokens
     is text. Merged into are the kept audio and video entries only, where the paper also merges into text: here text
-    stays as it is, and with nothing kept nothing of the media is left. Soft gates evict nothing for good, so they merge nothing.
+    stays as it is, and with nothing kept nothing of the media is left. Soft gates evict nothing for good, so they merge
+    nothing.
     """
 
     name = "look_m"
