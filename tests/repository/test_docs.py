@@ -216,6 +216,11 @@ def test_links_lead_to_files(page: Path) -> None:
             assert generated or (page.parent / target).exists(), target
 
 
+def test_the_reference_names_what_there_is() -> None:
+    for name in re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE):
+        assert pkgutil.resolve_name(name) is not None
+
+
 def test_code_cites_pages_that_exist() -> None:
     for file in [*ROOT.glob("acckv/**/*.py"), *ROOT.glob("lightning_modules/**/*.py"), *ROOT.glob("tests/**/*.py")]:
         for page in re.findall(r"docs/[\w-]+\.md", file.read_text(encoding="utf-8")):
