@@ -1,4 +1,4 @@
-"""How media files are read: what every door and function that reads clips takes."""
+"""The options of reading media files, for every command and function that reads clips."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the scripts at the top share: bad input ends with one line on stderr and exit code 2.
+"""Errors of the command lines: bad input ends with one line on stderr and exit code 2.
 
-Whatever is not the user's input keeps its traceback and exit code 1.
+All other errors keep their traceback and exit code 1.
 """
 
 from __future__ import annotations
@@ -13,33 +13,31 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from transformers.utils import logging as transformers_logging
 
 from acckv.errors import InputError
 from lightning_modules.interrupted import was_interrupted
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
-#: Where a config is looked for by its name alone, after the current folder.
+#: Folders that a config is looked for in by its name alone, after the current one.
 CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[2] / "configs")
 _LONGEST = 400  # characters of a line; some type errors list every type that was tried
 
 
-def run_door(main: Callable[[], Any]) -> int:
-    """Run a script's `main` and return its exit code: 0, or 2 after printing one `error:` line for bad input.
+def run_cli(main: Callable[[], Any]) -> int:
+    """Run a command line and return its exit code: 0, or 2 after printing one `error:` line for bad input.
 
-    A run that Ctrl-C stopped ends with 130, one that was sent SIGTERM with 143.
-
-    Errors of a jsonargparse parser that `main` makes count as bad input. `SystemExit` (of `--help` and
+    A run that Ctrl-C stopped ends with 130, one that was sent SIGTERM with 143. `SystemExit` (of `--help` and
     `--print_config`) passes through.
     """
     try:
         sys.argv[1:] = with_found_configs(sys.argv[1:])
-        with _parser_errors_raise():
-            main()
+        main()
     except InputError as error:
         print(f"error: {one_line(_located(error, sys.argv[1:]))}", file=sys.stderr)
         return BAD_INPUT
@@ -79,8 +77,6 @@ def with_found_configs(argv: Sequence[str]) -> list[str]:
 
 def quiet_libraries() -> None:
     """Keep libraries' notes (devices, workers, weights loaded) off the terminal; other warnings stay."""
-    from transformers.utils import logging as transformers_logging
-
     transformers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     known_notes = (
@@ -112,19 +108,13 @@ def _located(error: InputError, argv: Sequence[str]) -> str:
 
 
 @contextmanager
-def _parser_errors_raise() -> Iterator[None]:
-    """Let every jsonargparse parser (LightningCLI's too) raise an `InputError` where it would print usage and exit."""
-
-    def error(self: ArgumentParser, message: str, ex: Exception | None = None) -> NoReturn:
-        known = [action.dest for action in self._actions]
-        raise parser_error(message, sys.argv[1:], known) from ex
-
-    original = ArgumentParser.error
-    ArgumentParser.error = error  # type: ignore[method-assign]
+def parser_errors(parser: ArgumentParser) -> Iterator[None]:
+    """Complaints of a parser with `exit_on_error=False`, inside the context, as an `InputError`."""
     try:
         yield
-    finally:
-        ArgumentParser.error = original  # type: ignore[method-assign]
+    except ArgumentError as error:
+        known = [action.dest for action in parser._actions]
+        raise parser_error(str(error), sys.argv[1:], known) from error
 
 
 def parser_error(message: str, argv: Sequence[str], known: Sequence[str] = ()) -> InputError:

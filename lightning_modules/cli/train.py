@@ -28,7 +28,7 @@ from lightning_modules.calibration.resume import (
 from lightning_modules.calibration.trainer import CalibrationTrainer
 from lightning_modules.calibration.trainer_checks import freeze_precision
 from lightning_modules.calibration.training_progress import TrainingProgress
-from lightning_modules.cli.errors import given_options, option_value, quiet_libraries
+from lightning_modules.cli.errors import given_options, option_value, parser_errors, quiet_libraries, run_cli
 
 SUBCOMMANDS = ("fit", "validate", "export")
 ROOT = "runs/calib"
@@ -102,6 +102,13 @@ class CalibrationCLI(LightningCLI):
         self._subcommand_method_arguments[subcommand] = ["ckpt_path"]
         return parser
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        return super().init_parser(exit_on_error=False, **kwargs)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        with parser_errors(parser):
+            super().parse_arguments(parser, args)
+
     def _parse_ckpt_path(self) -> None:
         """In place of Lightning's, which lets a checkpoint's options win over those of the command line."""
         subcommand = self.config.subcommand
@@ -118,7 +125,8 @@ class CalibrationCLI(LightningCLI):
             skipped = given | ({*LINKED} if group == "data" else set())
             saved = checkpoint.get(key, {})
             inherited[group] = {name: saved[name] for name in saved if name in config[group] and name not in skipped}
-        self.config = self.parser.parse_object({subcommand: inherited}, self.config)
+        with parser_errors(self.parser):
+            self.config = self.parser.parse_object({subcommand: inherited}, self.config)
         config = self.config[subcommand]
         check_fixed(config.model, checkpoint, file)
         changed = [
@@ -172,6 +180,11 @@ def main() -> None:
         auto_configure_optimizers=False,
         parser_kwargs={"description": "Calibrate AccKV for an audio-video LLM and export the compressor."},
     )
+
+
+def run() -> int:
+    """Run the command line and return its exit code."""
+    return run_cli(main)
 
 
 def _read_run_config(argv: list[str]) -> None:

@@ -15,7 +15,7 @@ from acckv import KVCompressor
 from acckv.evaluation.results import CALIBRATED
 from lightning_modules.calibration.callbacks import EvaluateExport, different_tensors
 from lightning_modules.calibration.datamodule import AVDataModule
-from lightning_modules.cli.errors import INTERRUPTED, run_door
+from lightning_modules.cli.errors import INTERRUPTED, run_cli
 from lightning_modules.evaluation import run as evaluation_run
 from lightning_modules.evaluation.options import EvaluationOptions
 from tests.calibration.test_calibration import fit
@@ -90,7 +90,7 @@ def test_ctrl_c_in_an_evaluation_says_how_it_goes_on(
 
     handler = signal.getsignal(signal.SIGINT)
     try:
-        assert run_door(main) == INTERRUPTED == 130
+        assert run_cli(main) == INTERRUPTED == 130
     finally:
         signal.signal(signal.SIGINT, handler)
     assert f"The answers so far are in {tmp_path}; the same command goes on from there." in capsys.readouterr().out

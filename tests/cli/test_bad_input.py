@@ -1,13 +1,15 @@
-"""Bad input at the doors: one line on stderr that names file and field, exit code 2, nothing half-written."""
+"""Bad input on the command line: one line on stderr that names file and field, exit code 2, nothing half-written."""
 
 from __future__ import annotations
 
 import json
 import logging
+import pkgutil
 import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from acckv.data.synthetic.clips import write_clips
 from acckv.errors import InputError
 from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter, load_model
-from lightning_modules.cli.errors import BAD_INPUT, one_line, parser_error, run_door
+from lightning_modules.cli.errors import BAD_INPUT, one_line, parser_error, run_cli
 from tests.paths import ROOT
 
 
@@ -41,8 +43,8 @@ def export(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def door(monkeypatch, capfd, tmp_path):
-    """Run a door as a script would; gives its exit code and the lines on stderr, and checks that nothing was left."""
+def script(monkeypatch, capfd, tmp_path):
+    """Run a script; gives its exit code and the lines on stderr, and checks that nothing was left."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCKV_CACHE", str(tmp_path / "cache"))
     logger = logging.getLogger("lightning.fabric")
@@ -75,82 +77,82 @@ def _only_line(result: tuple[int, list[str]]) -> str:
     return lines[0].removeprefix("error: ")
 
 
-# ------------------------------------------------------------------ the doors
+# ------------------------------------------------------------------ the command lines
 
 
-def test_unknown_config_key(door, tmp_path) -> None:
+def test_unknown_config_key(script, tmp_path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"ratios": [0.5], "polices": ["snapkv"]}))
-    line = _only_line(door("evaluate.py", "--config", file))
+    line = _only_line(script("evaluate.py", "--config", file))
     assert line == f"{file}: polices: unknown option; did you mean policies?"
 
 
-def test_unknown_nested_config_key(door, tmp_path) -> None:
+def test_unknown_nested_config_key(script, tmp_path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"data": {"clip": 3}}))
-    assert _only_line(door("evaluate.py", "--config", file)).startswith(f"{file}: data.clip: unknown option")
+    assert _only_line(script("evaluate.py", "--config", file)).startswith(f"{file}: data.clip: unknown option")
 
 
-def test_unknown_config_key_of_training(door, tmp_path) -> None:
+def test_unknown_config_key_of_training(script, tmp_path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"model": {"ratio_minimum": 0.1}}))
-    assert _only_line(door("train.py", "--config", file)).startswith(f"{file}: model.ratio_minimum: unknown option")
+    assert _only_line(script("train.py", "--config", file)).startswith(f"{file}: model.ratio_minimum: unknown option")
 
 
-def test_ratio_of_one_and_a_half(door, tmp_path) -> None:
+def test_ratio_of_one_and_a_half(script, tmp_path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"ratios": [0.5, 1.5]}))
-    assert _only_line(door("evaluate.py", "--config", file)) == f"{file}: ratios: 1.5 is not a number from 0 to 1"
-    assert _only_line(door("evaluate.py", "--ratios", "1.5")) == "ratios: 1.5 is not a number from 0 to 1"
+    assert _only_line(script("evaluate.py", "--config", file)) == f"{file}: ratios: 1.5 is not a number from 0 to 1"
+    assert _only_line(script("evaluate.py", "--ratios", "1.5")) == "ratios: 1.5 is not a number from 0 to 1"
 
 
-def test_ratio_of_one_and_a_half_in_training(door, tmp_path) -> None:
+def test_ratio_of_one_and_a_half_in_training(script, tmp_path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"seed_everything": 0, "model": {"ratio_max": 1.5}}))
-    line = _only_line(door("train.py", "--config", file))
+    line = _only_line(script("train.py", "--config", file))
     assert line.startswith(f"{file}: model.ratio_")
     assert "1.5" in line
 
 
-def test_missing_video(door, clips, tmp_path) -> None:
+def test_missing_video(script, clips, tmp_path) -> None:
     videos = shutil.copytree(clips / "videos", tmp_path / "videos")
     victim = sorted(videos.iterdir())[1]
     victim.unlink()
     file = clips / "avqa-test.json"
-    line = _only_line(door("evaluate.py", *_own_data(clips, "--data.video_root", videos)))
+    line = _only_line(script("evaluate.py", *_own_data(clips, "--data.video_root", videos)))
     assert line.startswith(f"{file}: record ")
     assert "video_id" in line
     assert line.endswith(str(victim))
 
 
-def test_text_file_named_mp4(door, clips, tmp_path) -> None:
+def test_text_file_named_mp4(script, clips, tmp_path) -> None:
     videos = shutil.copytree(clips / "videos", tmp_path / "videos")
     victim = sorted(videos.iterdir())[1]
     victim.write_text("this is not a film")
-    line = _only_line(door("evaluate.py", *_own_data(clips, "--data.video_root", videos, "--strict", "true")))
+    line = _only_line(script("evaluate.py", *_own_data(clips, "--data.video_root", videos, "--strict", "true")))
     assert line.startswith(f"{victim}: not a readable media file")
 
 
-def test_question_file_cut_in_the_middle(door, clips, tmp_path) -> None:
+def test_question_file_cut_in_the_middle(script, clips, tmp_path) -> None:
     whole = (clips / "avqa-test.json").read_text()
     file = tmp_path / "cut.json"
     file.write_text(whole[: len(whole) // 2])
-    line = _only_line(door("evaluate.py", *_own_data(clips, "--data.question_file", file)))
+    line = _only_line(script("evaluate.py", *_own_data(clips, "--data.question_file", file)))
     assert line.startswith(f"{file}: not valid JSON at line ")
     assert "cut off" in line
 
 
-def test_record_without_its_answer(door, clips, tmp_path) -> None:
+def test_record_without_its_answer(script, clips, tmp_path) -> None:
     rows = json.loads((clips / "avqa-test.json").read_text())
     del rows[2]["anser"]
     file = tmp_path / "changed.json"
     file.write_text(json.dumps(rows))
-    line = _only_line(door("evaluate.py", *_own_data(clips, "--data.question_file", file)))
+    line = _only_line(script("evaluate.py", *_own_data(clips, "--data.question_file", file)))
     assert line == f"{file}: record 2, anser: missing"
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_export_without_its_safetensors(door, clips, export, tmp_path, cut) -> None:
+def test_export_without_its_safetensors(script, clips, export, tmp_path, cut) -> None:
     folder = shutil.copytree(export, tmp_path / "export")
     weights = folder / "model.safetensors"
     if cut:
@@ -158,14 +160,16 @@ def test_export_without_its_safetensors(door, clips, export, tmp_path, cut) -> N
     else:
         weights.unlink()
     card = (folder / "README.md").read_bytes()
-    line = _only_line(door("evaluate.py", *_own_data(clips, "--policies", "acckv-calibrated", "--compressor", folder)))
+    line = _only_line(
+        script("evaluate.py", *_own_data(clips, "--policies", "acckv-calibrated", "--compressor", folder))
+    )
     assert line.startswith(f"{weights}: ")
     assert ("truncated" if cut else "missing") in line
     assert (folder / "README.md").read_bytes() == card
 
 
-def test_no_export_at_all_says_what_to_do(door, clips) -> None:
-    line = _only_line(door("evaluate.py", *_own_data(clips, "--policies", "acckv-calibrated")))
+def test_no_export_at_all_says_what_to_do(script, clips) -> None:
+    line = _only_line(script("evaluate.py", *_own_data(clips, "--policies", "acckv-calibrated")))
     assert line.startswith("runs/calib/export: compressor: no such folder; calibrate first")
 
 
@@ -180,20 +184,20 @@ def test_no_export_at_all_says_what_to_do(door, clips) -> None:
         (["--model", "nowhere/at-all/there"], "nowhere/at-all/there: cannot be loaded"),
     ],
 )
-def test_bad_options(door, clips, arguments, message) -> None:
-    assert _only_line(door("evaluate.py", *_own_data(clips, *arguments))).startswith(message)
+def test_bad_options(script, clips, arguments, message) -> None:
+    assert _only_line(script("evaluate.py", *_own_data(clips, *arguments))).startswith(message)
 
 
-def test_videos_without_questions(door) -> None:
-    line = _only_line(door("evaluate.py", "--policies", "full", "--data.video_root", "x"))
+def test_videos_without_questions(script) -> None:
+    line = _only_line(script("evaluate.py", "--policies", "full", "--data.video_root", "x"))
     assert line.startswith("data.video_root: is of use only")
 
 
-def test_config_that_is_no_yaml(door, tmp_path) -> None:
+def test_config_that_is_no_yaml(script, tmp_path) -> None:
     file = tmp_path / "broken.yaml"
     file.write_text("ratios: [0.5,\n")
-    assert _only_line(door("evaluate.py", "--config", file)).startswith(f"{file}: not a YAML mapping of options")
-    assert "nothere.yaml" in _only_line(door("evaluate.py", "--config", tmp_path / "nothere.yaml"))
+    assert _only_line(script("evaluate.py", "--config", file)).startswith(f"{file}: not a YAML mapping of options")
+    assert "nothere.yaml" in _only_line(script("evaluate.py", "--config", tmp_path / "nothere.yaml"))
 
 
 def test_as_a_process(tmp_path) -> None:
@@ -205,6 +209,16 @@ def test_as_a_process(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_console_scripts_are_those_of_the_checkout(monkeypatch, capfd) -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    for name, script in (("acckv-train", "train.py"), ("acckv-evaluate", "evaluate.py")):
+        module, _, function = scripts[name].partition(":")
+        assert f"from {module} import {function}\n" in (ROOT / script).read_text()
+        monkeypatch.setattr(sys, "argv", [name, "--nonsense=3"])
+        assert pkgutil.resolve_name(scripts[name])() == BAD_INPUT
+        assert "nonsense" in capfd.readouterr().err
+
+
 # ------------------------------------------------------------------ the helper
 
 
@@ -213,8 +227,8 @@ def test_an_error_that_is_not_the_users_keeps_its_traceback() -> None:
         raise RuntimeError("a defect")
 
     with pytest.raises(RuntimeError, match="a defect"):
-        run_door(broken)
-    assert run_door(lambda: None) == 0
+        run_cli(broken)
+    assert run_cli(lambda: None) == 0
 
 
 def test_an_error_from_a_loader_process_is_reduced_to_its_message() -> None:

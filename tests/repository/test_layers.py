@@ -22,9 +22,7 @@ UPWARD = {
     "lightning_modules.calibration.callbacks -> lightning_modules.evaluation.options",
     "lightning_modules.calibration.callbacks -> lightning_modules.evaluation.run",
 }
-INSIDE = {
-    "lightning_modules.cli.errors -> transformers",
-}
+INSIDE = {}
 
 
 def modules() -> dict[str, Path]:
