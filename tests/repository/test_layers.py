@@ -22,7 +22,7 @@ UPWARD = {
     "lightning_modules.calibration.callbacks -> lightning_modules.evaluation.options",
     "lightning_modules.calibration.callbacks -> lightning_modules.evaluation.run",
 }
-INSIDE = {}
+INSIDE: set[str] = set()
 
 
 def modules() -> dict[str, Path]:
