@@ -1,4 +1,4 @@
-"""Score one answer by the protocol of its question."""
+"""Score one answer by the protocol of its question, a word or a description."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNPARSED = "unparsed"
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How right an answer is.
+    """The scores of an answer.
 
     Attributes:
         score: 0..1, what accuracies are means of. One word: by the robust parser. Description: share of right words.

@@ -15,6 +15,7 @@ from acckv.benchmarks.base import Benchmark, Mode, Verdict
 from acckv.benchmarks.letters import av_odyssey_letter, robust_letter
 from acckv.benchmarks.options import bare_options, in_groups, letter_of, lettered
 from acckv.benchmarks.packed_media import PackedMedia
+from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 from acckv.io.fields import Row
 from acckv.io.parquet import read_parquet
@@ -94,11 +95,13 @@ def judge(record: Record, answer: str, mode: Mode) -> Verdict:
     return Verdict(float(taken == record.answer), found is not None)
 
 
-AV_ODYSSEY = Benchmark(
-    name="av_odyssey",
-    title="AV-Odyssey",
-    source="Gong et al., 2024, https://huggingface.co/datasets/AV-Odyssey/AV_Odyssey_Bench",
-    load=load,
-    judge=judge,
-    prompt=prompt,
+register_benchmark(
+    Benchmark(
+        name="av_odyssey",
+        title="AV-Odyssey",
+        source="Gong et al., 2024, https://huggingface.co/datasets/AV-Odyssey/AV_Odyssey_Bench",
+        load=load,
+        judge=judge,
+        prompt=prompt,
+    )
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 from acckv.benchmarks.base import Benchmark
 from acckv.benchmarks.layout import first_file, video_folder
 from acckv.benchmarks.protocols import judge_protocol
+from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 from acckv.io.fields import Row, read_rows
 
@@ -60,12 +61,14 @@ def _record(row: Row, place: int, videos: Path) -> Record:
     )
 
 
-AVHBENCH = Benchmark(
-    name="avhbench",
-    title="AVHBench",
-    source="Sung-Bin et al., ICLR 2025, https://github.com/kaist-ami/AVHBench",
-    load=load,
-    judge=judge_protocol,
-    subsets=TASKS,
-    max_new_tokens=64,
+register_benchmark(
+    Benchmark(
+        name="avhbench",
+        title="AVHBench",
+        source="Sung-Bin et al., ICLR 2025, https://github.com/kaist-ami/AVHBench",
+        load=load,
+        judge=judge_protocol,
+        subsets=TASKS,
+        max_new_tokens=64,
+    )
 )

@@ -20,6 +20,7 @@ from acckv.benchmarks.layout import first_file, video_folder
 from acckv.benchmarks.letters import LETTERS
 from acckv.benchmarks.options import lettered
 from acckv.benchmarks.protocols import judge_choice
+from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 from acckv.io.fields import Row, read_rows
 
@@ -71,14 +72,16 @@ def prompt(record: Record) -> str:
     )
 
 
-AVQA = Benchmark(
-    name="avqa",
-    title="AVQA",
-    source="Yang et al., ACM Multimedia 2022, https://mn.cs.tsinghua.edu.cn/avqa",
-    load=load,
-    judge=judge_choice,
-    prompt=prompt,
-    splits=("val", "train"),
-    subsets=TYPES,
-    max_new_tokens=8,
+register_benchmark(
+    Benchmark(
+        name="avqa",
+        title="AVQA",
+        source="Yang et al., ACM Multimedia 2022, https://mn.cs.tsinghua.edu.cn/avqa",
+        load=load,
+        judge=judge_choice,
+        prompt=prompt,
+        splits=("val", "train"),
+        subsets=TYPES,
+        max_new_tokens=8,
+    )
 )

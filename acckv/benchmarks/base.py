@@ -1,4 +1,4 @@
-"""What a benchmark is to us: how its files are read, how it is asked, and how an answer is scored."""
+"""A benchmark: a reader of its files, a prompt for its questions, and a score for an answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Mode = Literal["official", "robust"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """How right an answer is.
+    """The score of an answer.
 
     Attributes:
         score: 0..1, what accuracies are means of; 0 for an answer that could not be parsed, save where the official

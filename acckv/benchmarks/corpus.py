@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from acckv.benchmarks import Mode
+from acckv.benchmarks.base import Mode
 from acckv.data.records import Record
 from acckv.metrics.captions import CaptionScores
 from acckv.metrics.yes_no import YesNo, YesNoScores, leading_yes_no, robust_yes_no

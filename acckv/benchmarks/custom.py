@@ -29,6 +29,7 @@ from acckv.benchmarks.layout import first_file
 from acckv.benchmarks.letters import LETTERS, exact_letter
 from acckv.benchmarks.options import lettered
 from acckv.benchmarks.protocols import judge_protocol
+from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Protocol, Record
 from acckv.io.fields import Row, read_rows
 
@@ -122,13 +123,15 @@ def _answer(row: Row, protocol: Protocol, options: tuple[str, ...] | None) -> st
     return letter
 
 
-CUSTOM = Benchmark(
-    name="custom",
-    title="custom",
-    source="your own questions.jsonl, see acckv/benchmarks/custom.py",
-    load=load,
-    judge=judge_protocol,
-    prompt=prompt,
-    splits=("test", "validation", "train"),
-    max_new_tokens=64,
+register_benchmark(
+    Benchmark(
+        name="custom",
+        title="custom",
+        source="your own questions.jsonl, see acckv/benchmarks/custom.py",
+        load=load,
+        judge=judge_protocol,
+        prompt=prompt,
+        splits=("test", "validation", "train"),
+        max_new_tokens=64,
+    )
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from acckv.benchmarks.base import Benchmark
 from acckv.benchmarks.letters import leading_letter
 from acckv.benchmarks.options import bare_options, in_subset, judge_letters, letter_of, lettered
+from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 from acckv.io.fields import Row, read_rows
 
@@ -52,12 +53,14 @@ def prompt(record: Record) -> str:
     )
 
 
-DAILY_OMNI = Benchmark(
-    name="daily_omni",
-    title="Daily-Omni",
-    source="Zhou et al., 2025, https://github.com/Lliar-liar/Daily-Omni",
-    load=load,
-    judge=judge_letters(lambda answer, record: leading_letter(answer)),
-    prompt=prompt,
-    max_new_tokens=10,
+register_benchmark(
+    Benchmark(
+        name="daily_omni",
+        title="Daily-Omni",
+        source="Zhou et al., 2025, https://github.com/Lliar-liar/Daily-Omni",
+        load=load,
+        judge=judge_letters(lambda answer, record: leading_letter(answer)),
+        prompt=prompt,
+        max_new_tokens=10,
+    )
 )

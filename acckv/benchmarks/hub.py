@@ -51,7 +51,7 @@ def local_folder(root: str | Path) -> Path:
 
 
 def _put(file: Path, folder: Path) -> None:
-    """What an archive holds, or a link to any other file."""
+    """Put the files of an archive into a folder, or a link to any other file."""
     folder.mkdir(parents=True, exist_ok=True)
     if not file.name.endswith(ARCHIVES):
         (folder / file.name).symlink_to(os.path.abspath(file))

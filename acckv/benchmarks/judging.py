@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from acckv.benchmarks import Mode, judge
 from acckv.benchmarks.answers import DESCRIPTIONS, OFFICIAL, SINGLE, question_groups, score_answer
+from acckv.benchmarks.base import Mode
+from acckv.benchmarks.registry import judge
 from acckv.data.records import Record
 
 ALL_OFFICIAL, ALL_ROBUST = "all questions, official parser", "all questions, robust parser"
@@ -17,7 +18,7 @@ ROBUST = "single questions, robust parser"
 
 @dataclass(frozen=True)
 class Judged:
-    """How right an answer is, 0..1.
+    """The scores of an answer, 0..1.
 
     Attributes:
         score: what accuracies are means of.
@@ -60,7 +61,7 @@ class Judge:
 
     @property
     def parsers(self) -> dict[str, Mode]:
-        """Groups that say what a parser makes of all answers; the first has every answer that can be left unparsed."""
+        """Groups of all answers as a parser reads them; the first has every answer that can be left unparsed."""
         if self.benchmark is not None:
             return {ALL_ROBUST: "robust", ALL_OFFICIAL: "official"}
         return {OFFICIAL: "official"} if self.mode == "robust" else {OFFICIAL: "official", ROBUST: "robust"}

@@ -1,4 +1,4 @@
-"""What the folders of benchmarks have in common."""
+"""Files and folders of benchmarks, by the names that they may have."""
 
 from __future__ import annotations
 

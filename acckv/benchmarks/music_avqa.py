@@ -15,6 +15,7 @@ from acckv.benchmarks.base import Benchmark
 from acckv.benchmarks.layout import first_file, video_folder
 from acckv.benchmarks.music_avqa_questions import VOCABULARY, read_questions
 from acckv.benchmarks.protocols import judge_word
+from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 
 MODALITIES = {
@@ -42,14 +43,16 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     return [record for record in records if subset is None or subset in record.groups]
 
 
-MUSIC_AVQA = Benchmark(
-    name="music_avqa",
-    title="MUSIC-AVQA",
-    source="Li et al., CVPR 2022, https://gewu-lab.github.io/MUSIC-AVQA",
-    load=load,
-    judge=judge_word,
-    prompt=lambda record: f"{record.question}\nAnswer with a single word or phrase.",
-    splits=("test", "val", "train"),
-    subsets=GROUPS,
-    max_new_tokens=8,
+register_benchmark(
+    Benchmark(
+        name="music_avqa",
+        title="MUSIC-AVQA",
+        source="Li et al., CVPR 2022, https://gewu-lab.github.io/MUSIC-AVQA",
+        load=load,
+        judge=judge_word,
+        prompt=lambda record: f"{record.question}\nAnswer with a single word or phrase.",
+        splits=("test", "val", "train"),
+        subsets=GROUPS,
+        max_new_tokens=8,
+    )
 )

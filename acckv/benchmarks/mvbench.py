@@ -16,6 +16,7 @@ from pathlib import Path
 from acckv.benchmarks.base import Benchmark, Mode, Verdict
 from acckv.benchmarks.letters import LETTERS, first_word_matches, robust_letter
 from acckv.benchmarks.options import bare_options, lettered
+from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 from acckv.io.fields import Row, read_rows
 
@@ -110,12 +111,14 @@ def judge(record: Record, answer: str, mode: Mode) -> Verdict:
     return Verdict(float(found == record.answer), found is not None)
 
 
-MVBENCH = Benchmark(
-    name="mvbench",
-    title="MVBench",
-    source="Li et al., CVPR 2024, https://huggingface.co/datasets/OpenGVLab/MVBench",
-    load=load,
-    judge=judge,
-    prompt=prompt,
-    subsets=tuple(FOLDERS),
+register_benchmark(
+    Benchmark(
+        name="mvbench",
+        title="MVBench",
+        source="Li et al., CVPR 2024, https://huggingface.co/datasets/OpenGVLab/MVBench",
+        load=load,
+        judge=judge,
+        prompt=prompt,
+        subsets=tuple(FOLDERS),
+    )
 )

@@ -20,6 +20,7 @@ from acckv.benchmarks.base import Benchmark
 from acckv.benchmarks.letters import LETTERS, omnibench_letter
 from acckv.benchmarks.options import bare_options, in_subset, judge_letters, lettered
 from acckv.benchmarks.packed_media import PackedMedia
+from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 from acckv.io.fields import Row, read_rows
 from acckv.io.parquet import read_parquet
@@ -74,12 +75,14 @@ def prompt(record: Record) -> str:
     )
 
 
-OMNIBENCH = Benchmark(
-    name="omnibench",
-    title="OmniBench",
-    source="Li et al., 2024, https://github.com/multimodal-art-projection/OmniBench",
-    load=load,
-    judge=judge_letters(lambda answer, record: omnibench_letter(answer, record.options or ())),
-    prompt=prompt,
-    max_new_tokens=64,
+register_benchmark(
+    Benchmark(
+        name="omnibench",
+        title="OmniBench",
+        source="Li et al., 2024, https://github.com/multimodal-art-projection/OmniBench",
+        load=load,
+        judge=judge_letters(lambda answer, record: omnibench_letter(answer, record.options or ())),
+        prompt=prompt,
+        max_new_tokens=64,
+    )
 )

@@ -1,4 +1,4 @@
-"""What the loaders of multiple-choice questions share: options, groups, verdicts."""
+"""Options, groups and verdicts of multiple-choice questions."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from acckv.benchmarks.base import Benchmark, Mode, Verdict
 from acckv.benchmarks.letters import VIDEO_MME_PREFIXES, first_capital
 from acckv.benchmarks.options import bare_options, in_subset, judge_letters, letter_of, lettered
+from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 from acckv.io.fields import Row
 from acckv.io.parquet import read_parquet
@@ -63,12 +64,14 @@ def judge(record: Record, answer: str, mode: Mode) -> Verdict:
     return replace(verdict, counted=verdict.parsed) if mode == "official" else verdict
 
 
-VIDEO_MME = Benchmark(
-    name="video_mme",
-    title="Video-MME",
-    source="Fu et al., CVPR 2025, https://huggingface.co/datasets/lmms-lab/Video-MME",
-    load=load,
-    judge=judge,
-    prompt=prompt,
-    splits=("test",),
+register_benchmark(
+    Benchmark(
+        name="video_mme",
+        title="Video-MME",
+        source="Fu et al., CVPR 2025, https://huggingface.co/datasets/lmms-lab/Video-MME",
+        load=load,
+        judge=judge,
+        prompt=prompt,
+        splits=("test",),
+    )
 )

@@ -17,6 +17,7 @@ from acckv.benchmarks.base import Benchmark
 from acckv.benchmarks.layout import video_folder
 from acckv.benchmarks.letters import WORLDSENSE_PREFIXES, first_capital
 from acckv.benchmarks.options import bare_options, in_subset, judge_letters, letter_of, lettered
+from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.io.fields import Row, read_json
@@ -79,11 +80,13 @@ def prompt(record: Record) -> str:
     return f"{SYSTEM}\n{TASK}\nQuestion: {question}\nAnswer: "
 
 
-WORLDSENSE = Benchmark(
-    name="worldsense",
-    title="WorldSense",
-    source="Hong et al., ICLR 2026, https://huggingface.co/datasets/honglyhly/WorldSense",
-    load=load,
-    judge=judge_letters(lambda answer, record: first_capital(answer, WORLDSENSE_PREFIXES)),
-    prompt=prompt,
+register_benchmark(
+    Benchmark(
+        name="worldsense",
+        title="WorldSense",
+        source="Hong et al., ICLR 2026, https://huggingface.co/datasets/honglyhly/WorldSense",
+        load=load,
+        judge=judge_letters(lambda answer, record: first_capital(answer, WORLDSENSE_PREFIXES)),
+        prompt=prompt,
+    )
 )
