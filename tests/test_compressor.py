@@ -293,7 +293,7 @@ def no_number(file: Path) -> None:
             r"config\.json: low_ratio_below: 'low' is not 0 to 1",
         ),
         (lambda e: edit(e / "config.json", low_ratio_below=0.1), r"low_ratio/model\.safetensors: is missing"),
-        (lambda e: edit(e / "config.json", calibration=[1]), r"config\.json: calibration: a value is missing"),
+        (lambda e: edit(e / "config.json", calibration=[1]), r"config\.json: calibration: expected an object"),
         (lambda e: edit(e / "config.json", base=None), r"config\.json: base: is missing"),
         (lambda e: edit(e / "config.json", compression={"ratio": 1.5}), r"config\.json: ratio: 1\.5 is not a number"),
         (lambda e: edit(e / "config.json", compression={"rate": 1}), r"config\.json: rate: is no option"),

@@ -17,7 +17,7 @@ from acckv.benchmarks.options import bare_options, in_groups, letter_of, lettere
 from acckv.benchmarks.packed_media import PackedMedia
 from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
-from acckv.io.fields import Row
+from acckv.io.fields import Fields
 from acckv.io.parquet import read_parquet
 
 COLUMNS = {"img": "image", "video": "video", "audio": "audio"}
@@ -31,53 +31,53 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     """
     packed = PackedMedia("av_odyssey", root)
     records = []
-    for row in read_parquet(sorted(root.glob("av_odyssey*.parquet")), root):
+    for fields in read_parquet(sorted(root.glob("av_odyssey*.parquet")), root):
         groups = (
-            f"subfield/{row.string('subfield')}",
-            f"task/{row.integer('question_type_id')}",
-            f"data type/{row.string('data_type')}",
+            f"subfield/{fields.string('subfield')}",
+            f"task/{fields.integer('question_type_id')}",
+            f"data type/{fields.string('data_type')}",
         )
         if in_groups(groups, subset):
-            records.append(_record(packed, row, groups))
+            records.append(_record(packed, fields, groups))
     return records
 
 
-def _record(packed: PackedMedia, row: Row, groups: tuple[str, ...]) -> Record:
-    options = bare_options(row, "options")
-    media = _media(packed, row)
-    names = re.findall(r"\[(?:img|video|audio)\d+\]", " ".join([row.string("question"), *options]))
+def _record(packed: PackedMedia, fields: Fields, groups: tuple[str, ...]) -> Record:
+    options = bare_options(fields, "options")
+    media = _media(packed, fields)
+    names = re.findall(r"\[(?:img|video|audio)\d+\]", " ".join([fields.string("question"), *options]))
     for name in names:
         if name not in media:
-            raise row.error("question", f"names {name}, which the record does not have")
+            raise fields.error("question", f"names {name}, which the record does not have")
     order = list(dict.fromkeys([*names, *media]))
     sounds = [name for name in order if name.startswith("[audio")]
     sights = [name for name in order if name not in sounds]
     video, audio = sights[:1] or sounds[:1], sounds[:1] if sights else []
     if not video:
-        raise row.error("audio_1", "the record has no media")
+        raise fields.error("audio_1", "the record has no media")
     return Record(
-        id=row.string("question_id"),
+        id=fields.string("question_id"),
         video=media[video[0]],
         audio=media[audio[0]] if audio else None,
-        question=row.string("question"),
+        question=fields.string("question"),
         options=options,
-        answer=letter_of(row, "answer", options),
+        answer=letter_of(fields, "answer", options),
         groups=groups,
         protocol="choice",
         attachments=tuple(media[name] for name in order if name not in (*video, *audio)),
     )
 
 
-def _media(packed: PackedMedia, row: Row) -> dict[str, Path]:
+def _media(packed: PackedMedia, fields: Fields) -> dict[str, Path]:
     """Name, such as "[img1]", -> file."""
     media = {}
     for name, column in COLUMNS.items():
-        listed = row.strings(f"{column}_path") if row.values.get(f"{column}_path") else []
-        fields = [f"{column}_path"] * len(listed) if listed else [f"{column}_{number}" for number in range(1, 5)]
-        for number, field in enumerate(fields, start=1):
-            value = listed[number - 1] if listed else row.values.get(field)
+        listed = fields.strings(f"{column}_path") if fields.values.get(f"{column}_path") else []
+        columns = [f"{column}_path"] * len(listed) if listed else [f"{column}_{number}" for number in range(1, 5)]
+        for number, field in enumerate(columns, start=1):
+            value = listed[number - 1] if listed else fields.values.get(field)
             if value:
-                media[f"[{name}{number}]"] = packed.file(row, field, value, row.string("question_id"))
+                media[f"[{name}{number}]"] = packed.file(fields, field, value, fields.string("question_id"))
     return media
 
 

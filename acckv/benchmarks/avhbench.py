@@ -17,7 +17,7 @@ from acckv.benchmarks.layout import first_file, video_folder
 from acckv.benchmarks.protocols import judge_protocol
 from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
-from acckv.io.fields import Row, read_rows
+from acckv.io.fields import Fields, read_objects
 
 CAPTIONS = "AV Captioning"
 TASKS = ("Audio-driven Video Hallucination", "Video-driven Audio Hallucination", "AV Matching", CAPTIONS)
@@ -33,26 +33,26 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     """The questions in file order; `subset` is a task."""
     file = first_file(root, "QA.json", "qa.json", "avhbench_QA.json")
     videos = video_folder(root, "videos", "video")
-    records = [_record(row, place, videos) for place, row in enumerate(read_rows(file))]
+    records = [_record(fields, number, videos) for number, fields in enumerate(read_objects(file))]
     return [record for record in records if subset is None or subset in record.groups]
 
 
-def _record(row: Row, place: int, videos: Path) -> Record:
-    task = row.string("task")
+def _record(fields: Fields, number: int, videos: Path) -> Record:
+    task = fields.string("task")
     task = _ALIASES.get(task, task)
     if task not in TASKS:
-        raise row.error("task", f"expected one of {', '.join(TASKS)}, got {task!r}")
-    label = row.string("label")
+        raise fields.error("task", f"expected one of {', '.join(TASKS)}, got {task!r}")
+    label = fields.string("label")
     if task != CAPTIONS:
         label = label.strip().lower()
         if label not in ("yes", "no"):
-            raise row.error("label", f"expected Yes or No, got {row.values['label']!r}")
-    video_id = row.string("video_id")
+            raise fields.error("label", f"expected Yes or No, got {fields.values['label']!r}")
+    video_id = fields.string("video_id")
     return Record(
-        id=f"{video_id}-{place}",
+        id=f"{video_id}-{number}",
         video=videos / f"{video_id}.mp4",
         audio=None,
-        question=row.string("text"),
+        question=fields.string("text"),
         options=None,
         answer=label,
         groups=(task,),

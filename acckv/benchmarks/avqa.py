@@ -22,7 +22,7 @@ from acckv.benchmarks.options import lettered
 from acckv.benchmarks.protocols import judge_choice
 from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
-from acckv.io.fields import Row, read_rows
+from acckv.io.fields import Fields, read_objects
 
 CHOICES = 4
 TYPES = ("Which", "Come From", "Happening", "Where", "Why", "Before Next", "When", "Used For")
@@ -32,36 +32,36 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     """The questions of a split; `subset` is a question type such as `Come From`."""
     file = first_file(root, f"{split}_qa.json", f"data/annotation/{split}_qa.json")
     videos = video_folder(root, "videos", "video", "data/video")
-    records = [_record(row, videos) for row in read_rows(file)]
+    records = [_record(fields, videos) for fields in read_objects(file)]
     return [record for record in records if subset is None or subset in record.groups]
 
 
-def _record(row: Row, videos: Path) -> Record:
-    name = row.string("video_name")
-    kind = row.string("question_type")
+def _record(fields: Fields, videos: Path) -> Record:
+    name = fields.string("video_name")
+    kind = fields.string("question_type")
     if kind not in TYPES:
-        raise row.error("question_type", f"expected one of {', '.join(TYPES)}, got {kind!r}")
-    right = row.integer("answer")
+        raise fields.error("question_type", f"expected one of {', '.join(TYPES)}, got {kind!r}")
+    right = fields.integer("answer")
     if not 0 <= right < CHOICES:
-        raise row.error("answer", f"expected 0 to {CHOICES - 1}, got {right}")
+        raise fields.error("answer", f"expected 0 to {CHOICES - 1}, got {right}")
     return Record(
-        id=str(row.integer("id")),
+        id=str(fields.integer("id")),
         video=videos / (name if name.endswith(".mp4") else f"{name}.mp4"),
         audio=None,
-        question=row.string("question_text"),
-        options=_choices(row),
+        question=fields.string("question_text"),
+        options=_choices(fields),
         answer=LETTERS[right],
-        groups=(row.string("question_relation"), kind),
+        groups=(fields.string("question_relation"), kind),
         protocol="choice",
     )
 
 
-def _choices(row: Row) -> tuple[str, ...]:
-    given = row.values.get("multi_choice")
+def _choices(fields: Fields) -> tuple[str, ...]:
+    given = fields.values.get("multi_choice")
     if not isinstance(given, list) or not 1 <= len(given) <= CHOICES:
-        raise row.error("multi_choice", f"expected a list of {CHOICES} texts, got {given!r}")
+        raise fields.error("multi_choice", f"expected a list of {CHOICES} texts, got {given!r}")
     if not all(choice is None or isinstance(choice, str) for choice in given):
-        raise row.error("multi_choice", f"expected texts, got {given!r}")
+        raise fields.error("multi_choice", f"expected texts, got {given!r}")
     return tuple("NULL" if choice is None else choice for choice in [*given, *[None] * (CHOICES - len(given))])
 
 

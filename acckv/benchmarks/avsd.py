@@ -27,7 +27,8 @@ from acckv.benchmarks.protocols import judge_text
 from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 from acckv.errors import InputError
-from acckv.io.fields import Row, read_json
+from acckv.io.fields import Fields
+from acckv.io.json_files import read_json
 
 UNDISCLOSED = "__UNDISCLOSED__"
 EDITIONS = ("DSTC7", "DSTC8", "DSTC10")
@@ -50,7 +51,7 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
             raise dialog.error("image_id", f"{image} appears twice")
         seen.add(image)
         first = len(turns) - 1 if split == "test" else 0
-        records += [_record(image, turns, place, videos, known) for place in range(first, len(turns))]
+        records += [_record(image, turns, number, videos, known) for number in range(first, len(turns))]
     return records
 
 
@@ -75,7 +76,7 @@ def _files(root: Path, split: str, edition: str | None) -> tuple[Path, Path | No
     return (questions[0] if questions else references[0]), reference
 
 
-def _dialogs(file: Path) -> Iterator[tuple[Row, list[Row]]]:
+def _dialogs(file: Path) -> Iterator[tuple[Fields, list[Fields]]]:
     """Each dialogue with its turns."""
     values = read_json(file)
     dialogs = values.get("dialogs") if isinstance(values, dict) else None
@@ -84,55 +85,55 @@ def _dialogs(file: Path) -> Iterator[tuple[Row, list[Row]]]:
     for index, value in enumerate(dialogs):
         if not isinstance(value, dict):
             raise InputError(f"expected an object, got {type(value).__name__}", source=file, field=f"dialog {index}")
-        dialog = Row(file, f"dialog {index}", value)
+        dialog = Fields(file, f"dialog {index}", value)
         turns = value.get("dialog")
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
             raise dialog.error("dialog", "expected a list of questions with answers")
-        yield dialog, [Row(file, f"dialog {index}, turn {place}", turn) for place, turn in enumerate(turns)]
+        yield dialog, [Fields(file, f"dialog {index}, turn {number}", turn) for number, turn in enumerate(turns)]
 
 
 def _read_references(file: Path) -> References:
     values = read_json(file)
     references: References = defaultdict(list)
     if isinstance(values, dict) and "annotations" in values:
-        names = {row.integer("id"): row.string("name") for row in _rows(file, values, "images")}
-        for row in _rows(file, values, "annotations"):
-            number = row.integer("image_id")
-            if number not in names:
-                raise row.error("image_id", f"{number} is not among the images")
-            references[names[number]].append(row.string("caption"))
+        names = {fields.integer("id"): fields.string("name") for fields in _objects(file, values, "images")}
+        for fields in _objects(file, values, "annotations"):
+            image = fields.integer("image_id")
+            if image not in names:
+                raise fields.error("image_id", f"{image} is not among the images")
+            references[names[image]].append(fields.string("caption"))
         return references
     for dialog, turns in _dialogs(file):
         references[f"{dialog.string('image_id')}_{len(turns) - 1}"] += _answers(turns[-1])
     return references
 
 
-def _rows(file: Path, values: dict[str, object], field: str) -> list[Row]:
+def _objects(file: Path, values: dict[str, object], field: str) -> list[Fields]:
     entries = values.get(field)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError("expected a list of objects", source=file, field=field)
-    return [Row(file, f"{field} {place}", entry) for place, entry in enumerate(entries)]
+    return [Fields(file, f"{field} {number}", entry) for number, entry in enumerate(entries)]
 
 
-def _answers(turn: Row) -> list[str]:
+def _answers(turn: Fields) -> list[str]:
     """The answers of a turn, one or a list."""
     if isinstance(turn.values.get("answer"), list):
         return turn.strings("answer")
     return [turn.string("answer")]
 
 
-def _record(image: str, turns: list[Row], place: int, videos: Path, known: References) -> Record:
-    name = f"{image}_{place}"
-    own = _answers(turns[place])
+def _record(image: str, turns: list[Fields], number: int, videos: Path, known: References) -> Record:
+    name = f"{image}_{number}"
+    own = _answers(turns[number])
     right = known.get(name) or ([] if own == [UNDISCLOSED] else own)
     if not right:
-        raise turns[place].error("answer", "undisclosed; put the file of references (multiref) beside this one")
-    history = [f"Q: {turn.string('question')}\nA: {_answers(turn)[0]}" for turn in turns[:place]]
+        raise turns[number].error("answer", "undisclosed; put the file of references (multiref) beside this one")
+    history = [f"Q: {turn.string('question')}\nA: {_answers(turn)[0]}" for turn in turns[:number]]
     return Record(
         id=name,
         video=videos / f"{image}.mp4",
         audio=None,
-        question="\n".join([*history, f"Q: {turns[place].string('question')}"]),
+        question="\n".join([*history, f"Q: {turns[number].string('question')}"]),
         options=None,
         answer=right[0],
         groups=(),

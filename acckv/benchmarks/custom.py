@@ -31,7 +31,7 @@ from acckv.benchmarks.options import lettered
 from acckv.benchmarks.protocols import judge_protocol
 from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Protocol, Record
-from acckv.io.fields import Row, read_rows
+from acckv.io.fields import Fields, read_objects
 
 FIELDS = (
     *("video", "question", "answer", "audio", "options", "protocol", "references", "groups", "start", "end"),
@@ -44,10 +44,10 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     file = root / f"{split}.jsonl" if split != "test" else first_file(root, "questions.jsonl", "test.jsonl")
     records: list[Record] = []
     seen: set[str] = set()
-    for place, row in enumerate(read_rows(file)):
-        record = _record(row, place, root)
+    for number, fields in enumerate(read_objects(file)):
+        record = _record(fields, number, root)
         if record.id in seen:
-            raise row.error("id", f"{record.id} appears twice")
+            raise fields.error("id", f"{record.id} appears twice")
         seen.add(record.id)
         records.append(record)
     return [record for record in records if subset is None or subset in record.groups]
@@ -60,66 +60,66 @@ def prompt(record: Record) -> str:
     return "\n".join([record.question, *lettered(record.options), "Answer with the option's letter."])
 
 
-def _record(row: Row, place: int, root: Path) -> Record:
-    unknown = sorted(set(row.values) - set(FIELDS))
+def _record(fields: Fields, number: int, root: Path) -> Record:
+    unknown = sorted(set(fields.values) - set(FIELDS))
     if unknown:
-        raise row.error(unknown[0], f"unknown; there is {', '.join(FIELDS)}")
-    options = tuple(row.strings("options")) if "options" in row.values else None
+        raise fields.error(unknown[0], f"unknown; there is {', '.join(FIELDS)}")
+    options = tuple(fields.strings("options")) if "options" in fields.values else None
     if options is not None and not 2 <= len(options) <= len(LETTERS):
-        raise row.error("options", f"expected 2 to {len(LETTERS)} options, got {len(options)}")
-    protocol = _protocol(row, options)
-    start, end = row.seconds("start"), row.seconds("end")
+        raise fields.error("options", f"expected 2 to {len(LETTERS)} options, got {len(options)}")
+    protocol = _protocol(fields, options)
+    start, end = fields.seconds("start"), fields.seconds("end")
     if end is not None and end <= (start or 0.0):
-        raise row.error("end", f"{end:g} s is not after the start, {start or 0.0:g} s")
-    answer = _answer(row, protocol, options)
-    references = tuple(row.strings("references")) if "references" in row.values else (answer,)
+        raise fields.error("end", f"{end:g} s is not after the start, {start or 0.0:g} s")
+    answer = _answer(fields, protocol, options)
+    references = tuple(fields.strings("references", default=(answer,)))
     if not references or not all(text.strip() for text in references):
-        raise row.error("references", "expected texts")
+        raise fields.error("references", "expected texts")
     return Record(
-        id=row.string("id", default=str(place)),
-        video=root / row.string("video"),
-        audio=root / row.string("audio") if "audio" in row.values else None,
-        question=row.string("question"),
+        id=fields.string("id", default=str(number)),
+        video=root / fields.string("video"),
+        audio=root / fields.string("audio") if "audio" in fields.values else None,
+        question=fields.string("question"),
         options=options,
         answer=answer,
-        groups=tuple(row.strings("groups")) if "groups" in row.values else (),
+        groups=tuple(fields.strings("groups", default=())),
         protocol=protocol,
         references=references if protocol == "text" else (),
         start=start,
         end=end,
-        attachments=tuple(root / name for name in row.strings("attachments")) if "attachments" in row.values else (),
-        system_prompt=row.string("system_prompt") if "system_prompt" in row.values else None,
+        attachments=tuple(root / name for name in fields.strings("attachments", default=())),
+        system_prompt=fields.string("system_prompt") if "system_prompt" in fields.values else None,
     )
 
 
-def _protocol(row: Row, options: tuple[str, ...] | None) -> Protocol:
+def _protocol(fields: Fields, options: tuple[str, ...] | None) -> Protocol:
     if options:
         guess = "choice"
-    elif row.string("answer").strip().lower() in ("yes", "no"):
+    elif fields.string("answer").strip().lower() in ("yes", "no"):
         guess = "yes_no"
     else:
-        guess = "text" if "references" in row.values else "word"
-    protocol = row.string("protocol", default=guess)
+        guess = "text" if "references" in fields.values else "word"
+    protocol = fields.string("protocol", default=guess)
     if protocol not in get_args(Protocol):
-        raise row.error("protocol", f"expected one of {', '.join(get_args(Protocol))}, got {protocol!r}")
+        raise fields.error("protocol", f"expected one of {', '.join(get_args(Protocol))}, got {protocol!r}")
     if (protocol == "choice") != (options is not None):
-        raise row.error("options", "belong to the protocol 'choice', and it needs them")
-    if "references" in row.values and protocol != "text":
-        raise row.error("references", f"belong to the protocol 'text', this is {protocol!r}")
+        raise fields.error("options", "belong to the protocol 'choice', and it needs them")
+    if "references" in fields.values and protocol != "text":
+        raise fields.error("references", f"belong to the protocol 'text', this is {protocol!r}")
     return cast(Protocol, protocol)
 
 
-def _answer(row: Row, protocol: Protocol, options: tuple[str, ...] | None) -> str:
-    answer = row.string("answer").strip()
+def _answer(fields: Fields, protocol: Protocol, options: tuple[str, ...] | None) -> str:
+    answer = fields.string("answer").strip()
     if protocol == "yes_no":
         answer = answer.lower()
         if answer not in ("yes", "no"):
-            raise row.error("answer", f"expected yes or no, got {row.values['answer']!r}")
+            raise fields.error("answer", f"expected yes or no, got {fields.values['answer']!r}")
     if options is None:
         return answer
     letter = exact_letter(answer, options)
     if letter is None:
-        raise row.error("answer", f"{answer!r} is none of the options")
+        raise fields.error("answer", f"{answer!r} is none of the options")
     return letter
 
 

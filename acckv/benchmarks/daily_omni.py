@@ -15,28 +15,28 @@ from acckv.benchmarks.letters import leading_letter
 from acckv.benchmarks.options import bare_options, in_subset, judge_letters, letter_of, lettered
 from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
-from acckv.io.fields import Row, read_rows
+from acckv.io.fields import Fields, read_objects
 
 
 def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     """The questions; `subset` is a question type, video category or duration."""
-    rows = read_rows(root / "qa.json")
-    return in_subset((_record(root, index, row) for index, row in enumerate(rows)), subset)
+    objects = enumerate(read_objects(root / "qa.json"))
+    return in_subset((_record(root, index, fields) for index, fields in objects), subset)
 
 
-def _record(root: Path, index: int, row: Row) -> Record:
-    name, options = row.string("video_id"), bare_options(row, "Choice")
+def _record(root: Path, index: int, fields: Fields) -> Record:
+    name, options = fields.string("video_id"), bare_options(fields, "Choice")
     return Record(
         id=str(index),
         video=root / "Videos" / name / f"{name}_video.mp4",
         audio=None,
-        question=row.string("Question"),
+        question=fields.string("Question"),
         options=options,
-        answer=letter_of(row, "Answer", options),
+        answer=letter_of(fields, "Answer", options),
         groups=(
-            f"type/{row.string('Type')}",
-            f"category/{row.string('video_category')}",
-            f"duration/{row.string('video_duration')}",
+            f"type/{fields.string('Type')}",
+            f"category/{fields.string('video_category')}",
+            f"duration/{fields.string('video_duration')}",
         ),
         protocol="choice",
     )

@@ -33,11 +33,11 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     file = first_file(root, name, f"data/json_update/{name}", f"data/json/{name}")
     seen: Counter[str] = Counter()
     records = []
-    for row, record in read_questions(file, video_folder(root, "videos", "data/video")):
+    for fields, record in read_questions(file, video_folder(root, "videos", "data/video")):
         if record.answer not in VOCABULARY:
-            raise row.error("anser", f"{record.answer!r} is none of the {len(VOCABULARY)} answers")
+            raise fields.error("anser", f"{record.answer!r} is none of the {len(VOCABULARY)} answers")
         if record.groups[-1] not in GROUPS:
-            raise row.error("type", f"{record.groups[-1]!r} is none of the nine types")
+            raise fields.error("type", f"{record.groups[-1]!r} is none of the nine types")
         seen[record.id] += 1
         records.append(record if seen[record.id] == 1 else replace(record, id=f"{record.id}-{seen[record.id]}"))
     return [record for record in records if subset is None or subset in record.groups]

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from acckv.data.records import Record
-from acckv.io.fields import Row, read_rows
+from acckv.io.fields import Fields, read_objects
 
 VOCABULARY: tuple[str, ...] = (
     *("yes", "no", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
@@ -44,42 +44,42 @@ def load_music_avqa(question_file: str | Path, video_root: str | Path) -> list[R
     """
     records: list[Record] = []
     seen: set[str] = set()
-    for row, record in read_questions(Path(question_file), Path(video_root)):
+    for fields, record in read_questions(Path(question_file), Path(video_root)):
         if not record.video.is_file():
-            raise row.error("video_id", f"no such video {record.video}")
+            raise fields.error("video_id", f"no such video {record.video}")
         if record.id in seen:
-            raise row.error("question_id", f"{record.id} appears twice")
+            raise fields.error("question_id", f"{record.id} appears twice")
         seen.add(record.id)
         records.append(record)
     return records
 
 
-def read_questions(question_file: Path, video_root: Path) -> Iterator[tuple[Row, Record]]:
-    """Each question with the row it was read from; videos are not looked for.
+def read_questions(question_file: Path, video_root: Path) -> Iterator[tuple[Fields, Record]]:
+    """Each question with the fields it was read from; videos are not looked for.
 
     Raises:
         InputError: as `load_music_avqa`, but for missing videos and repeated ids.
     """
-    for row in read_rows(question_file):
-        if not row.integer("question_deleted", default=0):
-            yield row, _record(row, video_root)
+    for fields in read_objects(question_file):
+        if not fields.integer("question_deleted", default=0):
+            yield fields, _record(fields, video_root)
 
 
-def _record(row: Row, video_root: Path) -> Record:
-    modality, kind = row.string_list("type", length=2)
-    template = row.string("question_content")
-    values = row.string_list("templ_values")
+def _record(fields: Fields, video_root: Path) -> Record:
+    modality, kind = fields.string_list("type", length=2)
+    template = fields.string("question_content")
+    values = fields.string_list("templ_values")
     try:
         question = fill_template(template, values)
     except ValueError as error:
-        raise row.error("templ_values", str(error)) from error
+        raise fields.error("templ_values", str(error)) from error
     return Record(
-        id=str(row.integer("question_id")),
-        video=video_root / f"{row.string('video_id')}.mp4",
+        id=str(fields.integer("question_id")),
+        video=video_root / f"{fields.string('video_id')}.mp4",
         audio=None,
         question=question,
         options=None,
-        answer=row.string("anser"),
+        answer=fields.string("anser"),
         groups=(modality, f"{modality}/{kind}"),
         protocol="description" if kind == DESCRIPTION else "word",
     )

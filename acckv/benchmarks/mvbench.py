@@ -18,7 +18,7 @@ from acckv.benchmarks.letters import LETTERS, first_word_matches, robust_letter
 from acckv.benchmarks.options import bare_options, lettered
 from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
-from acckv.io.fields import Row, read_rows
+from acckv.io.fields import Fields, read_objects
 
 CHARADES = ("star/Charades_v1_480", "data0613/star/Charades_v1_480", "star/Charades_segment")
 PERCEPTION = ("perception/videos",)
@@ -48,24 +48,24 @@ SYSTEM = (
 def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     """The questions of a subtask, or of all ten."""
     return [
-        _record(root, subtask, index, row)
+        _record(root, subtask, index, fields)
         for subtask in ([subset] if subset else FOLDERS)
-        for index, row in enumerate(read_rows(root / "json" / f"{subtask}.json"))
+        for index, fields in enumerate(read_objects(root / "json" / f"{subtask}.json"))
     ]
 
 
-def _record(root: Path, subtask: str, index: int, row: Row) -> Record:
-    options, answer = bare_options(row, "candidates"), row.string("answer")
-    candidates = row.strings("candidates")
+def _record(root: Path, subtask: str, index: int, fields: Fields) -> Record:
+    options, answer = bare_options(fields, "candidates"), fields.string("answer")
+    candidates = fields.strings("candidates")
     if answer not in candidates:
-        raise row.error("answer", f"{answer!r} is not one of the candidates")
-    video, cut = _video(root, subtask, row.string("video"))
-    start, end = (None, None) if cut else _seconds(row)
+        raise fields.error("answer", f"{answer!r} is not one of the candidates")
+    video, cut = _video(root, subtask, fields.string("video"))
+    start, end = (None, None) if cut else _seconds(fields)
     return Record(
         id=f"{subtask}/{index}",
         video=video,
         audio=None,
-        question=row.string("question"),
+        question=fields.string("question"),
         options=options,
         # As in the original, the last of equal candidates.
         answer=LETTERS[len(candidates) - 1 - candidates[::-1].index(answer)],
@@ -76,12 +76,12 @@ def _record(root: Path, subtask: str, index: int, row: Row) -> Record:
     )
 
 
-def _seconds(row: Row) -> tuple[float, float]:
-    start, end = row.seconds("start"), row.seconds("end")
+def _seconds(fields: Fields) -> tuple[float, float]:
+    start, end = fields.seconds("start"), fields.seconds("end")
     if start is None or end is None:
-        raise row.error("start" if start is None else "end", "missing")
+        raise fields.error("start" if start is None else "end", "missing")
     if end <= start:
-        raise row.error("end", f"{end} s is not after the start, {start} s")
+        raise fields.error("end", f"{end} s is not after the start, {start} s")
     return start, end
 
 

@@ -22,7 +22,7 @@ from acckv.benchmarks.options import bare_options, in_subset, judge_letters, let
 from acckv.benchmarks.packed_media import PackedMedia
 from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
-from acckv.io.fields import Row, read_rows
+from acckv.io.fields import Fields, read_objects
 from acckv.io.parquet import read_parquet
 
 QUESTIONS = "dataset/batch-5_1142_20240817.jsonl"
@@ -33,35 +33,35 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     parts = sorted((root / "data").glob("*.parquet"))
     if parts and not (root / QUESTIONS).is_file():
         packed = PackedMedia("omnibench", root)
-        return in_subset((_packed_record(packed, row) for row in read_parquet(parts, root / "data")), subset)
-    return in_subset((_listed_record(root, row) for row in read_rows(root / QUESTIONS)), subset)
+        return in_subset((_packed_record(packed, fields) for fields in read_parquet(parts, root / "data")), subset)
+    return in_subset((_listed_record(root, fields) for fields in read_objects(root / QUESTIONS)), subset)
 
 
-def _listed_record(root: Path, row: Row) -> Record:
-    image, audio = row.string("image_path"), row.string("audio_path")
-    return _record(row, root / "mm_data/image" / image, root / "mm_data/audio" / audio)
+def _listed_record(root: Path, fields: Fields) -> Record:
+    image, audio = fields.string("image_path"), fields.string("audio_path")
+    return _record(fields, root / "mm_data/image" / image, root / "mm_data/audio" / audio)
 
 
-def _packed_record(packed: PackedMedia, row: Row) -> Record:
-    name = str(row.integer("index"))
-    image, audio = (packed.file(row, field, row.values.get(field), name) for field in ("image", "audio"))
-    return _record(row, image, audio)
+def _packed_record(packed: PackedMedia, fields: Fields) -> Record:
+    name = str(fields.integer("index"))
+    image, audio = (packed.file(fields, field, fields.values.get(field), name) for field in ("image", "audio"))
+    return _record(fields, image, audio)
 
 
-def _record(row: Row, image: Path, audio: Path) -> Record:
-    options = bare_options(row, "options")
-    answer, texts = row.string("answer").split(), [text.split() for text in row.strings("options")]
+def _record(fields: Fields, image: Path, audio: Path) -> Record:
+    options = bare_options(fields, "options")
+    answer, texts = fields.string("answer").split(), [text.split() for text in fields.strings("options")]
     if answer not in texts:
-        raise row.error("answer", f"{row.string('answer')!r} is not one of the options")
+        raise fields.error("answer", f"{fields.string('answer')!r} is not one of the options")
     return Record(
-        id=str(row.integer("index")),
+        id=str(fields.integer("index")),
         video=image,
         audio=audio,
-        question=row.string("question"),
+        question=fields.string("question"),
         options=options,
         # The original looks for a letter in the answer's text, which fails for short texts and finds A in "A man ..".
         answer=LETTERS[texts.index(answer)],
-        groups=(f"task/{row.string('task type').strip()}", f"audio/{row.string('audio type').strip().lower()}"),
+        groups=(f"task/{fields.string('task type').strip()}", f"audio/{fields.string('audio type').strip().lower()}"),
         protocol="choice",
     )
 

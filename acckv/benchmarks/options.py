@@ -8,27 +8,27 @@ from collections.abc import Callable, Iterable, Sequence
 from acckv.benchmarks.base import Mode, Verdict
 from acckv.benchmarks.letters import LETTERS, robust_letter
 from acckv.data.records import Record
-from acckv.io.fields import Row
+from acckv.io.fields import Fields
 
 
-def bare_options(row: Row, field: str) -> tuple[str, ...]:
+def bare_options(fields: Fields, field: str) -> tuple[str, ...]:
     """Options without their letters, from texts such as "A. left"; texts that have none are taken as they are.
 
     Raises:
         InputError: no list of at least two texts and at most as many as there are LETTERS.
     """
-    options = row.strings(field)
+    options = fields.strings(field)
     if not 2 <= len(options) <= len(LETTERS):
-        raise row.error(field, f"expected 2 to {len(LETTERS)} options, got {len(options)}")
+        raise fields.error(field, f"expected 2 to {len(LETTERS)} options, got {len(options)}")
     marks = [re.match(rf"\s*\(?{letter}[.:)] ?", option) for letter, option in zip(LETTERS, options, strict=False)]
     if all(marks):
         options = [option[mark.end() :] for mark, option in zip(marks, options, strict=True) if mark]
     return tuple(options)
 
 
-def letter_of(row: Row, field: str, options: Sequence[str]) -> str:
+def letter_of(fields: Fields, field: str, options: Sequence[str]) -> str:
     """The letter of the right option, given by its letter."""
-    return row.choice(field, LETTERS[: len(options)])
+    return fields.choice(field, LETTERS[: len(options)])
 
 
 def lettered(options: Sequence[str] | None, form: str = "{}. {}") -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from acckv.data.synthetic.clips import default_root
 from acckv.errors import InputError
-from acckv.io.fields import Row
+from acckv.io.fields import Fields
 from acckv.io.files import whole_file
 
 SIGNATURES = {
@@ -35,11 +35,11 @@ class PackedMedia:
         self.root = root
         self.folder = default_root().parent / name / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
 
-    def file(self, row: Row, field: str, value: Any, record: str) -> Path:
+    def file(self, fields: Fields, field: str, value: Any, record: str) -> Path:
         """The file of a path, of bytes, or of both as `datasets` writes them: `{"bytes": .., "path": ..}`.
 
         Args:
-            row, field: that `value` is from, for messages.
+            fields, field: that `value` is from, for messages.
             record: name that no other record of the data set has.
 
         Raises:
@@ -50,7 +50,7 @@ class PackedMedia:
         if isinstance(value, str):
             return self.root / value
         if not isinstance(value, bytes):
-            raise row.error(field, f"expected bytes or a path, got {type(value).__name__}")
+            raise fields.error(field, f"expected bytes or a path, got {type(value).__name__}")
         ending = next((ending for start, ending in SIGNATURES.items() if value.startswith(start)), ".mp4")
         file = self.folder / (re.sub(r"[^\w-]", "_", f"{record}_{field}") + ending)
         try:

@@ -35,7 +35,7 @@ def judge_word(record: Record, answer: str, mode: Mode) -> Verdict:
 
 
 def judge_description(record: Record, answer: str, mode: Mode) -> Verdict:
-    """The share of words that are right at their place."""
+    """The share of words that are right, each at its index."""
     return Verdict(word_accuracy(answer, record.answer), bool(answer.split()))
 
 

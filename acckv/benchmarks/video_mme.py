@@ -13,7 +13,7 @@ from acckv.benchmarks.letters import VIDEO_MME_PREFIXES, first_capital
 from acckv.benchmarks.options import bare_options, in_subset, judge_letters, letter_of, lettered
 from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
-from acckv.io.fields import Row
+from acckv.io.fields import Fields
 from acckv.io.parquet import read_parquet
 
 TASK = (
@@ -26,23 +26,23 @@ _judge = judge_letters(lambda answer, record: first_capital(answer, VIDEO_MME_PR
 def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     """The questions; `subset` is a duration ("short", "medium", "long"), domain, category or task type."""
     rows = read_parquet(sorted((root / "videomme").glob(f"{split}-*.parquet")), root / "videomme")
-    return in_subset((_record(root, row) for row in rows), subset)
+    return in_subset((_record(root, fields) for fields in rows), subset)
 
 
-def _record(root: Path, row: Row) -> Record:
-    options = bare_options(row, "options")
+def _record(root: Path, fields: Fields) -> Record:
+    options = bare_options(fields, "options")
     return Record(
-        id=row.string("question_id"),
-        video=_video(root / "data", row.string("videoID")),
+        id=fields.string("question_id"),
+        video=_video(root / "data", fields.string("videoID")),
         audio=None,
-        question=row.string("question"),
+        question=fields.string("question"),
         options=options,
-        answer=letter_of(row, "answer", options),
+        answer=letter_of(fields, "answer", options),
         groups=(
-            f"duration/{row.string('duration')}",
-            f"domain/{row.string('domain')}",
-            f"category/{row.string('sub_category')}",
-            f"task/{row.string('task_type')}",
+            f"duration/{fields.string('duration')}",
+            f"domain/{fields.string('domain')}",
+            f"category/{fields.string('sub_category')}",
+            f"task/{fields.string('task_type')}",
         ),
         protocol="choice",
     )

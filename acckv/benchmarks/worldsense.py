@@ -20,7 +20,8 @@ from acckv.benchmarks.options import bare_options, in_subset, judge_letters, let
 from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 from acckv.errors import InputError
-from acckv.io.fields import Row, read_json
+from acckv.io.fields import Fields
+from acckv.io.json_files import read_json
 
 SYSTEM = (
     "Carefully watch this video and pay attention to every detail. "
@@ -44,7 +45,7 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     for name, values in videos.items():
         if not isinstance(values, dict):
             raise InputError(f"expected an object, got {type(values).__name__}", source=file, field=f"video {name}")
-        video = Row(file, f"video {name}", values)
+        video = Fields(file, f"video {name}", values)
         for task in (field for field in values if "task" in field):
             if not isinstance(values[task], dict):
                 raise video.error(task, f"expected an object, got {values[task]!r}")
@@ -52,19 +53,19 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     return in_subset(records, subset)
 
 
-def _record(folder: Path, name: str, video: Row, task: str) -> Record:
-    row = Row(video.file, f"{video.place}, {task}", video.values[task])
-    options = bare_options(row, "candidates")
+def _record(folder: Path, name: str, video: Fields, task: str) -> Record:
+    fields = Fields(video.file, f"{video.name}, {task}", video.values[task])
+    options = bare_options(fields, "candidates")
     return Record(
         id=f"{name}/{task}",
         video=folder / f"{name}.mp4",
         audio=None,
-        question=row.string("question"),
+        question=fields.string("question"),
         options=options,
-        answer=letter_of(row, "answer", options),
+        answer=letter_of(fields, "answer", options),
         groups=(
-            f"task domain/{row.string('task_domain')}",
-            f"task type/{row.string('task_type')}",
+            f"task domain/{fields.string('task_domain')}",
+            f"task type/{fields.string('task_type')}",
             f"domain/{video.string('domain')}",
             f"category/{video.string('sub_category')}",
             f"duration/{video.string('duration')}",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from acckv.data.records import Record
-from acckv.errors import InputError
+from acckv.io.typed import from_json
 
 FIELD = "calibration"
 """Of config.json."""
@@ -63,21 +63,13 @@ class CalibrationRecord:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Any, source: str | Path | None = None) -> CalibrationRecord | None:
+    def from_dict(cls, values: Any, source: str | Path = "config.json") -> CalibrationRecord | None:
         """The record in a config.json; None where it has none.
 
         Raises:
             InputError: a field is missing or ill-valued.
         """
-        if values is None:
-            return None
-        try:
-            kinds = {str(name): int(number) for name, number in values["kinds"].items()}
-            shares = float(values["ratio_min"]), float(values["ratio_max"])
-            counts = int(values["clips"]), int(values["questions"])
-            return cls(str(values["data"]), *counts, kinds, *shares, int(values["steps"]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"a value is missing or ill-formed ({error})", source=source, field=FIELD) from error
+        return None if values is None else from_json(cls, values, source, FIELD)
 
 
 def _finest_group(record: Record) -> str:

@@ -12,10 +12,9 @@ start of the answer, with the decoder's own turn markers; it is tokenised as it 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +25,7 @@ from acckv.data.media import read_record_media
 from acckv.data.records import Record
 from acckv.data.video_folder import hold_out
 from acckv.errors import InputError
+from acckv.io.fields import Fields, read_objects
 from acckv.io.files import whole_file
 from acckv.method.modality import Modality
 from acckv.models.clips import Media, PrecomputedClip
@@ -99,11 +99,11 @@ def load_precomputed(folder: str | Path, split: str, held_out: float | None = No
     """
     folder = Path(folder)
     file = folder / QUESTIONS
-    rows = list(_rows(file))
-    if not rows:
+    objects = list(read_objects(file))
+    if not objects:
         raise InputError("holds no question", source=file)
-    records = [_record(folder, file, number, row) for number, row in rows]
-    splits = [row.get("split") for _, row in rows]
+    records = [_record(folder, number, fields) for number, fields in enumerate(objects, start=1)]
+    splits = [None if fields.values.get("split") is None else fields.string("split") for fields in objects]
     if None not in splits:
         chosen = [record for record, name in zip(records, splits, strict=True) if name == split]
         if not chosen:
@@ -111,8 +111,7 @@ def load_precomputed(folder: str | Path, split: str, held_out: float | None = No
             raise InputError(f"holds no question of the split {split!r}, only of {found}", source=file, field="split")
         return chosen
     if any(name is not None for name in splits):
-        number = rows[splits.index(None)][0]
-        raise InputError("is missing, and other lines have it", source=file, field=f"line {number}, split")
+        raise objects[splits.index(None)].error("split", "is missing, and other lines have it")
     if held_out is None:
         return records
     clips = sorted({record.video for record in records})
@@ -122,42 +121,14 @@ def load_precomputed(folder: str | Path, split: str, held_out: float | None = No
     return [record for record in records if record.video in parts[split]]
 
 
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers from 1, and what the lines hold; empty lines are left out."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise InputError("no such file", source=file) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read as UTF-8 text ({error})", source=file) from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(
-                f"not valid JSON ({error}); is it cut off?", source=file, field=f"line {number}"
-            ) from error
-        if not isinstance(row, dict):
-            raise InputError(f"expected an object, got {type(row).__name__}", source=file, field=f"line {number}")
-        yield number, row
-
-
-def _record(folder: Path, file: Path, number: int, row: dict[str, Any]) -> Record:
-    for name in ("clip", "question", "answer", "split"):
-        value = row.get(name)
-        if (value is not None or name != "split") and not (isinstance(value, str) and value.strip()):
-            raise InputError(f"expected a text, got {value!r}", source=file, field=f"line {number}, {name}")
-    groups = row.get("groups", [])
-    if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
-        raise InputError(f"expected a list of texts, got {groups!r}", source=file, field=f"line {number}, groups")
-    clip = folder / CLIPS / (row["clip"] + SUFFIX)
+def _record(folder: Path, number: int, fields: Fields) -> Record:
+    name, answer = fields.string("clip"), fields.string("answer")
+    clip = folder / CLIPS / (name + SUFFIX)
     if not clip.is_file():
-        raise InputError(f"no such clip {clip}", source=file, field=f"line {number}, clip")
-    answer = row["answer"]
+        raise fields.error("clip", f"no such clip {clip}")
+    groups = tuple(fields.strings("groups", default=()))
     protocol: Literal["word", "description"] = "word" if len(answer.split()) == 1 else "description"
-    return Record(f"{row['clip']}#{number}", clip, None, row["question"], None, answer, tuple(groups), protocol)
+    return Record(f"{name}#{number}", clip, None, fields.string("question"), None, answer, groups, protocol)
 
 
 def _checked(tensors: dict[str, Tensor], path: Path) -> PrecomputedClip:

@@ -20,7 +20,8 @@ from acckv.evaluation.results import Answer
 from acckv.evaluation.run_config import RunConfig
 from acckv.evaluation.sizes import Sizes
 from acckv.io.files import whole_file
-from acckv.io.typed import from_json, read_json
+from acckv.io.json_files import read_json
+from acckv.io.typed import from_json
 
 FORMAT = 3
 RUN_FILE = "run.json"

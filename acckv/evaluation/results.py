@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 
 from acckv.errors import InputError
 from acckv.io.files import whole_file
-from acckv.io.typed import Amount, Count, Share, from_json, read_json, read_json_lines
+from acckv.io.json_files import read_json, read_json_lines
+from acckv.io.typed import Amount, Count, Share, from_json
 
 RESULTS_FORMAT = 1
 RESULTS_FILE = "results.json"

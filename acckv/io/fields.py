@@ -1,61 +1,51 @@
-"""Read JSON files of questions; every complaint names file, record and field."""
+"""Objects of files of questions, whose fields are checked as they are taken; complaints name file, record and field."""
 
 from __future__ import annotations
 
 import ast
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from acckv.errors import InputError
+from acckv.io.json_files import read_json, read_json_lines
 
 
-def read_json(file: Path) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        InputError: no such file, no UTF-8 text, or no whole JSON.
-    """
-    try:
-        return json.loads(_text(file))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); is the file cut off?",
-            source=file,
-        ) from error
-
-
-def read_rows(file: Path) -> Iterator[Row]:
-    """The records of a JSON file that holds a list of objects, or of a `.jsonl` file with one object a line.
+def read_objects(file: Path) -> Iterator[Fields]:
+    """The objects of a JSON file that holds a list of them, or of a `.jsonl` file with one a line.
 
     Raises:
-        InputError: as `read_json`, or something that is no object, with its place.
+        InputError: as `read_json`, or something that is no object, with its number.
     """
-    values = _lines(file) if file.suffix == ".jsonl" else read_json(file)
-    if not isinstance(values, list):
-        raise InputError(f"expected a list of records, got {type(values).__name__}", source=file)
-    for index, value in enumerate(values):
+    values: Any
+    if file.suffix == ".jsonl":
+        values = ((f"line {number}", value) for number, value in read_json_lines(file))
+    else:
+        values = read_json(file)
+        if not isinstance(values, list):
+            raise InputError(f"expected a list of records, got {type(values).__name__}", source=file)
+        values = ((f"record {index}", value) for index, value in enumerate(values))
+    for name, value in values:
         if not isinstance(value, dict):
-            raise InputError(f"expected an object, got {type(value).__name__}", source=file, field=f"record {index}")
-        yield Row(file, f"record {index}", value)
+            raise InputError(f"expected an object, got {type(value).__name__}", source=file, field=name)
+        yield Fields(file, name, value)
 
 
-class Row:
-    """One record whose fields are checked as they are taken.
+class Fields:
+    """An object whose fields are checked as they are taken.
 
     Args:
         file: it was read from.
-        place: of the record in the file, for messages.
+        name: of the object in the file, such as "line 3", for messages.
         values: field -> value.
     """
 
-    def __init__(self, file: Path, place: str, values: dict[str, Any]) -> None:
-        self.file, self.place, self.values = file, place, values
+    def __init__(self, file: Path, name: str, values: dict[str, Any]) -> None:
+        self.file, self.name, self.values = file, name, values
 
     def error(self, field: str, message: str) -> InputError:
         """A complaint about a field of this record."""
-        return InputError(message, source=self.file, field=f"{self.place}, {field}")
+        return InputError(message, source=self.file, field=f"{self.name}, {field}")
 
     def string(self, field: str, default: str | None = None) -> str:
         """A text that is not blank."""
@@ -80,9 +70,9 @@ class Row:
             raise self.error(field, f"expected seconds, got {value!r}")
         return float(value)
 
-    def strings(self, field: str, length: int | None = None) -> list[str]:
+    def strings(self, field: str, length: int | None = None, default: Sequence[str] | None = None) -> list[str]:
         """A list of texts."""
-        return self._list_of_texts(field, self._value(field), length, "a list of texts")
+        return self._list_of_texts(field, self._value(field, default), length, "a list of texts")
 
     def string_list(self, field: str, length: int | None = None) -> list[str]:
         """A text that holds a list of texts, e.g. '["Audio", "Counting"]'."""
@@ -115,27 +105,3 @@ class Row:
         if default is None:
             raise self.error(field, "missing")
         return default
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError("no such file", source=file) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read as UTF-8 text ({error})", source=file) from error
-
-
-def _lines(file: Path) -> list[Any]:
-    values = []
-    # Not `splitlines`: a text may hold other line separators, such as U+2028.
-    for number, line in enumerate(_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"not valid JSON ({error.msg}); is the file cut off?", source=file, field=f"line {number}"
-            ) from error
-    return values

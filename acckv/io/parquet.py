@@ -13,13 +13,13 @@ import pyarrow
 from pyarrow import parquet
 
 from acckv.errors import InputError
-from acckv.io.fields import Row
+from acckv.io.fields import Fields
 
 ROWS_AT_A_TIME = 16
 """Few, since a record may hold its media."""
 
 
-def read_parquet(files: Sequence[Path], folder: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
+def read_parquet(files: Sequence[Path], folder: Path, columns: Sequence[str] | None = None) -> Iterator[Fields]:
     """The records of parquet files, one file after the other.
 
     Args:
@@ -40,7 +40,7 @@ def read_parquet(files: Sequence[Path], folder: Path, columns: Sequence[str] | N
             index = 0
             for batch in table.iter_batches(ROWS_AT_A_TIME, columns=columns and list(columns)):
                 for values in batch.to_pylist():
-                    yield Row(file, f"record {index}", values)
+                    yield Fields(file, f"record {index}", values)
                     index += 1
         except (pyarrow.ArrowException, OSError) as error:
             raise InputError(f"not a readable parquet file ({error}); is it cut off?", source=file) from error

@@ -5,9 +5,8 @@ A field with a default may be missing, and unknown names are passed over, so tha
 
 from __future__ import annotations
 
-import json
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -28,39 +27,6 @@ class Within(NamedTuple):
 Share = Annotated[float, Within(0, 1)]
 Amount = Annotated[float, Within(0)]
 Count = Annotated[int, Within(0)]
-
-
-def read_json(path: str | Path) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        InputError: no such file, or no whole JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError("no such file", source=path) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"not a whole JSON file ({error})", source=path) from error
-
-
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Number (from 1) and value of each line of a file with one JSON value a line.
-
-    Raises:
-        InputError: no such file, or a line that is no JSON.
-    """
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"not JSON ({error})", source=path, field=f"line {number}") from error
-    except FileNotFoundError as error:
-        raise InputError("no such file", source=path) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read as UTF-8 text ({error})", source=path) from error
 
 
 def from_json(kind: type[Made], value: Any, source: str | Path, field: str = "") -> Made:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from acckv.errors import InputError
 from acckv.io.files import whole_file
-from acckv.io.typed import from_json, read_json
+from acckv.io.json_files import read_json
+from acckv.io.typed import from_json
 
 RECORD_FILE = "report.json"
 _FORMAT = 1

@@ -23,8 +23,8 @@ from acckv.evaluation.progress import EvaluationProgress
 from acckv.evaluation.results import CALIBRATED, Results, Setting
 from acckv.evaluation.run_config import RunConfig, describe_options
 from acckv.evaluation.scores import Outcome, score_batches
+from acckv.io.json_files import read_json
 from acckv.io.progress import Progress
-from acckv.io.typed import read_json
 from acckv.models import load_model
 from acckv.report.card import write_card
 from acckv.report.table import print_tables

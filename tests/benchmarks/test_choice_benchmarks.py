@@ -374,10 +374,10 @@ BROKEN_JSON = [
     ("daily_omni", QA, [1, "Answer"], "E", "record 1, Answer"),
     ("daily_omni", QA, [1, "video_id"], 7, "record 1, video_id"),
     ("daily_omni", QA, [1, "video_duration"], "", "record 1, video_duration"),
-    ("omnibench", LINES, [2, "answer"], "Singing.", "record 2, answer"),
-    ("omnibench", LINES, [2, "index"], "2", "record 2, index"),
-    ("omnibench", LINES, [2, "audio_path"], ..., "record 2, audio_path"),
-    ("omnibench", LINES, [2, "options"], ["a"] * 11, "record 2, options"),
+    ("omnibench", LINES, [2, "answer"], "Singing.", "line 3, answer"),
+    ("omnibench", LINES, [2, "index"], "2", "line 3, index"),
+    ("omnibench", LINES, [2, "audio_path"], ..., "line 3, audio_path"),
+    ("omnibench", LINES, [2, "options"], ["a"] * 11, "line 3, options"),
 ]
 
 

@@ -211,7 +211,8 @@ def test_a_malformed_record_names_file_index_and_field(
     path = edited(tmp_path, name, file, change)
     with pytest.raises(InputError) as caught:
         load_benchmark(name, path.parent)
-    assert caught.value.source == str(path) and caught.value.field == f"record 1, {field}"
+    where = "line 2" if file.endswith(".jsonl") else "record 1"
+    assert caught.value.source == str(path) and caught.value.field == f"{where}, {field}"
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_questions(tmp_path: Path) -> None:
         ("", "holds no question"),
         ('{"clip": "one", ', "line 1: not valid JSON"),
         ("[1]", "line 1: expected an object, got list"),
-        (json.dumps({"clip": "one", "question": "what ?"}), "line 1, answer: expected a text, got None"),
+        (json.dumps({"clip": "one", "question": "what ?"}), "line 1, answer: missing"),
         (json.dumps(row()) + "\n\n" + json.dumps(row(question=" ")), "line 3, question: expected a text, got ' '"),
         (json.dumps(row(clip=7)), "line 1, clip: expected a text, got 7"),
         (json.dumps(row(split="")), "line 1, split: expected a text, got ''"),

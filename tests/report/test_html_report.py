@@ -263,7 +263,7 @@ def test_made_again_from_the_files_alone(folder: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("predictions.jsonl", "{", "line 1: not JSON"),
+        ("predictions.jsonl", "{", "line 1: not valid JSON"),
         ("predictions.jsonl", '{"policy": "full"}', "line 1.ratio: missing"),
         ("report.json", '{"format": 9}', "format: is not of format 1"),
         ("report.json", '{"format": 1, "command": null}', "versions: missing"),

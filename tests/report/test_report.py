@@ -150,7 +150,7 @@ def test_a_cut_or_missing_file_is_named(tmp_path: Path, results: Results) -> Non
         read_results(path)
     write_results(path, results)
     path.write_text(path.read_text()[:100])
-    with pytest.raises(InputError, match="not a whole JSON file"):
+    with pytest.raises(InputError, match="not valid JSON"):
         read_results(path)
 
 
