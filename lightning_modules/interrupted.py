@@ -92,7 +92,7 @@ class StopBetweenSteps(Checkpoint):
 
 
 def keeper(trainer: Any) -> ModelCheckpoint | None:
-    """What keeps the checkpoints of a run."""
+    """The callback that keeps the checkpoints of a run."""
     return next((each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)), None)
 
 
@@ -105,7 +105,7 @@ def last_checkpoint(trainer: Any) -> Path | None:
 
 
 def how_to_go_on(file: Path | None) -> str:
-    """What can be done with a run that was stopped."""
+    """Advice about a run that was stopped."""
     if file is None or not file.is_file():
         return "It has no checkpoint yet."
     return (

@@ -1,4 +1,4 @@
-"""What the entry point group `lmms_eval.models` loads: where the classes are, without importing them."""
+"""The entry point of `lmms_eval.models`: it names the classes without importing them."""
 
 from __future__ import annotations
 

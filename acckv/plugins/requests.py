@@ -1,4 +1,4 @@
-"""What an evaluation framework asks for, read from chat messages and generation options."""
+"""Requests of an evaluation framework, read from chat messages and generation options."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Generation:
-    """How an answer is generated.
+    """The options that an answer is generated with.
 
     Attributes:
         max_new_tokens: longest answer.

@@ -1,1 +1,1 @@
-"""What an evaluation leaves behind: results file and predictions, tables, plots, model card."""
+"""The reports of evaluations and calibrations: tables, plots, HTML, model card."""

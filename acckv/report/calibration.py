@@ -18,7 +18,7 @@ MODALITIES = ("video", "audio")
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run was.
+    """The facts of a calibration run.
 
     Attributes:
         model: base model; when: "context" or "prompt".
@@ -45,7 +45,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class KeptShares:
-    """What is kept: ratio -> [layers, 2] entries (video, audio), mean over some clips, of [2] entries that exist."""
+    """Kept entries: ratio -> [layers, 2] (video, audio), mean over some clips, of [2] entries that exist."""
 
     entries: Mapping[float, Tensor]
     full: Tensor

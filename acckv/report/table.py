@@ -96,7 +96,7 @@ def _cut(outcome: Outcome) -> list[str]:
 
 
 def _left_out(outcome: Outcome) -> list[str]:
-    """That CIDEr is missing beside the other scores of captions."""
+    """A line where CIDEr is missing beside the other scores of captions."""
     row = outcome.results.rows[0]
     missing = "BLEU-4" in row.metrics and CIDER not in row.metrics
     return [f"{CIDER} is left out: it needs pip install 'acckv[captions]'"] if missing else []

@@ -41,7 +41,7 @@ CURRICULUM = (
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """What one pretraining run is made of."""
+    """The options of one pretraining run."""
 
     output: Path
     seed: int = 0
@@ -64,7 +64,7 @@ class PretrainSettings:
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with each checkpoint."""
+    """The state of a run; saved with each checkpoint."""
 
     stage: int = 0
     stage_step: int = 0

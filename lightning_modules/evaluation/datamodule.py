@@ -30,7 +30,7 @@ GeneratedSplit = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class EvaluationData(MediaOptions):
-    """What is asked about: generated clips, a benchmark, your own in the MUSIC-AVQA format, or precomputed embeddings.
+    """The clips and questions: generated, a benchmark, your own in the MUSIC-AVQA format, or precomputed embeddings.
 
     Args:
         benchmark: name of a benchmark, asked and scored as its authors do; none takes the generated clips.
@@ -75,7 +75,7 @@ class EvaluationData(MediaOptions):
 
     @property
     def title(self) -> str:
-        """What results name: the benchmark, the question file, or the split, of generated clips with size and seed."""
+        """The name in results: the benchmark, the question file, or the split (with size and seed of generated clips)."""
         if self.benchmark is not None:
             benchmark = find_benchmark(self.benchmark)
             parts = (benchmark.title, self.split or next(iter(benchmark.splits), None), self.subset)

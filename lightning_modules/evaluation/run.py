@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from acckv.evaluation.journal import Batch, Journal, by_number, read_batches, re
 from acckv.evaluation.progress import EvaluationProgress
 from acckv.evaluation.results import CALIBRATED, Results, Setting
 from acckv.evaluation.run_config import RunConfig, describe_options
-from acckv.evaluation.scores import Outcome, score_batches
+from acckv.evaluation.scores import score_batches
 from acckv.io.json_files import read_json
 from acckv.io.progress import Progress
 from acckv.models import load_model
@@ -37,8 +38,6 @@ from lightning_modules.interrupted import was_interrupted
 
 _PACKAGES = ("acckv", "torch", "transformers", "lightning")
 _NAMED = 5  # missing batches that a message names
-
-__all__ = ["EvaluationOptions", "merge_evaluations", "run_evaluation"]
 
 
 def run_evaluation(
@@ -97,18 +96,10 @@ def run_evaluation(
         on_batch=finish,
     )
     clips = EvaluationClips(journal, shard, options.data.reader(), options.data.num_workers)
-    with progress:
+    with progress, _left_tidy(journal, console if model is None and trainer.is_global_zero else None):
         progress.start(shard.share(config.batches, trainer.global_rank, trainer.world_size), journal)
         try:
             _answer(trainer, module, clips)
-        except InputError:
-            journal.remove_if_empty()
-            raise
-        except (KeyboardInterrupt, SystemExit) as stopped:
-            if was_interrupted(stopped) and model is None and trainer.is_global_zero:
-                held = f"Stopped. The answers so far are in {options.output}; the same command goes on from there."
-                console.print(held, highlight=False, soft_wrap=True)
-            raise
         finally:
             loaded.to(trainer.strategy.root_device)  # a Trainer leaves it on the CPU, and the report asks it again
     batches, mine = journal.finished(), shard.share(config.batches)
@@ -121,7 +112,8 @@ def run_evaluation(
             soft_wrap=True,
         )
     elif trainer.is_global_zero:
-        _publish(output, outcome, console)
+        print_tables(console, outcome)
+        write_files(output, outcome)
         timelines = measure_timelines(module, outcome, options.timelines, options.data.reader())
         write_report(output, outcome, command, timelines)
         if options.update_card and CALIBRATED in outcome.results.policies and Path(options.compressor).is_dir():
@@ -167,14 +159,25 @@ def merge_evaluations(
     Journal(Path(output), config).check(overwrite)
     write_evaluation(Path(output), config, batches.values())
     outcome = score_batches(config, batches.values())
-    _publish(Path(output), outcome, console or Console())
+    print_tables(console or Console(), outcome)
+    write_files(Path(output), outcome)
     write_report(Path(output), outcome, command)
     return outcome.results
 
 
-def _publish(output: Path, outcome: Outcome, console: Console) -> None:
-    print_tables(console, outcome)
-    write_files(output, outcome)
+@contextmanager
+def _left_tidy(journal: Journal, console: Console | None) -> Iterator[None]:
+    """Nothing is left behind of an evaluation without answers, and one that Ctrl-C stopped says how it goes on."""
+    try:
+        yield
+    except InputError:
+        journal.remove_if_empty()
+        raise
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        if was_interrupted(stopped) and console is not None:
+            held = f"Stopped. The answers so far are in {journal.folder}; the same command goes on from there."
+            console.print(held, highlight=False, soft_wrap=True)
+        raise
 
 
 def _answer(trainer: Trainer, module: EvaluationModule, clips: EvaluationClips) -> None:
