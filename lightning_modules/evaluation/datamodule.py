@@ -75,7 +75,7 @@ class EvaluationData(MediaOptions):
 
     @property
     def title(self) -> str:
-        """The name in results: the benchmark, the question file, or the split (with size and seed of generated clips)."""
+        """The name in results: the benchmark, the question file, or the split, with size and seed where generated."""
         if self.benchmark is not None:
             benchmark = find_benchmark(self.benchmark)
             parts = (benchmark.title, self.split or next(iter(benchmark.splits), None), self.subset)
