@@ -91,7 +91,7 @@ def decode(model: Any, processor: Any, tokens: Tensor, max_new_tokens: int) -> l
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     found = []
     for row in tokens.tolist():
-        stop = next((place for place, token in enumerate(row) if token in ends), len(row))
+        stop = next((position for position, token in enumerate(row) if token in ends), len(row))
         text = processor.tokenizer.decode(row[:stop], skip_special_tokens=True).strip()
         found.append(Generated(text, stop >= max_new_tokens))
     return found

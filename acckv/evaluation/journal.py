@@ -205,8 +205,8 @@ def _whole_lines(file: BinaryIO) -> int:
     while end:
         start = max(0, end - _BLOCK)
         file.seek(start)
-        place = file.read(end - start).rfind(b"\n")
-        if place >= 0:
-            return start + place + 1
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
         end = start
     return 0

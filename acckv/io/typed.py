@@ -34,7 +34,7 @@ def from_json(kind: type[Made], value: Any, source: str | Path, field: str = "")
 
     Args:
         kind: dataclasses, lists, tuples, dicts with text keys, unions, literals, paths, and numbers within bounds.
-        source: the file; field: the value's place in it; both for messages.
+        source: the file; field: of the value; both for messages.
 
     Raises:
         InputError: something is missing or ill-valued.
@@ -77,8 +77,8 @@ def _read(kind: Any, value: Any, source: str | Path, field: str) -> Any:
             raise refuse(f"expected {len(inner)} values, got {len(value)}")
         each = [inner[0]] * len(value) if origin is list or inner[-1] is Ellipsis else inner
         return origin(
-            _read(one, part, source, f"{field}[{place}]")
-            for place, (one, part) in enumerate(zip(each, value, strict=True))
+            _read(one, part, source, f"{field}[{index}]")
+            for index, (one, part) in enumerate(zip(each, value, strict=True))
         )
     return _plain(kind, value, refuse)
 

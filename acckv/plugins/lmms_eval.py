@@ -24,7 +24,7 @@ from tqdm import tqdm
 from acckv.data.media import MediaOptions
 from acckv.errors import InputError
 from acckv.models import load_model
-from acckv.plugins.answering import Answerer, build_compressor
+from acckv.plugins.answerer import Answerer, build_compressor
 from acckv.plugins.media_store import MediaStore
 from acckv.plugins.requests import Generation, Prompt, read_prompt
 

@@ -101,8 +101,8 @@ def write_budget_history(
         writer = csv.writer(file)
         writer.writerow(("step", "temperature", "ratio", "layer", "modality", "share"))
         for step, temperature, share in zip(steps, temperatures, shares, strict=True):
-            for place, ratio in enumerate(ratios):
-                for layer, values in enumerate(share[place].tolist()):
+            for index, ratio in enumerate(ratios):
+                for layer, values in enumerate(share[index].tolist()):
                     for modality, value in zip(MODALITIES, values, strict=True):
                         writer.writerow((step, f"{temperature:.6g}", f"{ratio:g}", layer, modality, f"{value:.6g}"))
 
@@ -137,13 +137,13 @@ def _accuracy(results: Results | None) -> list[str]:
 
 
 def _kept_table(kept: KeptShares) -> str:
-    columns = [(ratio, place) for ratio in kept.entries for place in range(len(MODALITIES))]
+    columns = [(ratio, index) for ratio in kept.entries for index in range(len(MODALITIES))]
     lines = [
-        "| layer | " + " | ".join(f"{MODALITIES[place]} at {ratio:g}" for ratio, place in columns) + " |",
+        "| layer | " + " | ".join(f"{MODALITIES[index]} at {ratio:g}" for ratio, index in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     full = kept.full.clamp_min(1e-9)
     for layer in range(len(next(iter(kept.entries.values())))):
-        shares = [100 * float(kept.entries[ratio][layer, place] / full[place]) for ratio, place in columns]
+        shares = [100 * float(kept.entries[ratio][layer, index] / full[index]) for ratio, index in columns]
         lines.append(f"| {layer} | " + " | ".join(f"{share:.1f}" for share in shares) + " |")
     return "\n".join(lines)

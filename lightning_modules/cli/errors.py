@@ -57,7 +57,7 @@ def with_found_configs(argv: Sequence[str]) -> list[str]:
     """Command-line words in which a config that is a bare file name, and not in this folder, is that of `configs/`.
 
     Raises:
-        InputError: there is none of this name in either place.
+        InputError: there is none of this name in either folder.
     """
     words = list(argv)
     for index, word in enumerate(words):
@@ -65,13 +65,13 @@ def with_found_configs(argv: Sequence[str]) -> list[str]:
         last = index + 1 == len(words)
         if name not in ("--config", "-c") or (last and not equals):
             continue
-        place, given = (index, value) if equals else (index + 1, words[index + 1])
+        position, given = (index, value) if equals else (index + 1, words[index + 1])
         if Path(given).name != given or Path(given).suffix not in (".yaml", ".yml", ".json") or Path(given).exists():
             continue
         found = next((folder / given for folder in CONFIG_FOLDERS if (folder / given).is_file()), None)
         if found is None:
             raise InputError("is neither in this folder nor in configs/", source=given, field="config")
-        words[place] = f"{name}={found}" if equals else str(found)
+        words[position] = f"{name}={found}" if equals else str(found)
     return words
 
 

@@ -20,7 +20,7 @@ from acckv.data.media import MediaOptions, read_media
 from acckv.data.video_folder import hold_out, list_videos
 from acckv.errors import InputError
 from acckv.models import load_model
-from acckv.plugins.answering import Answerer
+from acckv.plugins.answerer import Answerer
 from acckv.plugins.media_store import MediaStore
 from acckv.plugins.requests import ClipRef, Generation, Prompt, read_prompt
 from lightning_modules.calibration.datamodule import AVDataModule

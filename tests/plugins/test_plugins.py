@@ -18,7 +18,7 @@ from acckv.data.media import read_media
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.errors import InputError
 from acckv.models import load_model
-from acckv.plugins.answering import Answerer, Clip, build_compressor
+from acckv.plugins.answerer import Answerer, Clip, build_compressor
 from acckv.plugins.media_store import MediaStore
 from acckv.plugins.requests import ClipRef, Generation, Prompt, read_prompt
 from tests.paths import FIXTURES
