@@ -133,6 +133,7 @@ def _help(target: str, *words: str) -> str:
 
 
 SUBCOMMANDS = {"train.py": ("fit", "validate", "export"), "evaluate.py": ("ask", "merge")}
+SCRIPTS = {"acckv-train": "train.py", "acckv-evaluate": "evaluate.py"}
 #: Checked by other means, or no program of ours.
 FOREIGN = {"pip", "pytest", "mkdocs", "make", "jupyter", "lmms-eval", ".ci/run"}
 
@@ -142,6 +143,8 @@ def _check(words: list[str], options_of: Callable[..., set[str]]) -> None:
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words = words[1:]
     program, *rest = words
+    if program in SCRIPTS:
+        program, rest = "python", [SCRIPTS[program], *rest]
     if program == "pip":
         for extra in re.findall(r"\[(\w+)\]", " ".join(rest)):
             assert extra in EXTRAS, extra
