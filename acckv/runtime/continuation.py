@@ -1,4 +1,4 @@
-"""Positions of what follows a compressed cache: the cache knows them, a model only those of its last forward."""
+"""A compressed cache read on: the positions of what follows, which the cache knows, and the inputs of a question."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acckv.cache.cache import CompressedCache
+from acckv.errors import InputError
 from acckv.models.base import ModelAdapter
 
 
@@ -56,3 +57,39 @@ def generated_positions(
     new = given if whole > given else max(given - seen, 0)
     positions = following_positions(adapter, cache, inputs, tokens[:, given - new :])
     return F.pad(positions, (whole - new, 0))
+
+
+def question_inputs(
+    cache: CompressedCache, input_ids: Tensor, attention_mask: Tensor | None, copies: int, device: torch.device
+) -> tuple[Tensor, Tensor, CompressedCache]:
+    """Ids, mask and cache that ``model.generate`` takes to answer questions about a compressed context.
+
+    Args:
+        input_ids, attention_mask: of the questions ``[questions, tokens]``, as of :meth:`Session.answer`.
+        copies: rows that generate makes of each; it does not copy the cache, which comes with all of them.
+
+    Raises:
+        InputError: there is no token, padding is not on the left, or the questions do not divide over the clips.
+    """
+    batch = cache.labels.labels.shape[0]
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise InputError(f"needs ids [rows, tokens] of a question, not {list(input_ids.shape)}", field="input_ids")
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if not bool((attention_mask[:, -1] > 0).all()):
+        raise InputError("ends with padding in some row; pad questions on the left", field="attention_mask")
+    if input_ids.shape[0] % batch:
+        raise InputError(f"{input_ids.shape[0]} rows do not divide over {batch} clips", field="input_ids")
+    branch = cache.branch(input_ids.shape[0] // batch * copies)
+    input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+    # generate slices what the cache has seen off the front; what stands there does not matter.
+    context = input_ids.new_zeros(input_ids.shape[0], branch.get_seq_length())
+    mask = torch.cat([branch.labels.real[::copies].to(attention_mask.dtype), attention_mask], dim=1)
+    return torch.cat([context, input_ids], dim=1), mask, branch
+
+
+def generated_copies(options: dict[str, Any], default: Any) -> int:
+    """Rows that generate makes of one: its beams, or the sequences that it returns where those are more."""
+    config = options.get("generation_config") or default
+    counts = (options.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
+    return max(count or 1 for count in counts)

@@ -36,8 +36,6 @@ def attach(adapter: ModelAdapter, lora: LoraSets, mode: LoraMode) -> SessionLora
     Raises:
         InputError: the mode is 'merged' and the weights cannot be; or as :class:`AttachedLora`.
     """
-    if mode not in ("auto", "merged", "separate"):
-        raise InputError(f"{mode!r} is not one of auto, merged, separate", field="lora_mode")
     low_ratio = None if lora.low_ratio is None else lora.low_ratio.tensors
     attached = AttachedLora(adapter, lora.default.config, lora.default.tensors or None, low_ratio)
     if mode == "separate" or (mode == "auto" and not lora.default.tensors):  # fresh ones are there to be trained

@@ -17,7 +17,6 @@ from acckv.method.modality import ModalityMap
 from acckv.method.scoring import Observation
 from acckv.models.batching import DecoderInputs, observed_queries
 from acckv.policies.base import Rows
-from acckv.runtime.prefill_run import PROBE_REMEDY
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,11 @@ class Prefill:
         """
         if rows == "text" and config.when == "context":
             if self.probes is None:
-                raise InputError(PROBE_REMEDY, field="processor")
+                raise InputError(
+                    "recorded no probe prompt: open the session with a processor, and run its prefill with rows='all' "
+                    "or 'text'",
+                    field="prefill",
+                )
             return self.probes
         mask = observed_queries(self.labels, rows, config.window)
         # Recorded rows end where the prompt ends.

@@ -52,7 +52,10 @@ class ProbePrompt:
             InputError: there is nothing to tokenise it with, or it has no token.
         """
         if self.processor is None:
-            raise InputError(PROBE_REMEDY, field="processor")
+            raise InputError(
+                "this policy watches a prompt of its own: pass the processor, `compressor(model, processor)`",
+                field="processor",
+            )
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         ids = tokenizer(self.text, add_special_tokens=False)["input_ids"]
         if not ids:
@@ -218,6 +221,3 @@ class PromptRun:
         if probe_ids is not None:
             parts.append(torch.zeros_like(probe_ids, dtype=types.dtype))
         return torch.cat(parts, dim=1)
-
-
-PROBE_REMEDY = "this policy watches a prompt of its own: pass the processor, `compressor(model, processor)`"

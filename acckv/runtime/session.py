@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from acckv.models.batching import DecoderInputs, next_position
 from acckv.planner import Planners
 from acckv.policies.base import Rows
 from acckv.runtime.attention import attention_of_masks, hook_attention
+from acckv.runtime.continuation import generated_copies, question_inputs
 from acckv.runtime.dispatch import Dispatcher
 from acckv.runtime.hooks import served
 from acckv.runtime.logits import at_places, chosen_logits, last_position
@@ -62,6 +63,8 @@ class Session:
         lora_mode: LoraMode = "auto",
         family: Family | None = None,
     ) -> None:
+        if lora_mode not in get_args(LoraMode):
+            raise InputError(f"{lora_mode!r} is not one of {', '.join(get_args(LoraMode))}", field="lora_mode")
         self.planners, self.lora = planners, lora
         model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; prompts run uncompiled in a session
         self.adapter = find_adapter(model, family)
@@ -96,35 +99,8 @@ class Session:
 
     @property
     def last_cache(self) -> CompressedCache | None:
-        """What was compressed last, by generate or by this session's own methods."""
+        """The cache that was compressed last, by generate or by this session's own methods."""
         return self.dispatcher.last_cache
-
-    @property
-    def attached(self) -> AttachedLora | None:
-        """The compressor's LoRA layers while they are on the model; None without any, and where they are merged."""
-        return self.dispatcher.lora if isinstance(self.dispatcher.lora, AttachedLora) else None
-
-    @property
-    def adapts_prompt(self) -> bool:
-        """Whether LoRA acts on the prompt too, so that a prefill of the base model is of no use here."""
-        return self.dispatcher.adapts_prompt
-
-    @contextmanager
-    def base_projections(self) -> Iterator[None]:
-        """The compressor's LoRA, if there is one, is off while the context is open; other threads wait."""
-        with self.dispatcher.hooks.lock, self.dispatcher.base_projections():
-            yield
-
-    @contextmanager
-    def adapted(self, ratio: float) -> Iterator[None]:
-        """Simulations use the LoRA of a ratio while the context is open, and other threads wait; caches know their
-        own."""
-        with self.dispatcher.hooks.lock:
-            lora = self.dispatcher.lora
-            with nullcontext() if lora is None else lora.selected(self.planners.is_low(ratio)):
-                yield
-
-    # ----------------------------------------------- compressing, and answering
 
     @served
     def prefill(
@@ -138,6 +114,8 @@ class Session:
             gradients: keep the graph, to train LoRA of scope 'all'.
             inputs: as for the model, media included; with `when: context` up to the end of the media.
         """
+        if rows not in get_args(Rows):
+            raise InputError(f"{rows!r} is not one of {', '.join(get_args(Rows))}", field="rows")
         cache, request = fresh_cache(self.adapter), Request("record", rows=rows)
         logits = None
         if embedded is None:
@@ -237,20 +215,6 @@ class Session:
         return self.dispatcher.last_cache
 
     @served
-    def plan(self, prefill: Prefill, ratio: float | None = None, temperature: float | None = None) -> list[LayerPlan]:
-        """What :meth:`compress` would keep; with a temperature, the differentiable twin of it."""
-        rows = self.planners.policy.rows
-        seen = prefill.watched(rows, self.planners.config)
-        with (
-            self.dispatcher.prompt_adapters() if rows == "reconstruction" else nullcontext()
-        ):  # the one that runs the model
-            observations = self.dispatcher.policy_inputs.complete(
-                seen, prefill.cache.layers, prefill.embedded, prefill.reconstruction
-            )
-        planner = self.planners.at(self._ratio(prefill, ratio))
-        return planner.plan(observations, prefill.labels, ratio, temperature)
-
-    @served
     @torch.no_grad()
     def answer(
         self, cache: CompressedCache, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
@@ -266,26 +230,32 @@ class Session:
         Returns:
             the new tokens ``[rows, new]``, or ``[rows * returns, new]``.
         """
-        batch = cache.labels.labels.shape[0]
-        if input_ids.ndim != 2 or not input_ids.shape[1]:
-            raise InputError(f"needs ids [rows, tokens] of a question, not {list(input_ids.shape)}", field="input_ids")
-        if attention_mask is not None and not bool((attention_mask[:, -1] > 0).all()):
-            raise InputError("ends with padding in some row; pad questions on the left", field="attention_mask")
-        if input_ids.shape[0] % batch:
-            raise InputError(f"{input_ids.shape[0]} rows do not divide over {batch} clips", field="input_ids")
-        copies = _copies(options, self.model.generation_config)
-        branch = cache.branch(input_ids.shape[0] // batch * copies)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        input_ids, attention_mask = input_ids.to(self.adapter.device), attention_mask.to(self.adapter.device)
-        # generate slices what the cache has seen off the front; what stands there does not matter.
-        context = input_ids.new_zeros(input_ids.shape[0], branch.get_seq_length())
-        ids = torch.cat([context, input_ids], dim=1)
-        # generate repeats each row for its beams, but not the cache, which therefore comes with all of them.
-        mask = torch.cat([branch.labels.real[::copies].to(attention_mask.dtype), attention_mask], dim=1)
+        copies = generated_copies(options, self.model.generation_config)
+        ids, mask, branch = question_inputs(cache, input_ids, attention_mask, copies, self.adapter.device)
         out = self.model.generate(input_ids=ids, attention_mask=mask, cache=branch, **options)
         out = out if isinstance(out, Tensor) else out.sequences
         return out[:, ids.shape[1] :]
+
+    # ------------------------------------------------- planning, and training
+
+    @served
+    def plan(self, prefill: Prefill, ratio: float | None = None, temperature: float | None = None) -> list[LayerPlan]:
+        """The plans by which :meth:`compress` would keep entries, one a layer.
+
+        Args:
+            ratio: kept share, replaces the config's.
+            temperature: above 0 for the differentiable twin of the selection that is shipped; None for that itself.
+        """
+        if temperature is not None and not temperature > 0:
+            raise InputError(f"{temperature!r} is not above 0; None selects as it is shipped", field="temperature")
+        rows = self.planners.policy.rows
+        seen = prefill.watched(rows, self.planners.config)
+        adapters = self.dispatcher.prompt_adapters() if rows == "reconstruction" else nullcontext()  # runs the model
+        with adapters:
+            layers, policy_inputs = prefill.cache.layers, self.dispatcher.policy_inputs
+            observations = policy_inputs.complete(seen, layers, prefill.embedded, prefill.reconstruction)
+        planner = self.planners.at(self._ratio(prefill, ratio))
+        return planner.plan(observations, prefill.labels, ratio, temperature)
 
     @served
     def simulate(
@@ -319,6 +289,31 @@ class Session:
             raise InputError("keeps keyword arguments from its attention, so it cannot be simulated", field="model")
         return logits
 
+    @property
+    def attached(self) -> AttachedLora | None:
+        """The compressor's LoRA layers while they are on the model; None without any, and where they are merged."""
+        return self.dispatcher.lora if isinstance(self.dispatcher.lora, AttachedLora) else None
+
+    @property
+    def adapts_prompt(self) -> bool:
+        """Whether LoRA acts on the prompt too, so that a prefill of the base model is of no use here."""
+        return self.dispatcher.adapts_prompt
+
+    @contextmanager
+    def base_projections(self) -> Iterator[None]:
+        """The compressor's LoRA, if there is one, is off while the context is open; other threads wait."""
+        with self.dispatcher.hooks.lock, self.dispatcher.base_projections():
+            yield
+
+    @contextmanager
+    def adapted(self, ratio: float) -> Iterator[None]:
+        """Simulations use the LoRA of a ratio while the context is open, and other threads wait; caches know their
+        own."""
+        with self.dispatcher.hooks.lock:
+            lora = self.dispatcher.lora
+            with nullcontext() if lora is None else lora.selected(self.planners.is_low(ratio)):
+                yield
+
     # ------------------------------------------------------------------ inside
 
     def _serving(self, request: Request) -> AbstractContextManager[Request]:
@@ -340,10 +335,3 @@ class Session:
     def _read(self, inputs: dict[str, Any], seen: int = 0) -> NewTokens:
         new_tokens = read_new_tokens(self.adapter, inputs, "prompt", inputs.get("modality_ids"), seen)
         return new_tokens.compressed_whole()
-
-
-def _copies(options: dict[str, Any], default: Any) -> int:
-    """Rows that generate makes of one: its beams, or the sequences that it returns where those are more."""
-    config = options.get("generation_config") or default
-    counts = (options.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
-    return max(count or 1 for count in counts)

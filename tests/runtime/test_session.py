@@ -260,3 +260,17 @@ def test_no_option_and_no_mask_of_media_is_passed_over(sdpa: Any) -> None:
                 call(**{**tiny_omni.context(), **mask})
         with pytest.raises(InputError, match="attention_mask: of media needs shape"):
             sdpa(**{**tiny_omni.prompt(), **mask})
+
+
+def test_options_out_of_range_are_refused(sdpa: Any) -> None:
+    compressor = KVCompressor(CompressionConfig(policy="keydiff", ratio=0.3))
+    with pytest.raises(InputError, match="lora_mode: 'fold' is not one of auto, merged, separate"):
+        compressor(sdpa, lora_mode="fold")
+    with compressor(sdpa) as session:
+        with pytest.raises(InputError, match="'some' is not one of none, window"):
+            session.prefill(rows="some", **tiny_omni.context())
+        prefill = session.prefill(**tiny_omni.context())
+        with pytest.raises(InputError, match="temperature: -1 is not above 0"):
+            session.plan(prefill, temperature=-1)
+        with pytest.raises(InputError, match="input_ids: needs ids"):
+            session.answer(session.compress(prefill), torch.zeros(0, 3, dtype=torch.long))
