@@ -1,83 +1,126 @@
-"""The slow reference: the full cache stays, and attention hides what a session evicted.
+"""The slow reference: an eager copy of a model, all of whose entries stay, with a mask that hides what was evicted.
 
-It is written against plain transformers: an ordinary DynamicCache, a softmax spelled out, one mask a layer and head.
+It is written against plain transformers. What was evicted is read off the keys that a compressed cache still holds.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from acckv.cache.layer import CompressedLayer
-from acckv.models import AttentionLayer, find_adapter
-from acckv.runtime.attention import hook_attention
 
-#: For each compressed layer: (logical index from which queries no longer see them, bool [heads, columns] evicted).
-Evictions = list[list[tuple[int, Tensor]]]
-
-
-@contextmanager
-def masked(model: Any, evictions: Evictions) -> Iterator[None]:
-    """Full attention of a batch of equal rows in which later queries do not see what was evicted."""
-    layers = find_adapter(model).attention_layers
-
-    def attend(original: Any, index: int, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kw: Any):
-        layer: AttentionLayer = layers[index]
-        if layer.slot is None:
-            return original(module, query, key, value, mask, **kw)
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        logits = query.float() @ key.float().transpose(-1, -2) * kw["scaling"]
-        rows, columns = logits.shape[-2:]
-        visible = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows).expand_as(logits).clone()
-        if mask is not None:
-            visible = (mask if mask.dtype == torch.bool else mask > -1).expand_as(logits).clone()
-        positions = torch.arange(columns - rows, columns)
-        for boundary, evicted in evictions[layer.slot]:
-            evicted = evicted[:, :columns]
-            hidden = evicted.repeat_interleave(groups, 0)[:, None] & (positions >= boundary)[:, None]
-            visible[..., : evicted.shape[1]] &= ~hidden
-        weights = logits.masked_fill(~visible, torch.finfo(torch.float32).min).softmax(-1)
-        return (weights @ value.float()).to(query.dtype).transpose(1, 2).contiguous(), None
-
-    modules = [layer.module for layer in layers]
-    with hook_attention(modules, find_adapter(model).attention_implementation, attend), torch.no_grad():
-        yield
+#: For each layer of the cache: (logical index from which queries no longer see them, bool [heads, columns] evicted).
+Evictions = dict[int, list[tuple[int, Tensor]]]
+#: Attributes that tell an attention module from a decoder layer.
+PROJECTIONS = ("q_proj", "k_proj", "qkv_proj", "c_attn", "query_key_value", "kv_b_proj", "att_proj")
 
 
-class Ledger:
-    """Follows every eviction of single-row caches: which token of the conversation each head still holds."""
+class NotReached(Exception):
+    """A layer that lost entries takes no mask: the reference cannot speak of this model."""
 
-    def __init__(self, slots: int) -> None:
-        self.evictions: Evictions = [[] for _ in range(slots)]
-        self.tokens: dict[int, Tensor] = {}
+
+class Reference:
+    """An eager copy of a model, made before a session opens, and what one conversation lost in that session."""
+
+    def __init__(self, model: Any, evictions: Evictions | None = None) -> None:
+        self.model = copy.deepcopy(model)
+        self.model.set_attn_implementation("eager")
+        self.evictions: Evictions = evictions or {}
 
     @contextmanager
-    def following(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
-        commit = CompressedLayer.commit
+    def hiding(self) -> Iterator[Any]:
+        """The model, in which later queries do not see what was evicted; the rows of a batch are equal."""
+        reached = set()
 
-        def followed(
-            layer: CompressedLayer, plan: Any, labels: Tensor, candidates: Any = None, low_ratio: bool = False
-        ) -> None:
-            slot, region, before = layer.slot, layer.region, layer.physical
-            length = labels.shape[-1]
-            commit(layer, plan, labels, candidates, low_ratio)
-            heads = layer.keys.shape[1]
-            assert plan.merged_bias.shape[-1] == 0, "a merged entry is no token"
-            later = torch.arange(layer.seen - (length - region), layer.seen).expand(heads, -1)
-            held = torch.cat([self.tokens[slot], later], dim=1) if region else later
-            keep = torch.isfinite(plan.log_gates[0, :, :length]).expand(heads, -1)
-            evicted = torch.ones(heads, layer.seen, dtype=torch.bool)
-            self.tokens[slot] = torch.stack([held[head][keep[head]] for head in range(heads)])
-            evicted.scatter_(1, self.tokens[slot], False)
-            self.evictions[slot].append((layer.seen, evicted))
-            assert layer.physical == self.tokens[slot].shape[1] <= before
+        def hide(module: Any, args: Any, kwargs: Any) -> Any:
+            index = source_layer(module)
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            mask = bound.arguments.get("attention_mask")
+            if index not in self.evictions or not isinstance(mask, Tensor) or mask.ndim != 4:
+                return None
+            reached.add(index)
+            hidden = hidden_columns(self.evictions[index], *mask.shape[-2:])
+            hidden = hidden.repeat_interleave(query_heads(module, self.model) // len(hidden), 0)[None]
+            low = torch.finfo(mask.dtype if mask.is_floating_point() else torch.float32).min
+            mask = torch.where(mask, 0.0, low) if mask.dtype == torch.bool else mask
+            bound.arguments["attention_mask"] = mask.expand(-1, hidden.shape[1], -1, -1).masked_fill(hidden, low)
+            return bound.args, bound.kwargs
 
-        with monkeypatch.context() as patch:
-            patch.setattr(CompressedLayer, "commit", followed)
-            yield self
+        with ExitStack() as stack, torch.no_grad():
+            for module in self.model.modules():
+                takes_mask = "attention_mask" in inspect.signature(module.forward).parameters
+                if hasattr(module, "layer_idx") and takes_mask and any(hasattr(module, name) for name in PROJECTIONS):
+                    stack.callback(module.register_forward_pre_hook(hide, with_kwargs=True).remove)
+            yield self.model
+        if reached != set(self.evictions):
+            raise NotReached(f"the reference reached layers {sorted(reached)} of {sorted(self.evictions)}")
+
+    def read(self, inputs: dict[str, Any], cache: Any) -> None:
+        """Add what was evicted last, read off the keys that the compressed cache of one row still holds.
+
+        Args:
+            inputs: the conversation up to there, or further, as one prompt.
+        """
+        inputs = {name: value for name, value in inputs.items() if name != "modality_ids"}
+        with self.hiding() as model:
+            full = cache_of(model(**inputs, use_cache=True))
+        for index, layer in enumerate(cache.layers):
+            if not isinstance(layer, CompressedLayer):
+                continue
+            boundary = cache.get_seq_length() - (layer.physical - layer.region)
+            times = self.evictions.setdefault(index, [])
+            if all(boundary != before for before, _ in times):
+                assert layer.bias is None, "a merged entry is no token"
+                keys, held = full.layers[index].keys[0, :, :boundary], layer.keys[0, :, : layer.region]
+                times.append((boundary, missing(keys, held)))
+
+
+def hidden_columns(evictions: list[tuple[int, Tensor]], rows: int, columns: int) -> Tensor:
+    """bool ``[heads, rows, columns]``: what the last `rows` of so many positions do not see in a layer."""
+    positions = torch.arange(columns - rows, columns)
+    hidden = torch.zeros(len(evictions[0][1]), rows, columns, dtype=torch.bool)
+    for boundary, evicted in evictions:
+        evicted = evicted[:, :columns]
+        hidden[..., : evicted.shape[1]] |= evicted[:, None] & (positions >= boundary)[:, None]
+    return hidden
+
+
+def cache_of(output: Any) -> Any:
+    """The cache of a model's output, under the name that the model has for it."""
+    return output.get("cache", output.get("past_key_values"))
+
+
+def missing(keys: Tensor, held: Tensor) -> Tensor:
+    """bool ``[heads, tokens]`` of the keys ``[heads, tokens, size]`` that are not among those held."""
+    tolerance = max(1e-4, 32 * torch.finfo(keys.dtype).eps)  # of rounding: other keys are as far as they are long
+    keys, held = keys.double(), held.double()
+    nearest = torch.cdist(held, keys).min(dim=-1)
+    if held.numel() and nearest.values.max() > tolerance * keys.abs().max():
+        raise AssertionError("entries are held that were never there")
+    return torch.ones(keys.shape[:2], dtype=torch.bool).scatter(1, nearest.indices, False)
+
+
+def source_layer(module: Any) -> int:
+    """The cache layer that an attention module reads: its own, or that of the layer whose entries it shares."""
+    index = int(module.layer_idx)
+    if getattr(module, "kv_shared_layer_index", None) is not None:
+        return int(module.kv_shared_layer_index)
+    if getattr(module, "is_kv_shared_layer", False):
+        modes, kinds = module.config.kv_sharing_modes, module.config.layer_types
+        return max(i for i in range(index) if modes[i] != "reuse" and kinds[i] == kinds[index])
+    return index
+
+
+def query_heads(module: Any, model: Any) -> int:
+    """Of an attention module."""
+    for name in ("num_heads", "num_attention_heads", "n_heads"):
+        if isinstance(getattr(module, name, None), int):
+            return int(getattr(module, name))
+    return int(model.config.get_text_config(decoder=True).num_attention_heads)

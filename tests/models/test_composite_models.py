@@ -13,7 +13,7 @@ from acckv.cache.cache import compressed_layers
 from acckv.models import find_adapter
 from acckv.models.qwen_vl import Qwen3VLAdapter, QwenVLAdapter
 from tests.families import FAMILIES, FRAME_TOKENS, IMAGE, QUESTION, TEXT, VIDEO, VISION_BOS, VISION_EOS, Qwen25Omni
-from tests.reference import Ledger, masked
+from tests.reference import Reference
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 VISION = {"hidden_size": 32, "num_heads": 2, "patch_size": 4, "intermediate_size": 32, "out_hidden_size": 64}
@@ -87,20 +87,19 @@ def generate(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Te
 
 
 @pytest.mark.parametrize("when", ["context", "prompt"])
-def test_qwen_vl_equals_masked_full_attention(vl: Any, when: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qwen_vl_equals_masked_full_attention(vl: Any, when: Any) -> None:
     family, model = vl
-    inputs = family.clip(model)
+    inputs, reference = family.clip(model), Reference(model)
     assert isinstance(find_adapter(model), Qwen3VLAdapter if family.name == "Qwen3VL" else QwenVLAdapter)
-    ledger = Ledger(3)
     with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.4, when=when))(model) as session:
-        with ledger.following(monkeypatch):
-            tokens, logits = generate(model, inputs)
+        tokens, logits = generate(model, inputs)
+        reference.read(inputs, session.last_cache)
         assert session.last_cache.kept_entries().sum() == int(0.4 * 3 * 8)
         batch = family.collate([inputs, family.clip(model, (25,), seed=2, frames=3, intro=(2,))])
         rows, _ = generate(model, batch)
         assert torch.equal(rows[:1], tokens)
-    with masked(model, ledger.evictions):
-        expected_tokens, expected = generate(model, inputs)
+    with reference.hiding() as full:
+        expected_tokens, expected = generate(full, inputs)
     assert torch.equal(tokens, expected_tokens)
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (logits - generate(model, inputs)[1]).abs().max() > 1e-3
@@ -138,12 +137,12 @@ def llava() -> tuple[Any, dict[str, Any]]:
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 8, 8)}
 
 
-def test_a_composite_model_without_adapter_labels_by_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_composite_model_without_adapter_labels_by_its_config() -> None:
     model, inputs = llava()
-    ledger = Ledger(3)
+    reference = Reference(model)
     with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.4))(model) as session:
-        with ledger.following(monkeypatch):
-            tokens, logits = generate(model, inputs)
+        tokens, logits = generate(model, inputs)
+        reference.read(inputs, session.last_cache)
         assert session.last_cache.labels.media.equal(inputs["input_ids"] == IMAGE)
         assert session.last_cache.kept_entries().sum() == int(0.4 * 3 * 8)
         context = {
@@ -155,8 +154,8 @@ def test_a_composite_model_without_adapter_labels_by_its_config(monkeypatch: pyt
         with pytest.raises(InputError, match="modality_ids: must be given with the inputs"):
             model.generate(**{**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, 12)})
     assert torch.equal(answer, tokens)
-    with masked(model, ledger.evictions):
-        _, expected = generate(model, inputs)
+    with reference.hiding() as full:
+        _, expected = generate(full, inputs)
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 

@@ -16,7 +16,7 @@ from acckv.config import PolicyName
 from acckv.models import find_adapter
 from tests.families import FAMILIES, Family, Tokenizer
 from tests.pairwise import by_turns
-from tests.reference import Ledger, masked
+from tests.reference import Reference
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 MODES: dict[str, dict[str, Any]] = {
@@ -75,23 +75,21 @@ def fingerprint(model: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("built", "mode", "when"), by_turns(ATTENTION, MODES, WHEN), indirect=["built"])
-def test_generation_equals_masked_full_attention(
-    built: Built, mode: str, when: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generation_equals_masked_full_attention(built: Built, mode: str, when: Any) -> None:
     """Heads keep different entries."""
     family, model = built
-    inputs = family.clip(model, ECHO)
+    inputs, reference = family.clip(model, ECHO), Reference(model)
     compressor = KVCompressor(CompressionConfig(policy="keydiff", when=when, ratio=0.4))
-    ledger = Ledger(family.layers)
-    with compressor(model), ledger.following(monkeypatch):
+    with compressor(model) as session:
         tokens, logits = generate(model, inputs, **MODES[mode])
-    assert all(len(layer) == 1 for layer in ledger.evictions)
-    with masked(model, ledger.evictions):
-        expected_tokens, expected = generate(model, plain(inputs), **MODES[mode])
+    reference.read(inputs, session.last_cache)
+    assert len(reference.evictions) == family.layers
+    with reference.hiding() as full:
+        expected_tokens, expected = generate(full, plain(inputs), **MODES[mode])
     assert torch.equal(tokens, expected_tokens)
     assert_equal(logits, expected)
-    whole, full = generate(model, plain(inputs), **MODES[mode])
-    assert whole.shape == tokens.shape and not torch.allclose(logits, full, atol=1e-3)
+    whole, whole_logits = generate(model, plain(inputs), **MODES[mode])
+    assert whole.shape == tokens.shape and not torch.allclose(logits, whole_logits, atol=1e-3)
 
 
 @pytest.mark.parametrize("when", WHEN)
@@ -150,7 +148,7 @@ def test_left_padded_batch_equals_single_rows(built: Built, policy: str, when: A
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_half_precision(sdpa: Built, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision(sdpa: Built, dtype: Any) -> None:
     """A session in half precision is as far from float32 as masked full attention in half precision is.
 
     Both round the same function, the same evictions hidden, so that how far rounding is carried on is the same for
@@ -162,14 +160,15 @@ def test_half_precision(sdpa: Built, dtype: Any, monkeypatch: pytest.MonkeyPatch
     model, exact = family.build(dtype=dtype), family.build(dtype=dtype).float()
     one, shares = {"max_new_tokens": 1, "do_sample": False}, []
     for seed in range(4):
-        inputs, ledger = family.clip(model, seed=seed), Ledger(family.layers)
+        inputs, half = family.clip(model, seed=seed), Reference(model)
         wide = {name: x.float() if torch.is_tensor(x) and x.dtype == dtype else x for name, x in inputs.items()}
-        with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.4))(model), ledger.following(monkeypatch):
+        with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.4))(model) as session:
             _, logits = generate(model, inputs, **one)
-        with masked(exact, ledger.evictions):
-            _, expected = generate(exact, plain(wide), **one)
-        with masked(model, ledger.evictions):
-            _, reference = generate(model, plain(inputs), **one)
+        half.read(inputs, session.last_cache)
+        with Reference(exact, half.evictions).hiding() as full:
+            _, expected = generate(full, plain(wide), **one)
+        with half.hiding() as full:
+            _, reference = generate(full, plain(inputs), **one)
         added, usual = ((found - expected).square().mean() for found in (logits, reference))
         shares.append(float(added / (added + usual)))
     assert sum(shares) < 0.8 * len(shares)

@@ -14,7 +14,7 @@ from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.models import find_adapter
 from acckv.runtime.lora import LoraWeights, lora_config
 from tests.families import FAMILIES
-from tests.reference import Ledger, masked
+from tests.reference import Reference
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 KEYDIFF = CompressionConfig(policy="keydiff", ratio=0.3)
@@ -25,22 +25,22 @@ def tokens_and_logits(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor,
     return out.sequences, torch.stack(out.logits)
 
 
-def test_the_adapter_of_a_wrapped_model_goes_on_acting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_adapter_of_a_wrapped_model_goes_on_acting() -> None:
     family = FAMILIES["qwen2_5_omni"]
     plain = family.build()
     inputs = family.clip(plain)
     wrapped = get_peft_model(plain, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    ledger = Ledger(family.layers)
-    with KVCompressor(KEYDIFF)(wrapped) as session, ledger.following(monkeypatch):
+    reference = Reference(wrapped)
+    with KVCompressor(KEYDIFF)(wrapped) as session:
         tokens, logits = tokens_and_logits(wrapped, inputs)
+        reference.read(inputs, session.last_cache)
         again, _ = tokens_and_logits(session.model, inputs)
     assert session.model is wrapped.get_base_model() and torch.equal(tokens, again)
-    ledger.evictions = [layer[:1] for layer in ledger.evictions]
-    with masked(wrapped, ledger.evictions):
-        expected_tokens, expected = tokens_and_logits(wrapped, inputs)
+    with reference.hiding() as full:
+        expected_tokens, expected = tokens_and_logits(full, inputs)
     assert torch.equal(tokens, expected_tokens) and (logits - expected).abs().max() < 1e-5 * expected.abs().max()
-    with masked(wrapped, ledger.evictions), wrapped.disable_adapter():
-        _, base = tokens_and_logits(wrapped, inputs)
+    with reference.hiding() as full, full.disable_adapter():
+        _, base = tokens_and_logits(full, inputs)
     assert (logits - base).abs().max() > 1e-2 * expected.abs().max()
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from acckv import CompressionConfig, KVCompressor
 from acckv.cache.cache import CompressedCache, branch_layers, compressed_layers
-from acckv.method.plan import LayerPlan, MergedInto
-from acckv.runtime.attention import hook_attention
+from acckv.method.plan import LayerPlan
 from tests import tiny_omni
+from tests.reference import Reference
 
 LAYERS, KV_HEADS, MEDIA = 3, 2, tiny_omni.VIDEO_TOKENS + tiny_omni.AUDIO_TOKENS
 QUESTION = torch.tensor([[20, 21, 22, 23, 24]])
@@ -23,41 +23,6 @@ QUESTION = torch.tensor([[20, 21, 22, 23, 24]])
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
 def model(request: pytest.FixtureRequest) -> Any:
     return tiny_omni.build(LAYERS, request.param)
-
-
-def masked_full_attention(
-    model: Any, inputs: dict[str, Any], keep: list[Tensor], changed: list[MergedInto | None] | None = None
-) -> Tensor:
-    """The independent reference: every entry stays, evicted ones are masked for the tokens after the context.
-
-    Args:
-        keep: by layer bool ``[B, K, N]``.
-        changed: by layer the entries that the tokens after the context read with other keys and values.
-    """
-    length = inputs["input_ids"].shape[1]
-    ids = torch.cat([inputs["input_ids"], QUESTION], dim=1)
-
-    def attend(original: Any, layer: int, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kw: Any):
-        groups = query.shape[1] // key.shape[1]
-        merged_into = changed[layer] if changed is not None else None
-        later_key, later_value = (key, value) if merged_into is None else merged_into.place(key, value)
-        outputs = []
-        for part, keys, values in ((query[:, :, :length], key, value), (query[:, :, length:], later_key, later_value)):
-            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-            logits = part @ keys.transpose(-1, -2) * kw["scaling"]
-            first = length if outputs else 0
-            rows = torch.arange(first, first + part.shape[2])[:, None]
-            visible = (torch.arange(keys.shape[2]) <= rows).expand_as(logits).clone()
-            if outputs:
-                visible[..., :length] &= keep[layer].repeat_interleave(groups, 1)[:, :, None]
-            outputs.append(logits.masked_fill(~visible, -torch.inf).softmax(-1) @ values)
-        return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
-
-    decoder = model.model.language_model
-    modules = [layer.self_attn for layer in decoder.layers]
-    with hook_attention(modules, decoder.config._attn_implementation, attend), torch.no_grad():
-        full = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return model(**full, use_cache=False).logits[:, length:]
 
 
 @st.composite
@@ -107,7 +72,11 @@ def test_eviction_equals_masking_equals_simulation(model: Any, kept: list[Tensor
         with torch.no_grad():
             evicted = model(cache=cache.branch(), use_cache=True, **after).logits
             simulated = session.simulate(prefill, plans, **after)
-    reference = masked_full_attention(model, inputs, keep)
+    whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], QUESTION], dim=1)}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    gone = {layer: [(media.shape[1], ~mask[0])] for layer, mask in enumerate(keep)}
+    with Reference(model, gone).hiding() as full:
+        reference = full(**whole, use_cache=False).logits[:, media.shape[1] :]
     assert (evicted - reference).abs().max() < 1e-5
     assert (simulated - evicted).abs().max() < 1e-5
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.cache.cache import CompressedCache, compressed_layers
 from tests.families import FAMILIES, Family, Tokenizer
-from tests.reference import Ledger, masked
+from tests.reference import Reference
 
 RATIO, FIRST, SECOND = 0.4, 2 * 4 + 6, 1 * 4 + 3  # media entries of the two clips
 
@@ -40,16 +40,16 @@ def continued(
         ).logits[0]
 
 
-def whole(family: Family, model: Any, turns: list[dict[str, Any]], ledger: Ledger, last: int) -> torch.Tensor:
+def whole(family: Family, reference: Reference, turns: list[dict[str, Any]], last: int) -> torch.Tensor:
     """Logits of the last tokens of a conversation run in one forward, evicted entries hidden."""
     inputs = family.join(turns)
     inputs.pop("modality_ids", None)
-    with masked(model, ledger.evictions):
-        return model(**inputs, use_cache=False).logits[0, -last:]
+    with reference.hiding() as full:
+        return full(**inputs, use_cache=False).logits[0, -last:]
 
 
 @pytest.mark.parametrize("policy", ["keydiff", "snapkv", "pyramidkv", "fastv", "madakv", "expected_attention"])
-def test_a_conversation_equals_one_masked_forward(built: Built, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversation_equals_one_masked_forward(built: Built, policy: str) -> None:
     """A clip, text, a new clip, text: positions, masks and budgets of each turn, against all of it at once."""
     family, model = built
     turns = [
@@ -58,33 +58,34 @@ def test_a_conversation_equals_one_masked_forward(built: Built, policy: str, mon
         family.context(model, seed=7, frames=1, sounds=3, intro=(23,)),
         family.text(model, (24, 25)),
     ]
-    ledger = Ledger(family.layers)
-    with KVCompressor(CompressionConfig(policy=policy, ratio=RATIO))(model) as session, ledger.following(monkeypatch):
+    reference = Reference(model)
+    with KVCompressor(CompressionConfig(policy=policy, ratio=RATIO))(model) as session:
         cache = session.compress(**turns[0])
-        first = [layer.clone() for layer in ledger.tokens.values()]
+        reference.read(turns[0], cache)
         held = [layer.physical for layer in compressed_layers(cache)]
         cache = session.extend(turns[1], cache)
         assert [layer.physical for layer in compressed_layers(cache)] == [count + 5 for count in held]
         assert cache.kept_entries().sum() == int(RATIO * family.layers * FIRST)
         cache = session.extend(turns[2], cache)
+        reference.read(family.join(turns[:3]), cache)
         logits = continued(family, model, session, cache, (24, 25))
     # Only what was new is compressed, and the whole stays within its share of everything that was offered.
     assert cache.kept_entries().sum() == int(RATIO * family.layers * (FIRST + SECOND))
-    for slot, before in enumerate(first):
-        now = ledger.tokens[slot]
-        assert all(set(old.tolist()) <= set(new.tolist()) for old, new in zip(before, now, strict=True))
-    expected = whole(family, model, turns, ledger, 2)
+    for (_, before), (_, after) in reference.evictions.values():
+        assert torch.equal(after[:, : before.shape[1]], before)
+    expected = whole(family, reference, turns, 2)
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("when", ["context", "prompt"])
-def test_a_later_clip_under_plain_generate(built: Built, when: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_clip_under_plain_generate(built: Built, when: Any) -> None:
     """generate goes on from the cache that generate returned, first with text, then with a new clip."""
     family, model = built
     clip = family.clip(model)
     more = family.clip(model, (26, 27), seed=7, frames=1, sounds=3, intro=(23,))
+    reference = Reference(model)
 
-    def converse() -> list[torch.Tensor]:
+    def converse(model: Any, in_session: bool) -> list[torch.Tensor]:
         """Logits of each turn ``[steps, vocabulary]``."""
         cache: Any = DynamicCache(config=model.config.get_text_config())
         turns, logits = [], []
@@ -111,18 +112,17 @@ def test_a_later_clip_under_plain_generate(built: Built, when: Any, monkeypatch:
             cache = out.cache
             logits.append(torch.stack(out.logits)[:, 0])
             turns.append(family.text(model, tuple(out.sequences[0, -4:].tolist())))
+            if in_session:
+                reference.read(family.join(turns), cache)
         return logits
 
-    ledger, in_session = Ledger(family.layers), True
     with KVCompressor(CompressionConfig(policy="keydiff", when=when, ratio=RATIO))(model) as session:
-        with ledger.following(monkeypatch):
-            found = converse()
+        found = converse(model, in_session=True)
         assert session.last_cache is not None
         assert session.last_cache.kept_entries().sum() == int(RATIO * family.layers * (FIRST + SECOND))
-    assert [len(layer) for layer in ledger.evictions] == [2] * family.layers
-    in_session = False
-    with masked(model, ledger.evictions):
-        expected = converse()
+    assert [len(times) for times in reference.evictions.values()] == [2] * family.layers
+    with reference.hiding() as full:
+        expected = converse(full, in_session=False)
     for turn, reference in zip(found, expected, strict=True):
         assert (turn - reference).abs().max() < 1e-5 * reference.abs().max()
 

@@ -8,11 +8,9 @@ the compressed cache still holds, and a mask a layer and head is handed to the c
 from __future__ import annotations
 
 import copy
-import inspect
 import multiprocessing
 import resource
 import signal
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.cache.layer import CompressedLayer
+from tests.reference import Evictions, NotReached, Reference, cache_of, missing
 from tests.support.tiny_configs import tiny_config
 from tests.support.tiny_overrides import MORE_INPUTS
 
@@ -30,8 +29,6 @@ NEW = 4
 MEDIA = [1] * 8 + [2] * 6
 LABELS = [0] * 3 + MEDIA + [0] * 3
 END_OF_MEDIA = 3 + len(MEDIA)
-#: Attributes that tell an attention module from a decoder layer.
-PROJECTIONS = ("q_proj", "k_proj", "qkv_proj", "c_attn", "query_key_value", "kv_b_proj", "att_proj")
 RATIO, TOLERANCE = 0.3, 1e-5
 
 
@@ -69,7 +66,7 @@ def examine(name: str) -> Outcome:
         return Outcome(name, "right", compare(model))
     except InputError as error:
         return Outcome(name, "refused", str(error)) if "\n" not in str(error) else Outcome(name, "neither", str(error))
-    except NotBuilt as error:
+    except (NotBuilt, NotReached) as error:
         return Outcome(name, "not built", str(error))
     except Exception as error:
         return Outcome(name, "neither", _line(error))
@@ -127,11 +124,15 @@ def compare(model: Any) -> str:
             cache: Any = session.last_cache
         if cache is None:
             raise Wrong("nothing was compressed")
-        gone = evictions(cache, full, boundary)
-        kept = sum(int((~mask[0]).sum()) - (boundary - len(MEDIA)) for mask in gone.values())
+        layers = {index: layer for index, layer in enumerate(cache.layers) if isinstance(layer, CompressedLayer)}
+        gone: Evictions = {
+            index: [(boundary, missing(full.layers[index].keys[0, :, :boundary], layer.keys[0, :, : layer.region]))]
+            for index, layer in layers.items()
+        }
+        kept = sum(int((~mask[0]).sum()) - (boundary - len(MEDIA)) for [(_, mask)] in gone.values())
         if kept != int(RATIO * len(gone) * len(MEDIA)):
             raise Wrong(f"{when}: {kept} entries are kept")
-        expected = masked_logits(model, inputs, new, gone, boundary)
+        expected = masked_logits(model, inputs, new, gone)
         scale = float(expected.abs().max())
         first = found[:, :1] if when == "context" else found[:, 1:2]
         effect = float((first - logits[:, : first.shape[1]]).abs().max()) / scale
@@ -172,82 +173,20 @@ def generate(model: Any, inputs: dict[str, Any], **more: Any) -> tuple[Tensor, T
     out = model.generate(
         **inputs, **more, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True
     )
-    cache = out.get("cache", out.get("past_key_values"))
-    return out.sequences[:, -NEW:], torch.stack(out.logits, 1).float(), cache
+    return out.sequences[:, -NEW:], torch.stack(out.logits, 1).float(), cache_of(out)
 
 
-def evictions(cache: Any, full: Any, boundary: int) -> dict[int, Tensor]:
-    """By cache layer bool ``[heads, boundary]`` of what is gone, read off the keys that are still there."""
-    gone = {}
-    for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, CompressedLayer):
-            continue
-        keys, held = full.layers[index].keys[0, :, :boundary], layer.keys[0, :, : layer.region]
-        if not held.numel():
-            raise Wrong(f"layer {index} holds nothing")
-        nearest = torch.cdist(held.double(), keys.double()).min(dim=-1)
-        if nearest.values.max() > 1e-4 * keys.abs().max():
-            raise Wrong(f"layer {index} holds entries that were never there")
-        gone[index] = torch.ones(keys.shape[:2], dtype=torch.bool).scatter(1, nearest.indices, False)
-    return gone
-
-
-def masked_logits(model: Any, inputs: dict[str, Any], new: Tensor, gone: dict[int, Tensor], boundary: int) -> Tensor:
+def masked_logits(model: Any, inputs: dict[str, Any], new: Tensor, gone: Evictions) -> Tensor:
     """Logits ``[1, new, vocabulary]`` by one forward over everything, in which later tokens do not see what is gone."""
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")
     following = new[:, :-1]
     if "input_ids" in inputs:
         whole = {"input_ids": torch.cat([inputs["input_ids"], following], dim=1)}
     else:
         whole = {"inputs_embeds": torch.cat([inputs["inputs_embeds"], model.get_input_embeddings()(following)], dim=1)}
-    length = len(LABELS) + NEW - 1
-    reached = set()
-
-    def hide(module: Any, args: Any, kwargs: Any) -> Any:
-        index = source_layer(module)
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        mask = bound.arguments.get("attention_mask")
-        if index not in gone or not isinstance(mask, Tensor) or mask.ndim != 4:
-            return None
-        reached.add(index)
-        hidden = torch.zeros(gone[index].shape[0], length, length, dtype=torch.bool)
-        hidden[:, boundary:, :boundary] = gone[index][:, None]
-        hidden = hidden.repeat_interleave(query_heads(module, model) // hidden.shape[0], 0)[None]
-        low = torch.finfo(torch.float32).min
-        mask = torch.where(mask, 0.0, low) if mask.dtype == torch.bool else mask
-        bound.arguments["attention_mask"] = mask.expand(-1, hidden.shape[1], -1, -1).masked_fill(hidden, low)
-        return bound.args, bound.kwargs
-
-    with ExitStack() as stack, torch.no_grad():
-        for module in eager.modules():
-            takes_mask = "attention_mask" in inspect.signature(module.forward).parameters
-            if hasattr(module, "layer_idx") and takes_mask and any(hasattr(module, name) for name in PROJECTIONS):
-                stack.callback(module.register_forward_pre_hook(hide, with_kwargs=True).remove)
-        mask = torch.ones(1, length, dtype=torch.long)
+    mask = torch.ones(1, len(LABELS) + NEW - 1, dtype=torch.long)
+    with Reference(model, gone).hiding() as eager:
         logits = eager(**whole, attention_mask=mask, use_cache=False).logits
-    if reached != set(gone):
-        raise NotBuilt(f"the reference reached layers {sorted(reached)} of {sorted(gone)}")
     return logits[:, len(LABELS) - 1 :].float()
-
-
-def source_layer(module: Any) -> int:
-    """The cache layer that an attention module reads: its own, or that of the layer whose entries it shares."""
-    index = int(module.layer_idx)
-    if getattr(module, "kv_shared_layer_index", None) is not None:
-        return int(module.kv_shared_layer_index)
-    if getattr(module, "is_kv_shared_layer", False):
-        modes, kinds = module.config.kv_sharing_modes, module.config.layer_types
-        return max(i for i in range(index) if modes[i] != "reuse" and kinds[i] == kinds[index])
-    return index
-
-
-def query_heads(module: Any, model: Any) -> int:
-    """Of an attention module."""
-    for name in ("num_heads", "num_attention_heads", "n_heads"):
-        if isinstance(getattr(module, name, None), int):
-            return int(getattr(module, name))
-    return int(model.config.get_text_config(decoder=True).num_attention_heads)
 
 
 def _line(error: BaseException) -> str:
