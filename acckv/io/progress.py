@@ -77,7 +77,8 @@ class Progress:
         if self._ended.is_set():
             return
         self._ended.set()
-        self._bar.stop()
+        if self._has_bar:  # rich before 14 ends a bar that is not shown with an empty line
+            self._bar.stop()
         Progress._open.remove(self)
         if self._printed and ended_well:
             self._print(self.line())

@@ -131,7 +131,7 @@ class AttachedLora(SessionLora):
         low_ratio: dict[str, Tensor] | None = None,
     ) -> None:
         model = adapter.model
-        if hasattr(model, "peft_config"):
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise InputError("already carries a peft adapter; merge or unload it first", field="model")
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.adapter = adapter

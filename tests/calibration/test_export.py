@@ -88,7 +88,7 @@ def test_ctrl_c_in_an_evaluation_says_how_it_goes_on(
     def main() -> None:
         evaluation_run.run_evaluation(options, questions=("two clips", records))
 
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins without
     try:
         assert run_cli(main) == INTERRUPTED == 130
     finally:

@@ -38,8 +38,9 @@ def test_clips_are_whole_and_right(results: list[tuple[Case, Outcome]]) -> None:
         assert clip["finite"], case.name
         if case.must == "clip" or case.shows:
             assert clip["kind"] == case.kind, case.name
-        if frames:
-            assert len(frames) % 2 == 0 and samples in (None, len(frames) * 8_000), case.name
+        assert len(frames) % 2 == 0, case.name
+        if case.must == "clip" or len(frames) > 2:  # the sound of a single picture is as long as it is
+            assert not frames or samples in (None, len(frames) * 8_000), case.name
         if case.seconds is not None:
             assert len(frames) == 2 * case.seconds, case.name
         if case.must == "clip" and samples is not None:
