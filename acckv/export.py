@@ -31,7 +31,7 @@ _BASE = ("name", "layers", "query_heads", "kv_heads", "head_size")
 
 @dataclass
 class LowRatio:
-    """What the lowest ratios have of their own.
+    """Weights and LoRA of the lowest ratios.
 
     Args:
         below: ratios below it use it.

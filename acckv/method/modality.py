@@ -1,4 +1,4 @@
-"""Which entry of a prompt is text, video, audio or padding."""
+"""The modality of each entry of a prompt: text, video, audio or padding."""
 
 from __future__ import annotations
 

@@ -21,12 +21,12 @@ LogGates = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def hard_topk(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
-    """What is shipped: log gates of 0 and -inf."""
+    """The selection that is shipped: log gates of 0 and -inf."""
     return torch.where(kept(score, members, budget), 0.0, -torch.inf)
 
 
 def soft_topk(temperature: float) -> LogGates:
-    """What is trained: gates in 0 to 1 that sum to the budget and pass gradients to scores and budgets."""
+    """The selection that is trained: gates in 0 to 1 that sum to the budget and pass on gradients."""
 
     def gates(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
         return soft_log_gates(score, members, budget, temperature)
@@ -36,7 +36,7 @@ def soft_topk(temperature: float) -> LogGates:
 
 @dataclass(frozen=True)
 class LayerScore:
-    """What one layer says about its entries.
+    """The scores of one layer's entries, and the split of its budget.
 
     Args:
         score: ``[B, K or 1, N]``, comparable inside a modality (inside the layer, where `modality_shares` is None).
@@ -105,7 +105,7 @@ class MergedInto:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer's prompt entries, merged entries appended: ``M = N + merged``.
+    """The fate of one layer's prompt entries, merged entries appended: ``M = N + merged``.
 
     Args:
         log_gates: ``[B, K or 1, M]``; added to the attention logits of later queries. 0 kept, -inf evicted.

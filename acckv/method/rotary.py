@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RotaryLayout:
-    """Which elements of a head are turned together, and how they read the tables of cosines and sines.
+    """The elements of a head that are turned together, and the way they read the tables of cosines and sines.
 
     Args:
         head_size: D; start, size: the part of a head that is turned; size 0 for a layer without position embedding.

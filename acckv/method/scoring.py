@@ -23,7 +23,7 @@ ROW_CHUNK, LOGITS = 256, 1 << 21
 
 @dataclass(frozen=True)
 class Observation:
-    """What one layer's attention showed while the prompt ran: all that a score may be computed from.
+    """Queries, keys and values of one layer as its attention saw them: all that a score may be computed from.
 
     Args:
         queries: ``[B, H, R, D]`` of the observed rows, after position embedding.
@@ -213,7 +213,7 @@ def _centred(score: Tensor, labels: ModalityMap) -> tuple[Tensor, Tensor]:
 
 
 def redundancy(score: Tensor, values: Tensor, labels: ModalityMap, width: int, softness: float = 0.2) -> Tensor:
-    """How much of each entry its neighbours hold already: what makes the second best of one event worth little.
+    """Redundancy of each entry: the share of it that its neighbours hold, which makes the second best worth little.
 
     An entry counts every neighbour of its modality that scores higher, by how similar their values are (cosine, after
     the mean of the modality is taken off, and not below 0). "Higher" is soft, so that scores get gradients.

@@ -131,7 +131,7 @@ def attention_of_masks(adapter: ModelAdapter) -> Iterator[None]:
 
 
 class AttentionHook(local):
-    """What the session does at every attention call of the decoder.
+    """The session's part in every attention call of the decoder.
 
     Each thread has its own: backward of one thread may repeat attention (gradient checkpointing) while a request of
     another is running.

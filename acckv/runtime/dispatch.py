@@ -1,4 +1,4 @@
-"""What each forward of the decoder is for: compressing a prompt, recording a prefill, a simulation, plain decoding."""
+"""The way of each forward of the decoder: compress a prompt, record a prefill, simulate, or plain decoding."""
 
 from __future__ import annotations
 

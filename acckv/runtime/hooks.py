@@ -1,4 +1,4 @@
-"""How a session gets into a model's forward: methods in place of its own, all taken back on exit."""
+"""Hooks of a session in a model: methods in place of its own, all taken back on exit."""
 
 from __future__ import annotations
 

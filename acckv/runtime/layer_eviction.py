@@ -135,7 +135,7 @@ class LayerEviction:
         return [self.planner.head(index) for index in range(max(len(held.planned) for held in self.held))]
 
     def _plan(self, slot: int, seen: Observation) -> LayerPlan:
-        """What becomes of a layer whose budget is settled."""
+        """The plan of a layer whose budget is settled."""
         maps = [labels.to(seen.keys.device) for labels in self.held[slot].planned]
         if len(maps) == 1:
             return self.planner.compress_layer(slot, seen, maps[0], self.budgets[:, slot], self.ratio)

@@ -156,7 +156,7 @@ def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
 
 
 def _obstacle(attached: AttachedLora) -> str | None:
-    """Why the weights cannot be merged, or None."""
+    """The reason why the weights cannot be merged, or None."""
     places = collections.Counter(
         id(module) for _, module in attached.adapter.decoder.named_modules(remove_duplicate=False)
     )
@@ -174,7 +174,7 @@ def _obstacle(attached: AttachedLora) -> str | None:
 
 
 def _missing_memory(attached: AttachedLora) -> str | None:
-    """What the copies would take, where that is too much."""
+    """The memory that the copies would take, where that is too much, or None."""
     needed: collections.Counter[torch.device] = collections.Counter()
     for layer in attached.layers:
         weight = layer.get_base_layer().weight

@@ -1,4 +1,4 @@
-"""What is known of the tokens that one forward brings: labels, padding, and where compression stops."""
+"""The new tokens of one forward: labels, padding, and the end of the context that is compressed."""
 
 from __future__ import annotations
 

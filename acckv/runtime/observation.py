@@ -1,4 +1,4 @@
-"""Which rows and entries of a prefill are observed, and what is made of them: records, or evictions layer by layer."""
+"""Observed queries and entries of a prefill, and the listeners that record them or evict layer by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a session puts on a model and takes off again: methods in place of its own, and a mark that it is in use."""
+"""Methods put in place of a model's own and taken off again, and a mark that it is in use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What some policies read besides rows of the prompt: its rotary embedding, or the context fed in again."""
+"""Inputs of some policies besides observed queries: the rotary embedding, or the context fed in again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How each layer of a loaded model turns its queries: found by running the layer, not by knowing its family."""
+"""The rotary layout of each layer of a loaded model, found by running the layer and not by knowing its family."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def spread(layout: RotaryLayout, tables: tuple[Tensor, Tensor] | None, like: Ten
 
 
 def _candidates(head_size: int, tables: tuple[Tensor, Tensor] | None) -> Iterator[RotaryLayout]:
-    """What is known of position embeddings: none, part of a head or all of it, by halves or by neighbours."""
+    """The layouts of position embeddings: none, part of a head or all of it, by halves or by neighbours."""
     yield RotaryLayout(head_size)
     if tables is None or torch.is_complex(tables[0]):
         return
@@ -97,7 +97,7 @@ def _candidates(head_size: int, tables: tuple[Tensor, Tensor] | None) -> Iterato
 
 @contextmanager
 def _noting_calls(adapter: ModelAdapter, calls: dict[int, tuple[Any, Any]]) -> Iterator[None]:
-    """What every attention module is called with."""
+    """The arguments that every attention module is called with."""
 
     def note(module: Any, args: Any, options: Any) -> None:
         calls[id(module)] = args, options

@@ -323,7 +323,7 @@ class Session:
         return self.planners.default.ratio_of(prefill.labels, len(prefill.observations), ratio)
 
     def _decoder_arguments(self, embedded: DecoderInputs) -> dict[str, Any]:
-        """What the decoder takes for tokens that were embedded before."""
+        """The decoder's arguments for tokens that were embedded before."""
         others = {name: tensor for name, tensor in embedded.others.items() if name != TOKEN_TYPES}
         return {
             "inputs_embeds": embedded.embeds,
