@@ -19,10 +19,12 @@ import pytest
 import torch
 
 from acckv import CompressionConfig, KVCompressor
+from acckv.benchmarks import BENCHMARKS
 from acckv.data.encoding import encode
 from acckv.data.media import read_media
 from acckv.method.weights import WEIGHT_GROUPS, CalibratedWeights
 from acckv.models import find_adapter, load_model
+from acckv.policies import POLICIES
 from benchmarks.headline import NAMED, RESULTS, curves
 from tests.data.media_files import write_video
 from tests.families import FAMILIES
@@ -248,6 +250,17 @@ def test_the_method_lists_every_learned_weight_with_its_shape() -> None:
 def test_the_readme_is_short() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200 and len(text.split()) <= 2000
+
+
+def test_policies_and_benchmarks_are_listed() -> None:
+    text = README.read_text(encoding="utf-8")
+    section = text[text.index("## Policies") : text.index("## Calibrate")]
+    named = re.findall(r"`([a-z0-9_]+)`", section.partition("(as published)")[0])
+    assert named == [name for name, policy in POLICIES.items() if policy.__module__.startswith("acckv.")]
+    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    benchmarks = [name for name, one in BENCHMARKS.items() if one.load.__module__.startswith("acckv.")]
+    assert sorted(re.findall(r"^\| `(\w+)` \| .*\|.*\|.*\|$", page, re.MULTILINE)) == sorted([*benchmarks])
+    assert all(BENCHMARKS[name].title.split(" ")[0] in text for name in benchmarks if name != "custom")
 
 
 def test_results_at_a_glance_are_rows_of_the_measured_table() -> None:
