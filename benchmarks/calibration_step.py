@@ -18,8 +18,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from acckv.data.synthetic.clips import VARIANTS, ClipSettings, default_root, video_folder, write_clips
 from acckv.io.files import whole_file
+from acckv.models.batching import DecoderInputs
 from benchmarks.study_variants import KL_ALONE, SHORT, STUDIES
+from lightning_modules.calibration.clip_cache import ClipCache, Kind
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.dataset import CalibrationBatch
 from lightning_modules.calibration.module import CalibrationModule
+from lightning_modules.calibration.teacher import answer_logits
 
 FORMAT = 4
 FINE_TUNING = "LoRA fine-tuning"
@@ -70,16 +73,18 @@ class Row:
 
 
 Step = Callable[[CalibrationModule, CalibrationBatch], Tensor]
+Kept = Mapping[Kind, Sequence[Any]]
+"""Of the clips of a batch, as a clip cache holds it."""
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What is measured: a variant of the study, options of the module, what a step computes, on which batch."""
+class StepKind:
+    """A kind of step: a variant of the study, options of the module, its loss, and what is kept of the clips."""
 
     variant: str | None
     options: dict[str, Any]
     step: Step
-    batch: CalibrationBatch
+    kept: Kept
 
 
 def calibration_loss(module: CalibrationModule, batch: CalibrationBatch) -> Tensor:
@@ -89,12 +94,12 @@ def calibration_loss(module: CalibrationModule, batch: CalibrationBatch) -> Tens
 
 def fine_tuning_loss(module: CalibrationModule, batch: CalibrationBatch) -> Tensor:
     """One plain LoRA step on the same tokens with the full cache."""
-    prefill = module.live.prefill(batch.embedded, "none", gradients=True)
-    logits = module._logits(prefill, None, batch.turns)
-    return F.cross_entropy(logits, batch.turns.ids.flatten()[batch.turns.counted + 1])
+    embedded, questions = DecoderInputs.stack(module.clip_cache.get("embeddings", batch.clips)), batch.questions
+    logits = answer_logits(module.live, module.live.prefill(embedded, "none", gradients=True), None, questions)
+    return F.cross_entropy(logits, questions.ids.flatten()[questions.counted + 1])
 
 
-def measured(step: Step, module: CalibrationModule, batch: CalibrationBatch) -> tuple[float, float]:
+def measured(kind: StepKind, module: CalibrationModule, batch: CalibrationBatch) -> tuple[float, float]:
     """Seconds of forward and backward; megabytes that autograd held in between."""
     held: dict[int, int] = {}
 
@@ -103,17 +108,27 @@ def measured(step: Step, module: CalibrationModule, batch: CalibrationBatch) -> 
         held[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # an output that is saved as it is would hold its own graph for ever
 
+    module.clip_cache = kept_of(batch, kind.kept)
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        step(module, batch)
+        kind.step(module, batch)
     for parameter in module.parameters():
         held.pop(parameter.untyped_storage().data_ptr(), None)
+    module.clip_cache = kept_of(batch, kind.kept)
     start = time.perf_counter()
-    step(module, batch).backward()
+    kind.step(module, batch).backward()
     return time.perf_counter() - start, sum(held.values()) / 1e6
 
 
-def batches(questions: int, clips: int, length: int = 1) -> tuple[CalibrationBatch, CalibrationBatch]:
-    """The same encoded clips on a first visit, and on one that starts from what is kept of it."""
+def kept_of(batch: CalibrationBatch, kept: Kept) -> ClipCache:
+    """A clip cache in which this is kept: a first visit changes it."""
+    cache = ClipCache("prefill")
+    for kind, values in kept.items():
+        cache.put(kind, batch.clips, values)
+    return cache
+
+
+def visits(questions: int, clips: int, length: int = 1) -> tuple[CalibrationBatch, Kept, Kept]:
+    """A batch, its clips as they enter the decoder, and all that is kept of them after a first visit."""
     variant = LENGTHS[length]
     folder = default_root() if variant == "plain" else default_root() / "variants" / variant
     file = write_clips(folder, "validation", clips, **VARIANTS[variant])
@@ -129,27 +144,29 @@ def batches(questions: int, clips: int, length: int = 1) -> tuple[CalibrationBat
     data.setup()
     module = CalibrationModule()
     module.configure_model()
-    visit = next(iter(data.val_dataloader()))
+    module.clip_cache = data.clip_cache
+    batch = next(iter(data.val_dataloader()))
     with torch.no_grad():
-        embedded = module.live.prefill(rows="none", **visit.inputs).embedded
-        module.distill(visit, 0.1, None)
+        module.distill(batch, 0.1, None)
     module.teardown("fit")
-    return replace(visit, inputs={}, embedded=embedded), next(iter(data.val_dataloader()))
+    prefills, targets = (data.clip_cache.get(kind, batch.clips) for kind in ("prefills", "targets"))
+    embedded = [prefill.embedded for prefill in prefills]
+    return batch, {"embeddings": embedded}, {"embeddings": embedded, "prefills": prefills, "targets": targets}
 
 
 def measure(questions: int, clips: int, repeats: int, length: int = 1) -> list[Row]:
     """All kinds of step on one batch of clips that are `length` times as long as those of training."""
-    first, later = batches(questions, clips, length)
+    batch, first, later = visits(questions, clips, length)
     kinds = {
-        FINE_TUNING: Kind(None, {"lora_scope": "all"}, fine_tuning_loss, first),
-        "calibration, first visit": Kind(None, {}, calibration_loss, first),
-        "calibration, later visits": Kind(SHORT, {}, calibration_loss, later),
-        "calibration, later visits, KL alone": Kind(KL_ALONE, OPTIONS[KL_ALONE], calibration_loss, later),
-        "calibration, later visits, LoRA on attention alone": Kind(
+        FINE_TUNING: StepKind(None, {"lora_scope": "all"}, fine_tuning_loss, first),
+        "calibration, first visit": StepKind(None, {}, calibration_loss, first),
+        "calibration, later visits": StepKind(SHORT, {}, calibration_loss, later),
+        "calibration, later visits, KL alone": StepKind(KL_ALONE, OPTIONS[KL_ALONE], calibration_loss, later),
+        "calibration, later visits, LoRA on attention alone": StepKind(
             "attention", OPTIONS["attention"], calibration_loss, later
         ),
-        "calibration, later visits, weights alone": Kind("rank0", OPTIONS["rank0"], calibration_loss, later),
-        "calibration, scope 'all'": Kind("all", OPTIONS["all"], calibration_loss, first),
+        "calibration, later visits, weights alone": StepKind("rank0", OPTIONS["rank0"], calibration_loss, later),
+        "calibration, scope 'all'": StepKind("all", OPTIONS["all"], calibration_loss, first),
     }
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     seconds = length * ClipSettings.slots
@@ -158,11 +175,11 @@ def measure(questions: int, clips: int, repeats: int, length: int = 1) -> list[R
             torch.manual_seed(0)
             module = CalibrationModule(**kind.options)
             module.configure_model()
-            result = measured(kind.step, module, kind.batch)
+            result = measured(kind, module, batch)
             module.teardown("fit")
             if repeat:  # the first round warms up
                 seen[name].append(result)
-    context, turns = first.embedded.embeds.shape[1], first.turns.ids.shape[1]  # type: ignore[union-attr]
+    context, tokens = max(each.embeds.shape[1] for each in first["embeddings"]), batch.questions.ids.shape[1]
     rows = []
     for name, results in seen.items():
         ratios = [one[0] / other[0] for one, other in zip(results, seen[FINE_TUNING], strict=True)]
@@ -172,8 +189,8 @@ def measure(questions: int, clips: int, repeats: int, length: int = 1) -> list[R
                 name,
                 kinds[name].variant,
                 seconds,
-                int(first.turns.turn.max()) + 1,
-                (context, turns),
+                int(batch.questions.question.max()) + 1,
+                (context, tokens),
                 statistics.median(took for took, _ in results),
                 statistics.median(ratios),
                 (min(ratios), max(ratios)),

@@ -32,8 +32,8 @@ from benchmarks.generalisation import read_scores
 from benchmarks.study_results import RATIOS, TIMES_FILE, lines_of, mean_score, with_earlier
 from benchmarks.study_tables import markdown, plot, table, write_section
 from benchmarks.study_variants import STUDIES, Variant
-from lightning_modules.calibration.callbacks import ExportCompressor
 from lightning_modules.calibration.datamodule import AVDataModule
+from lightning_modules.calibration.export import ExportCompressor
 from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.cli.errors import quiet_libraries
 from lightning_modules.evaluation.datamodule import EvaluationData

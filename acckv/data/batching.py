@@ -1,12 +1,12 @@
-"""Batches for calibration: several clips, each with several turns that do not see one another.
+"""Batches for calibration: several clips, each with several questions that do not see one another.
 
-A turn is one question with its answer after the same media. All turns of a clip stand in one row behind its context,
-so a prefill is paid once; the mask hides them from each other and their positions start anew, which makes every turn
-equal to a conversation of its own.
+All questions about a clip, with their answers, stand in one batch row behind its context, so a prefill is paid once;
+the mask hides them from each other and their positions start anew, so that each equals a conversation of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,44 +16,44 @@ from acckv.method.modality import ModalityMap
 
 
 @dataclass(frozen=True)
-class Turn:
-    """Tokens of one turn.
+class Question:
+    """Tokens of one question and its answer.
 
     Args:
-        ids: int64 ``[tokens]`` after the prefilled part: question, answer and end token.
+        ids: tokens after the prefilled part: question, answer and end token.
         first: index of the first token whose prediction counts: the one before the answer.
     """
 
-    ids: Tensor
+    ids: tuple[int, ...]
     first: int
 
 
 @dataclass(frozen=True)
-class PackedTurns:
-    """The turns of a batch, padded on the right.
+class PackedQuestions:
+    """The questions of a batch, padded on the right.
 
     Attributes:
-        ids: ``[B, T]``.
-        turn: ``[B, T]`` which turn of its row a token belongs to, -1 for padding.
-        offset: ``[B, T]`` place of a token inside its turn.
+        ids: ``[B, T]`` token ids.
+        question: ``[B, T]`` number of a token's question in its batch row, -1 for padding.
+        offset: ``[B, T]`` position of a token in its question.
         weight: float ``[B, T]`` weight of the prediction made at this token.
-        counted: int64 ``[predictions]`` places of the tokens that weigh, rows laid behind one another.
+        counted: int64 ``[predictions]`` positions in B x T of the tokens that weigh.
     """
 
     ids: Tensor
-    turn: Tensor
+    question: Tensor
     offset: Tensor
     weight: Tensor
     counted: Tensor
 
-    def to(self, device: torch.device) -> PackedTurns:
-        parts = self.ids, self.turn, self.offset, self.weight, self.counted
-        return PackedTurns(*(tensor.to(device) for tensor in parts))
+    def to(self, device: torch.device) -> PackedQuestions:
+        parts = self.ids, self.question, self.offset, self.weight, self.counted
+        return PackedQuestions(*(tensor.to(device) for tensor in parts))
 
     def mask(self, labels: ModalityMap, dtype: torch.dtype) -> Tensor:
-        """Additive attention mask ``[B, 1, T, N + T]``: the whole context and the earlier tokens of the same turn."""
+        """Additive attention mask ``[B, 1, T, N + T]``: the whole context and the earlier tokens of the question."""
         batch, length = self.ids.shape
-        same = self.turn[:, :, None] == self.turn[:, None, :]
+        same = self.question[:, :, None] == self.question[:, None, :]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.ids.device).tril()
         context = labels.real[:, None, :].expand(-1, length, -1)
         visible = torch.cat([context, same & causal], dim=-1)
@@ -61,23 +61,23 @@ class PackedTurns:
         return mask.masked_fill(~visible[:, None], torch.finfo(dtype).min)
 
 
-def pack_turns(rows: list[list[Turn]]) -> PackedTurns:
-    """Lay the turns of each row behind one another.
+def pack_questions(clips: Sequence[Sequence[Question]]) -> PackedQuestions:
+    """Lay the questions about each clip behind one another.
 
     An answer of n tokens weighs ``sqrt(n)`` in all: a description counts more than a word, but not n times as much.
     """
-    length = max(sum(len(turn.ids) for turn in turns) for turns in rows)
-    shape = (len(rows), length)
-    ids, turn_of = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
+    length = max(sum(len(question.ids) for question in questions) for questions in clips)
+    shape = (len(clips), length)
+    ids, question_of = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     offset, weight = torch.zeros_like(ids), torch.zeros(shape)
-    for row, turns in enumerate(rows):
+    for row, questions in enumerate(clips):
         start = 0
-        for number, turn in enumerate(turns):
-            stop = start + len(turn.ids)
-            ids[row, start:stop] = turn.ids
-            turn_of[row, start:stop] = number
-            offset[row, start:stop] = torch.arange(len(turn.ids))
-            answer = len(turn.ids) - 1 - turn.first
-            weight[row, start + turn.first : stop - 1] = max(answer, 1) ** -0.5
+        for number, question in enumerate(questions):
+            stop = start + len(question.ids)
+            ids[row, start:stop] = torch.tensor(question.ids)
+            question_of[row, start:stop] = number
+            offset[row, start:stop] = torch.arange(len(question.ids))
+            answer = len(question.ids) - 1 - question.first
+            weight[row, start + question.first : stop - 1] = max(answer, 1) ** -0.5
             start = stop
-    return PackedTurns(ids, turn_of, offset, weight, weight.flatten().nonzero()[:, 0])
+    return PackedQuestions(ids, question_of, offset, weight, weight.flatten().nonzero()[:, 0])

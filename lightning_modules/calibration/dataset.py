@@ -1,215 +1,230 @@
-"""Clips with questions as items of a calibration: encoded once, batched with the turns drawn for a step."""
+"""Clips with questions as batches: read by worker processes, in an order that the number of the step alone decides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from acckv.config import When
-from acckv.data.batching import PackedTurns, Turn, pack_turns
+from acckv.data.batching import PackedQuestions, Question, pack_questions
 from acckv.data.encoding import encode, question_suffix
 from acckv.data.precomputed import read_clip
 from acckv.data.records import ClipKey, Record
-from acckv.models.batching import DecoderInputs
+from acckv.errors import InputError
 from acckv.models.clips import Media, PrecomputedClip
-from acckv.policies.base import Rows
-from acckv.runtime.prefill import Prefill
-from acckv.runtime.session import Session
-from lightning_modules.calibration.teacher_cache import TeacherCache
-from lightning_modules.calibration.teacher_targets import PendingTargets, TeacherTargets
+from lightning_modules.calibration.clip_cache import ClipCache, ClipName
 
-HOST = torch.device("cpu")
-Keep = Literal["nothing", "embeddings", "prefill"]
+Visit = tuple[int, list[int]]
+"""A step, and the clips of a batch that it visits."""
 
 
 @dataclass(frozen=True)
 class CalibrationBatch:
-    """Contexts and the turns that follow them.
+    """Some clips and the questions that a step asks about them.
 
     Attributes:
-        inputs: for the model, up to where the cache is compressed; empty where `embedded` is given.
-        embedded: the same as it enters the decoder, from an earlier visit of the clips.
-        prefill: the full-cache prefill of the base model, from an earlier visit, and `targets`: what it then says.
-        keep: takes that prefill for later visits; None where nothing is kept.
-        turns: what is answered afterwards.
-        pending: every question about the clips, where what the base model says is kept for later visits too.
         number: of the optimiser step in the whole training; every random draw of a step comes from it, so that
             batches that are accumulated share them.
+        clips: names of the clips in the clip cache.
+        inputs: media tensors and token ids for the model, up to where the cache is compressed; empty where the clip
+            cache held the clips when the batch was due to be read.
+        questions: asked by this step.
+        every: all questions about each clip; drawn: which of them this step asks, in their order.
     """
 
+    number: int
+    clips: list[ClipName]
     inputs: dict[str, Any]
-    turns: PackedTurns
-    number: int
-    embedded: DecoderInputs | None = None
-    prefill: Prefill | None = None
-    targets: TeacherTargets | None = None
-    keep: Callable[[Prefill], None] | None = None
-    pending: PendingTargets | None = None
+    questions: PackedQuestions
+    every: list[list[Question]]
+    drawn: list[list[int]]
 
-    def prefilled(self, session: Session, rows: Rows) -> Prefill:
-        """A prefill of the contexts in a session: the one of an earlier visit, where it is the session's own."""
-        if self.prefill is None:
-            return session.prefill(self.embedded, rows, **self.inputs)
-        return session.prefill(self.prefill.embedded, rows) if session.adapts_prompt else self.prefill
+    def to(self, device: torch.device) -> CalibrationBatch:
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, questions=self.questions.to(device))
 
 
-@dataclass(frozen=True)
-class CalibrationItem:
-    """One clip of a batch.
-
-    Attributes:
-        record: a question about it; asked: whether that is part of the prompt.
-        turns: all that can be asked about it; drawn: which of them this step asks, in their order.
-        number: of the step.
-    """
-
-    record: Record
-    asked: bool
-    turns: list[Turn]
-    drawn: list[int]
-    number: int
-
-
-class ClipDataset(Dataset[CalibrationItem]):
-    """One item a clip: a draw of its questions.
+class ClipDataset(Dataset["CalibrationBatch | InputError"]):
+    """Batches by their visit.
 
     Args:
-        records: questions; those about the same clip make one item.
-        turns: questions drawn for each visit of a clip (one with `when: prompt`); 0 takes all.
-        keep: what is held of a clip after its first visit; nothing with `when: prompt`.
-        cache: holds it, as the split's; top_p: share of the teacher's distributions whose likeliest tokens are held.
+        split: "train" or "validation"; records: its questions, of any number about a clip.
+        processor: of the model.
+        when: with 'prompt' one question is drawn and part of the prompt.
+        questions_per_clip: drawn for each visit of a clip; 0 takes all.
+        seed: of the draws.
         read: reads a clip.
     """
 
     def __init__(
         self,
-        records: list[Record],
+        split: str,
+        records: Iterable[Record],
         processor: Any,
-        when: When,
-        turns: int,
-        seed: int,
-        keep: Keep,
-        cache: TeacherCache | None = None,
-        top_p: float = 1.0,
-        split: str = "train",
+        when: When = "context",
+        questions_per_clip: int = 0,
+        seed: int = 0,
         read: Callable[[Record], Media | PrecomputedClip] = read_clip,
     ) -> None:
         by_clip: dict[ClipKey, list[Record]] = {}
         for record in records:
             by_clip.setdefault(record.clip, []).append(record)
-        self.clips = list(by_clip.values())
-        self.processor, self.when, self.turns, self.seed, self.read = processor, when, turns, seed, read
-        self.keep: Keep = keep if when == "context" else "nothing"
-        self.cache, self.top_p, self.split = cache or TeacherCache(), top_p, split
-        self._told = False
-        self.every_turn: dict[int, list[Turn]] = {}  # in tokens, made on the first visit
+        self.split, self.clips = split, list(by_clip.values())
+        self.processor, self.when, self.read = processor, when, read
+        self.questions_per_clip, self.seed = questions_per_clip, seed
+        self._questions: dict[int, list[Question]] = {}  # in tokens, made on the first visit
 
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, key: tuple[int, int]) -> CalibrationItem:
-        index, number = key
-        questions = self.clips[index]
-        order = np.random.default_rng((self.seed, number, index)).permutation(len(questions))
-        if self.when == "prompt":
-            record = questions[order[0]]
-            return CalibrationItem(record, True, [Turn(self._answer(record), 0)], [0], number)
-        drawn = sorted(order[: self.turns or None].tolist())
-        if index not in self.every_turn:
-            self.every_turn[index] = [self._turn(question) for question in questions]
-        return CalibrationItem(questions[0], False, self.every_turn[index], drawn, number)
+    def names(self, clips: Sequence[int]) -> list[ClipName]:
+        """Names of clips in the clip cache."""
+        return [(self.split, self.clips[clip][0].clip) for clip in clips]
 
-    def _turn(self, record: Record) -> Turn:
-        suffix = question_suffix(self.processor, record.question)
-        return Turn(torch.cat([suffix, self._answer(record)]), len(suffix) - 1)
+    def __getitem__(self, visit: tuple[int, list[int], bool]) -> CalibrationBatch | InputError:
+        """A batch, or why it cannot be read: an error that crosses a process as it is."""
+        try:
+            return self.batch(*visit)
+        except InputError as error:
+            return error
 
-    def _answer(self, record: Record) -> Tensor:
-        tokenizer = self.processor.tokenizer
-        ids = tokenizer(record.answer, add_special_tokens=False)["input_ids"]
-        return torch.tensor([*ids, tokenizer.eos_token_id] if record.complete else ids, dtype=torch.long)
+    def batch(self, number: int, clips: Sequence[int], read: bool = True) -> CalibrationBatch:
+        """The batch of a step.
 
-    def has_kept(self, indices: list[int]) -> bool:
-        """Whether clips need not be read again."""
-        clips = [self.clips[index][0].clip for index in indices]
-        return self._has("prefills", clips) or self._has("embeddings", clips)
-
-    def inputs(self, items: list[CalibrationItem]) -> dict[str, Any]:
-        """Read and encode the clips of a batch; nothing of the dataset changes.
+        Args:
+            read: whether the clips are read.
 
         Raises:
             InputError: a clip cannot be read; it names the file.
         """
-        questions = [item.record.question for item in items if item.asked]
-        media, systems = [self.read(item.record) for item in items], [item.record.system_prompt for item in items]
-        return encode(self.processor, media, questions or None, systems)
+        every, drawn, records = [], [], []
+        for clip in clips:
+            order = np.random.default_rng((self.seed, number, clip)).permutation(len(self.clips[clip])).tolist()
+            if self.when == "prompt":
+                record = self.clips[clip][order[0]]
+                records.append(record)
+                every.append([Question(self._answer(record), 0)])
+                drawn.append([0])
+            else:
+                records.append(self.clips[clip][0])
+                every.append(self.questions(clip))
+                drawn.append(sorted(order[: self.questions_per_clip or None]))
+        inputs = {}
+        if read:
+            asked = [record.question for record in records] if self.when == "prompt" else None
+            media, systems = [self.read(record) for record in records], [record.system_prompt for record in records]
+            inputs = encode(self.processor, media, asked, systems)
+        questions = pack_questions([[row[place] for place in places] for row, places in zip(every, drawn, strict=True)])
+        return CalibrationBatch(number, self.names(clips), inputs, questions, every, drawn)
 
-    def collate(self, items: list[CalibrationItem], inputs: dict[str, Any] | None = None) -> CalibrationBatch:
-        """A batch, of what was kept of its clips, or of their inputs, which are read here where they are not given."""
-        turns, number = pack_turns([[item.turns[place] for place in item.drawn] for item in items]), items[0].number
-        clips = [item.record.clip for item in items]
-        if self._has("prefills", clips):
-            prefill = Prefill.stack(self._kept("prefills", clips))
-            if not self._has("targets", clips):
-                return CalibrationBatch({}, turns, number, prefill=prefill, pending=self._pending(items))
-            return CalibrationBatch({}, turns, number, prefill=prefill, targets=self._targets(items))
-        if self._has("embeddings", clips):
-            embedded = DecoderInputs.stack(self._kept("embeddings", clips))
-            return CalibrationBatch({}, turns, number, embedded)
-        inputs = self.inputs(items) if inputs is None else inputs
-        keep = None if self.keep == "nothing" else partial(self._keep, clips)
-        pending = self._pending(items) if self.keep == "prefill" else None
-        return CalibrationBatch(inputs, turns, number, keep=keep, pending=pending)
+    def questions(self, clip: int) -> list[Question]:
+        """All that can be asked about a clip."""
+        if clip not in self._questions:
+            self._questions[clip] = [self._question(record) for record in self.clips[clip]]
+        return self._questions[clip]
 
-    def _pending(self, items: list[CalibrationItem]) -> PendingTargets:
-        clips = [item.record.clip for item in items]
-        every = pack_turns([item.turns for item in items])
-        return PendingTargets(every, [item.drawn for item in items], self.top_p, partial(self._keep_targets, clips))
+    def _question(self, record: Record) -> Question:
+        suffix = question_suffix(self.processor, record.question).tolist()
+        return Question((*suffix, *self._answer(record)), len(suffix) - 1)
 
-    def _targets(self, items: list[CalibrationItem]) -> TeacherTargets:
-        """What was kept about the questions that were drawn."""
-        clips, parts = [item.record.clip for item in items], []
-        for item, words, outputs in zip(
-            items, *(self._kept(kind, clips) for kind in ("targets", "outputs")), strict=True
-        ):
-            parts += [TeacherTargets(words[place], outputs[place]) for place in item.drawn]
-        return TeacherTargets.join(parts)
+    def _answer(self, record: Record) -> tuple[int, ...]:
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer(record.answer, add_special_tokens=False)["input_ids"]
+        return (*ids, tokenizer.eos_token_id) if record.complete else tuple(ids)
 
-    def forget_targets(self) -> None:
-        """What the teacher said; what it read stays."""
-        self.cache.clear(*(f"{self.split} {kind}" for kind in ("targets", "outputs")))
 
-    def _has(self, kind: str, clips: list[ClipKey]) -> bool:
-        return all(self.cache.has(f"{self.split} {kind}", clip) for clip in clips)
+class StepSampler(Sampler[Visit]):
+    """Visits as a pure function of their number, so that a resumed run sees what an uninterrupted one would have.
 
-    def _kept(self, kind: str, clips: list[ClipKey]) -> list[Any]:
-        return [self.cache.get(f"{self.split} {kind}", clip) for clip in clips]
+    Args:
+        clips: how many there are; every pass over them is shuffled anew by (seed, pass).
+        batches: of an epoch; start: gives the number of the first one still to come, counted from the first epoch. It
+            is asked when iteration begins: a trainer may build the loader before it restores a checkpoint.
+        rank, world: this process takes every `world`-th clip of a batch of ``batch_size * world``.
+        accumulate: batches of an optimiser step. They take the clips that one batch of their joint size would.
+    """
 
-    def _keep(self, clips: list[ClipKey], prefill: Prefill) -> None:
-        if self.keep == "prefill":
-            self._put("prefills", clips, [row.to(HOST) for row in prefill.rows()])
-        else:
-            self._put("embeddings", clips, [row.to(HOST) for row in prefill.embedded.unstack()])
-            self._tell_when_all("embeddings")
+    def __init__(
+        self,
+        clips: int,
+        batch_size: int,
+        batches: int,
+        start: Callable[[], int],
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+    ) -> None:
+        self.clips, self.batch_size, self.batches, self.start = clips, batch_size, batches, start
+        self.seed, self.rank, self.world, self.accumulate = seed, rank, world, accumulate
 
-    def _keep_targets(self, clips: list[ClipKey], rows: list[list[TeacherTargets]]) -> None:
-        held = [[turn.to(HOST) for turn in row] for row in rows]
-        self._put("targets", clips, [[turn.words for turn in row] for row in held])
-        self._put("outputs", clips, [[turn.outputs for turn in row] for row in held])
-        self._tell_when_all("targets")
+    def __len__(self) -> int:
+        return self.batches
 
-    def _put(self, kind: str, clips: list[ClipKey], values: list[Any]) -> None:
-        for clip, value in zip(clips, values, strict=True):
-            self.cache.put(f"{self.split} {kind}", clip, value)
+    def __iter__(self) -> Iterator[Visit]:
+        whole, start = self.batch_size * self.world, self.start()
+        for number in range(start, (start // self.batches + 1) * self.batches):
+            places = range(number * whole + self.rank, (number + 1) * whole, self.world)
+            yield number // self.accumulate, [self._clip(place) for place in places]
 
-    def _tell_when_all(self, kind: str) -> None:
-        if not self._told and self._has(kind, [questions[0].clip for questions in self.clips]):
-            self._told = True
-            rank_zero_only(print)(f"Kept of clips: {self.cache.describe()}.")
+    def _clip(self, place: int) -> int:
+        passed, index = divmod(place, self.clips)
+        return int(np.random.default_rng((self.seed, passed)).permutation(self.clips)[index])
+
+
+class Order(Protocol):
+    """Visits such as those of a :class:`StepSampler`."""
+
+    def __iter__(self) -> Iterator[Visit]: ...
+    def __len__(self) -> int: ...
+
+
+class ClipLoader(DataLoader[CalibrationBatch]):
+    """Batches in a given order, the same ones with any number of workers.
+
+    Clips that the clip cache holds are not read. Workers run ahead, so that one that was kept meanwhile may be read all
+    the same. The place in the order is the trainer's global step: nothing else is saved.
+
+    Args:
+        num_workers: processes that read ahead; 0 reads each batch when it is due.
+    """
+
+    def __init__(self, clips: ClipDataset, order: Order, cache: ClipCache, num_workers: int = 0) -> None:
+        super().__init__(
+            clips,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=_Reads(clips, order, cache),
+            num_workers=num_workers,
+        )
+
+    def __iter__(self) -> Iterator[CalibrationBatch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+class _Reads(Sampler[tuple[int, list[int], bool]]):
+    """Visits, each with whether its clips have to be read, which the main process alone knows."""
+
+    def __init__(self, clips: ClipDataset, order: Order, cache: ClipCache) -> None:
+        self.clips, self.order, self.cache = clips, order, cache
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[int, list[int], bool]]:
+        for number, clips in self.order:
+            yield number, clips, not self.cache.holds(self.clips.names(clips))

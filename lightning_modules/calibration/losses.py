@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Divergence = Literal["forward", "reverse"]
-Match = Literal["hidden", "attention"]
+from lightning_modules.calibration.config import Divergence
+from lightning_modules.calibration.distributed import over_processes
 
 
 def divergence(teacher: Tensor, student: Tensor, weight: Tensor, kind: Divergence = "forward") -> Tensor:
@@ -26,7 +26,7 @@ def divergence(teacher: Tensor, student: Tensor, weight: Tensor, kind: Divergenc
     return (kl * weight).sum() / weight.sum()
 
 
-def mismatch(teacher: Tensor, student: Tensor, weight: Tensor) -> Tensor:
+def feature_loss(teacher: Tensor, student: Tensor, weight: Tensor) -> Tensor:
     """Mean square difference as a share of the teacher's mean square over all processes, mean over layers.
 
     Args:
@@ -39,17 +39,9 @@ def mismatch(teacher: Tensor, student: Tensor, weight: Tensor) -> Tensor:
     return (missed / weight / scale.clamp_min(1e-12)).mean()
 
 
-def over_processes(value: Tensor) -> Tensor:
-    """Sum over all processes, without gradients."""
-    value = value.detach().clone()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(value)
-    return value
-
-
 @contextmanager
 def outputs_of(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """What modules return while the context is open, in order of their calls; of a tuple the first."""
+    """The outputs of modules while the context is open, in order of their calls; of a tuple the first."""
     seen: list[Tensor] = []
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -61,3 +53,13 @@ def outputs_of(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def features_at(counted: Tensor, outputs: Sequence[Tensor], logits: Tensor) -> Tensor:
+    """Features at the tokens that count, ``[layers, tokens, size]``.
+
+    Args:
+        counted: int64 ``[tokens]`` positions in B x T; outputs: by layer ``[B, T, size]``; logits: of these tokens.
+    """
+    chosen = [layer.flatten(0, 1).index_select(0, counted) for layer in outputs]
+    return torch.stack(chosen) if chosen else logits.new_zeros(0, len(logits), 0)

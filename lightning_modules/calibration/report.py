@@ -1,4 +1,4 @@
-"""What a run has learned, for people: budgets as they moved, and a report at the end."""
+"""The worth of an export and the course of its training: a closing evaluation, the budgets as they moved, a report."""
 
 from __future__ import annotations
 
@@ -6,22 +6,81 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from acckv.compressor import KVCompressor
+from acckv.evaluation.results import CALIBRATED, Results
 from acckv.io.files import whole_file
 from acckv.method.weights import CalibratedWeights
 from acckv.report.calibration import KeptShares, RunFacts, render_report, write_budget_history
 from acckv.report.plots import plot_budget_history, plot_budgets
-from lightning_modules.calibration.callbacks import EvaluateExport, ExportCompressor, first_batch, takes_part
+from lightning_modules.calibration.datamodule import AVDataModule
+from lightning_modules.calibration.distributed import is_sharded
+from lightning_modules.calibration.export import EndOfCalibration, ExportCompressor, first_batch, takes_part
 from lightning_modules.calibration.module import CalibrationModule
+from lightning_modules.evaluation.datamodule import EvaluationData
+from lightning_modules.evaluation.options import EvaluationOptions
+from lightning_modules.evaluation.run import run_evaluation
 
 REPORT_FILE, HISTORY_FILE = "report.md", "budgets.csv"
 KEPT_PLOT, HISTORY_PLOT = "kept.png", "budget_history.png"
 
 
-class CalibrationReport(Callback):
+class EvaluateExport(EndOfCalibration):
+    """After the export: the table of evaluate.py on the validation clips, so that a run ends with what it is worth.
+
+    Args:
+        clips: how many at most; 0 skips it. With `data.source: folder` the right answers are the teacher's own.
+        policies: names, as for evaluate.py.
+        ratios: kept shares; 0, every audio and video entry evicted, is always measured too.
+        output: folder of the results; None is `eval` in the trainer's default_root_dir.
+    """
+
+    def __init__(
+        self,
+        clips: int = 12,
+        policies: tuple[str, ...] = ("random", "snapkv", "keydiff", "acckv", CALIBRATED),
+        ratios: tuple[float, ...] = (0.2, 0.1, 0.05, 0.02),
+        output: str | None = None,
+    ) -> None:
+        self.clips = clips
+        self.policies = policies
+        self.ratios = ratios
+        self.output = output
+        self.results: Results | None = None
+
+    def finish(self, trainer: Trainer, module: CalibrationModule) -> None:
+        """Evaluate the export in the first process."""
+        if not trainer.is_global_zero:
+            return
+        exports = [callback for callback in trainer.callbacks if isinstance(callback, ExportCompressor)]  # type: ignore[attr-defined]
+        if not self.clips or not exports:
+            return
+        data: AVDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        options = EvaluationOptions(
+            model=str(module.options.base_model),
+            compressor=str(exports[0].path(trainer)),
+            policies=list(self.policies),
+            ratios=[*self.ratios, 0.0],
+            when=module.compression.when,
+            limit=self.clips,
+            output=self.output or str(Path(trainer.default_root_dir) / "eval"),
+            overwrite=True,
+            dtype=module.options.dtype,
+            accelerator=type(trainer.accelerator).name(),  # type: ignore[attr-defined]
+            data=EvaluationData(num_workers=data.options.num_workers, **data.options.limits()),
+        )
+        # An answer without words cannot be scored word by word.
+        records = [record for record in data.records("validation") if record.answer.strip()]
+        # Of a model that is split over processes this one has a part.
+        loaded = None if is_sharded(module) else (module.model, module.processor)
+        self.results = run_evaluation(
+            options, "python train.py", questions=(data.source.benchmark, records), model=loaded
+        )
+
+
+class CalibrationReport(EndOfCalibration):
     """Follow the learned budgets through training, and write `report.md` with its plots after the export.
 
     The history is part of the checkpoint: a resumed run goes on with it. `budgets.csv` is replaced whole each time.
@@ -76,16 +135,12 @@ class CalibrationReport(Callback):
     def _note(self, trainer: Trainer, module: CalibrationModule) -> None:
         floor = module.compression.layer_floor
         self.steps.append(trainer.global_step)
-        self.temperatures.append(module.temperature())
+        self.temperatures.append(module.schedule.temperature(module.global_step))
         held = [(cast(CalibratedWeights, module.compressor.planners.at(ratio).weights), ratio) for ratio in self.ratios]
         self.shares.append(torch.stack([learned_shares(*each, floor) for each in held]).cpu())
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             file = self.path(trainer) / HISTORY_FILE
             write_budget_history(file, self.steps, self.temperatures, self.ratios, self.shares)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(pl_module, CalibrationModule) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.finish(trainer, pl_module)
 
     def finish(self, trainer: Trainer, module: CalibrationModule) -> None:
         """Write the report, where there is an export to report on."""
@@ -100,18 +155,19 @@ class CalibrationReport(Callback):
             return
         plot_budgets(folder / KEPT_PLOT, kept.entries, kept.full, "calibrated")
         plot_budget_history(folder / HISTORY_PLOT, self.steps, self.ratios, torch.stack(self.shares))
+        options, schedule = module.options, module.schedule
         facts = RunFacts(
-            model=str(module.options.base_model),
+            model=str(options.base_model),
             when=module.compression.when,
             steps=trainer.global_step,
-            planned=int(module.stages.steps),
+            planned=int(schedule.steps),
             exported=step,
-            temperature=module.temperature(step),
-            temperature_start=module.options.temperature_start,
-            temperature_end=module.options.temperature_end,
-            ratio_range=(module.options.ratio_min, module.options.ratio_max),
-            low_ratio_steps=module.stages.first_wide,
-            low_ratio_below=module.low_ratio_below,
+            temperature=schedule.temperature(step),
+            temperature_start=options.temperature_start,
+            temperature_end=options.temperature_end,
+            ratio_range=(options.ratio_min, options.ratio_max),
+            low_ratio_steps=schedule.low_ratio_steps,
+            low_ratio_below=options.low_ratio_below,
         )
         text = render_report(facts, kept, evaluation.results if evaluation else None, (KEPT_PLOT, HISTORY_PLOT))
         with whole_file(folder / REPORT_FILE) as temporary:
@@ -123,7 +179,7 @@ class CalibrationReport(Callback):
         """What the export keeps of the first validation batch."""
         batch = first_batch(trainer, module)
         with KVCompressor.from_pretrained(folder)(module.model, module.processor) as session:
-            prefill = batch.prefilled(session, session.planners.policy.rows)
+            prefill = module.teacher.prefill_in(session, batch)
             caches = {ratio: session.compress(prefill, ratio) for ratio in sorted(self.ratios, reverse=True)}
         entries = {ratio: cache.kept_entries().double().cpu() for ratio, cache in caches.items()}
         return KeptShares(entries, next(iter(caches.values())).full_entries().double().cpu())

@@ -13,11 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 
 from acckv.errors import InputError
-from lightning_modules.calibration.callbacks import EvaluateExport, ExportCompressor
-from lightning_modules.calibration.datamodule import AVDataModule
-from lightning_modules.calibration.module import CalibrationModule
-from lightning_modules.calibration.report import CalibrationReport
-from lightning_modules.calibration.resume import (
+from lightning_modules.calibration.checkpoint import (
     CONFIG_FILE,
     changed_options,
     check_fixed,
@@ -25,9 +21,12 @@ from lightning_modules.calibration.resume import (
     read_checkpoint,
     run_config,
 )
-from lightning_modules.calibration.trainer import CalibrationTrainer
-from lightning_modules.calibration.trainer_checks import freeze_precision
-from lightning_modules.calibration.training_progress import TrainingProgress
+from lightning_modules.calibration.config import freeze_precision
+from lightning_modules.calibration.datamodule import AVDataModule
+from lightning_modules.calibration.export import CalibrationTrainer, ExportCompressor
+from lightning_modules.calibration.module import CalibrationModule
+from lightning_modules.calibration.progress import TrainingProgress
+from lightning_modules.calibration.report import CalibrationReport, EvaluateExport
 from lightning_modules.cli.errors import given_options, option_value, parser_errors, quiet_libraries, run_cli
 
 SUBCOMMANDS = ("fit", "validate", "export")

@@ -18,16 +18,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv import InputError, KVCompressor
-from acckv.data.batching import Turn, pack_turns
+from acckv.data.batching import Question, pack_questions
 from acckv.method.modality import ModalityMap
 from acckv.method.weights import CalibratedWeights
 from acckv.models.batching import DecoderInputs
-from lightning_modules.calibration.callbacks import ExportCompressor
+from lightning_modules.calibration.clip_cache import ClipCache
+from lightning_modules.calibration.config import CalibrationConfig
 from lightning_modules.calibration.datamodule import AVDataModule
-from lightning_modules.calibration.losses import divergence, mismatch
+from lightning_modules.calibration.dataset import ClipDataset, ClipLoader, StepSampler
+from lightning_modules.calibration.export import ExportCompressor
+from lightning_modules.calibration.losses import divergence, feature_loss
 from lightning_modules.calibration.module import CalibrationModule
-from lightning_modules.calibration.sampler import StepSampler
-from lightning_modules.calibration.schedule import Stages
+from lightning_modules.calibration.schedule import Schedule
+from lightning_modules.calibration.teacher import answer_logits
 from tests.paths import ROOT
 
 
@@ -180,19 +183,26 @@ def test_options_that_do_not_go_with_a_low_ratio_stage(options: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    ("step", "low", "settled", "progress", "rate"),
+    ("step", "low", "after", "progress", "rate"),
     [(0, True, False, 0, 1), (3, True, False, 0.5, 0.525), (6, False, True, 0, 1), (10, False, True, 1, 0.05)],
 )
-def test_stages(step: int, low: bool, settled: bool, progress: float, rate: float) -> None:
-    stages = Stages(0.6, 10)
-    assert (stages.is_low_ratio(step), stages.settled(step)) == (low, settled)
-    assert stages.progress(step) == progress and stages.rate(step, 0) == pytest.approx(rate)
-    alone = Stages(0.0, 10)
-    assert not alone.is_low_ratio(step) and not alone.settled(step) and alone.progress(step) == step / 10
-    endless = Stages(0.0, float("inf"))
-    assert endless.progress(step) == 0 and endless.rate(step, 20) == (step + 1) / 20
+def test_stages(step: int, low: bool, after: bool, progress: float, rate: float) -> None:
+    options = CalibrationConfig(low_ratio_share=0.6, warmup=0)
+    schedule = Schedule(options, 10)
+    assert (schedule.in_low_ratio_stage(step), schedule.after_low_ratio_stage(step)) == (low, after)
+    assert schedule.ends_low_ratio_stage(step) == (step == 6)
+    assert schedule.progress(step) == progress and schedule.rate(step) == pytest.approx(rate)
+    start = 0.5 if low else 0.1
+    cooled = min(progress / 0.6, 1.0)
+    assert schedule.temperature(step) == pytest.approx(start ** (1 - cooled) * 0.005**cooled)
+    assert schedule.ratio(step) in (0.02, 1.0) if low else schedule.ratio(step) >= 0.03
+    alone = Schedule(CalibrationConfig(), 10)
+    assert not alone.in_low_ratio_stage(step) and not alone.after_low_ratio_stage(step)
+    assert alone.progress(step) == step / 10
+    endless = Schedule(CalibrationConfig(), float("inf"))
+    assert endless.progress(step) == 0 and endless.rate(step) == (step + 1) / 20
     with pytest.raises(InputError, match=r"model.low_ratio_share: is a share of a training that has no end"):
-        Stages(0.6, float("inf"))
+        Schedule(options, float("inf"))
 
 
 class Fail(Callback):
@@ -256,7 +266,7 @@ def test_only_the_groups_that_learn_move(cache: Path, tmp_path: Path) -> None:
 
 
 def test_losses() -> None:
-    """Both divergences against their sums, and the mismatch of layers as a share."""
+    """Both divergences against their sums, and the difference of layers as a share."""
     teacher, student, weight = torch.randn(5, 7), torch.randn(5, 7), torch.rand(5)
     p, q = teacher.softmax(-1), student.softmax(-1)
     for kind, one, other in (("forward", p, q), ("reverse", q, p)):
@@ -264,16 +274,17 @@ def test_losses() -> None:
         assert divergence(teacher, student, weight, kind) == pytest.approx(float(expected), abs=1e-5)  # type: ignore[arg-type]
     layers = torch.randn(2, 5, 4)
     twice = torch.stack([2 * layers[0], layers[1]])
-    assert mismatch(layers, twice, torch.tensor(3.0)) == pytest.approx(0.5)
+    assert feature_loss(layers, twice, torch.tensor(3.0)) == pytest.approx(0.5)
     other = torch.randn(1, 5, 4)
     share = (other - layers[:1]).square().sum() / layers[:1].square().sum()
-    assert mismatch(layers[:1], other, torch.tensor(3.0)) == pytest.approx(float(share))
+    assert feature_loss(layers[:1], other, torch.tensor(3.0)) == pytest.approx(float(share))
 
 
 def test_ratios_are_drawn_by_number() -> None:
     module = CalibrationModule(ratio_min=0.02, ratio_max=0.5, full_cache_probability=0.25)
-    drawn = [module.draw_ratio(number) for number in range(400)]
-    assert drawn[:3] == [module.draw_ratio(number) for number in range(3)]
+    schedule = Schedule(module.options, 400)
+    drawn = [schedule.ratio(number) for number in range(400)]
+    assert drawn[:3] == [schedule.ratio(number) for number in range(3)]
     assert 60 < drawn.count(1.0) < 140
     rest = [ratio for ratio in drawn if ratio < 1]
     assert 0.02 <= min(rest) < 0.022 and 0.3 < max(rest) <= 0.5
@@ -315,18 +326,16 @@ def test_the_teacher_is_the_base_model(cache: Path) -> None:
     data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
     data.setup()
     batch = next(iter(data.val_dataloader()))
-    seen = []
-    logits = module._logits
-    module._logits = lambda *arguments: seen.append(logits(*arguments)) or seen[-1]  # type: ignore[assignment]
+    _, before = module.teacher.targets(batch)
     with torch.no_grad():
-        module.distill(batch, 1.0, None)
+        same = module.distill(batch, 1.0, None).kl
         for parameter in module.live.attached.parameters():
             parameter.normal_(std=0.3)
-        kl = module.distill(batch, 1.0, None).kl
+        moved = module.distill(batch, 1.0, None).kl
+    _, after = module.teacher.targets(batch)
     module.teardown("fit")
-    teacher, student, teacher_after, student_after = seen
-    assert torch.equal(teacher, teacher_after) and torch.allclose(teacher, student, atol=1e-5)
-    assert (student_after - student).abs().max() > 1e-2 and float(kl) > 1e-3
+    assert torch.equal(before.words, after.words) and torch.equal(before.features, after.features)
+    assert abs(float(same)) < 1e-5 < 1e-3 < float(moved)
 
 
 @pytest.mark.parametrize("keep", ["embeddings", "prefill"])
@@ -340,20 +349,20 @@ def test_a_second_visit_starts_from_what_was_kept(cache: Path, keep: Any) -> Non
             train_clips=6, validation_clips=2, batch_size=2, questions_per_clip=3, cache_dir=str(cache), cache=kept
         )
         data.setup()
+        module.clip_cache = data.clip_cache
         dataset = data.datasets["validation"]
-        first = dataset.collate([dataset[(index, 0)] for index in (0, 1)])
-        assert first.embedded is None and first.prefill is None and first.inputs
+        first = dataset.batch(0, [0, 1])
+        assert not data.clip_cache.holds(first.clips)
         before = module.distill(first, 0.1, 0.1)
-        second = dataset.collate([dataset[(index, 4)] for index in (1, 0)])
-        assert first.turns.ids.tolist() != second.turns.ids.flip(0).tolist(), "other questions are drawn"
-        assert (second.prefill is not None) == (second.targets is not None) == (kept == "prefill")
-        assert (second.embedded is not None) == (kept == "embeddings") and bool(second.inputs) == (kept == "nothing")
+        second = dataset.batch(4, [1, 0], read=kept == "nothing")
+        assert first.questions.ids.tolist() != second.questions.ids.flip(0).tolist(), "other questions are drawn"
+        kinds = [kind for kind in ("prefills", "embeddings", "targets") if data.clip_cache.has(kind, second.clips)]
+        expected = {"prefill": ["prefills", "targets"], "embeddings": ["embeddings"], "nothing": []}
+        assert kinds == expected[kept] and bool(second.inputs) == (kept == "nothing")
         after = module.distill(second, 0.1, 0.1)
         data.reorder(1)
-        third = dataset.collate([dataset[(index, 4)] for index in (1, 0)])
-        assert third.targets is None and (third.prefill is not None) == (third.pending is not None) == (
-            kept == "prefill"
-        )
+        third = dataset.batch(4, [1, 0], read=kept == "nothing")
+        assert not data.clip_cache.has("targets", third.clips)
         again = module.distill(third, 0.1, 0.1)
         losses.append([value.item() for done in (before, after, again) for value in (done.kl, done.loss)])
     module.teardown("fit")
@@ -361,14 +370,29 @@ def test_a_second_visit_starts_from_what_was_kept(cache: Path, keep: Any) -> Non
     assert losses[0][1] > losses[0][0] + 1e-3, "attention outputs are matched"
 
 
-def test_rows_of_embeddings_are_stacked_with_padding(cache: Path) -> None:
+def test_a_clip_of_other_data_is_none_that_is_kept(cache: Path) -> None:
+    """The questions about a clip of two splits may differ: what is kept of one is not taken for the other."""
+    records = AVDataModule(validation_clips=2, cache_dir=str(cache)).records("validation")
+    module = CalibrationModule(lora_rank=0)
+    module.configure_model()
+    one, other = (ClipDataset(split, records, module.processor) for split in ("train", "validation"))
+    module.clip_cache = ClipCache("prefill")
+    module.distill(one.batch(0, [0]), 0.1, None)
+    module.teardown("fit")
+    assert module.clip_cache.holds(one.names([0])) and not module.clip_cache.holds(other.names([0]))
+    order = [(0, [0]), (0, [1])]
+    read = [bool(batch.inputs) for batch in ClipLoader(one, order, module.clip_cache)]
+    assert read == [False, True], "clips that are kept are not read again"
+
+
+def test_embeddings_are_stacked_with_padding(cache: Path) -> None:
     """A shorter row beside a longer one gives the prefill of the row alone."""
     module = CalibrationModule(lora_rank=0)
     module.configure_model()
     data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
     data.setup()
     dataset = data.datasets["validation"]
-    batch = dataset.collate([dataset[(index, 0)] for index in range(2)])
+    batch = dataset.batch(0, [0, 1])
     with torch.no_grad():
         rows = module.live.prefill(**batch.inputs).embedded.unstack()
         shorter = DecoderInputs(
@@ -381,35 +405,34 @@ def test_rows_of_embeddings_are_stacked_with_padding(cache: Path) -> None:
     assert torch.allclose(prefill.cache.layers[-1].keys[1:, :, 5:], alone.cache.layers[-1].keys, atol=1e-4)
 
 
-def test_packed_turns_equal_single_turns(cache: Path) -> None:
-    """A turn among others answers as it does alone, and as the model's plain forward does."""
+def test_packed_questions_equal_single_ones(cache: Path) -> None:
+    """A question among others is answered as it is alone, and as by the model's plain forward."""
     module = CalibrationModule(lora_rank=0)
     module.configure_model()
     data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
     data.setup()
-    dataset = data.datasets["validation"]
-    item = dataset[(0, 0)]
-    turns, context = item.turns, dataset.collate([item]).inputs
+    batch = data.datasets["validation"].batch(0, [0])
+    packed, (questions,), context = batch.questions, batch.every, batch.inputs
     with torch.no_grad():
         prefill = module.live.prefill(**context)
-        packed = pack_turns([turns])
-        together, turn_of = module._logits(prefill, None, packed), packed.turn[0, packed.counted]
-        for number, turn in enumerate(turns):
-            alone = module._logits(prefill, None, pack_turns([[turn]]))
-            assert torch.allclose(together[turn_of == number], alone, atol=1e-4)
+        together, question_of = (
+            answer_logits(module.live, prefill, None, packed),
+            packed.question[0, packed.counted],
+        )
+        for number, question in enumerate(questions):
+            alone = answer_logits(module.live, prefill, None, pack_questions([[question]]))
+            assert torch.allclose(together[question_of == number], alone, atol=1e-4)
         module.teardown("fit")
-        ids = torch.cat([context["input_ids"], turns[0].ids[None]], dim=1)
+        ids = torch.cat([context["input_ids"], torch.tensor([questions[0].ids])], dim=1)
         plain = module.model(**{**context, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0]
-    counted = packed.counted[turn_of == 0]
-    assert torch.allclose(plain[context["input_ids"].shape[1] :][counted], together[turn_of == 0], atol=1e-4)
+    counted = packed.counted[question_of == 0]
+    assert torch.allclose(plain[context["input_ids"].shape[1] :][counted], together[question_of == 0], atol=1e-4)
 
 
-def test_pack_turns() -> None:
-    packed = pack_turns(
-        [[Turn(torch.tensor([5, 6, 7, 8, 9]), 1), Turn(torch.tensor([3, 4]), 0)], [Turn(torch.tensor([1, 2]), 0)]]
-    )
+def test_pack_questions() -> None:
+    packed = pack_questions([[Question((5, 6, 7, 8, 9), 1), Question((3, 4), 0)], [Question((1, 2), 0)]])
     assert packed.ids.tolist() == [[5, 6, 7, 8, 9, 3, 4], [1, 2, 0, 0, 0, 0, 0]]
-    assert packed.turn.tolist() == [[0, 0, 0, 0, 0, 1, 1], [0, 0, -1, -1, -1, -1, -1]]
+    assert packed.question.tolist() == [[0, 0, 0, 0, 0, 1, 1], [0, 0, -1, -1, -1, -1, -1]]
     assert packed.offset.tolist()[0] == [0, 1, 2, 3, 4, 0, 1]
     assert packed.weight[0].tolist() == pytest.approx([0, 3**-0.5, 3**-0.5, 3**-0.5, 0, 1, 0])
     labels = ModalityMap(torch.tensor([[3, 0, 1], [0, 1, 2]]))
@@ -421,17 +444,17 @@ def test_pack_turns() -> None:
 def test_batches_depend_on_their_number_only() -> None:
     whole = list(StepSampler(5, 2, 6, lambda: 0, seed=1))
     assert list(StepSampler(5, 2, 6, lambda: 4, seed=1)) == whole[4:]
-    assert {index for batch in whole[:5] for index, _ in batch} == set(range(5))
+    assert {clip for _, clips in whole[:5] for clip in clips} == set(range(5))
     ranks = [list(StepSampler(5, 2, 6, lambda: 0, seed=1, rank=rank, world=2)) for rank in range(2)]
     double = list(StepSampler(5, 4, 6, lambda: 0, seed=1))
-    for one, other, both in zip(*ranks, double, strict=True):
-        assert sorted(one + other) == sorted(both)
+    for (number, one), (_, other), (same, both) in zip(*ranks, double, strict=True):
+        assert number == same and sorted(one + other) == sorted(both)
 
 
 def test_options_are_checked() -> None:
     with pytest.raises(InputError, match=r"model\.ratio_min"):
         CalibrationModule(ratio_min=0.5, ratio_max=0.1)
-    with pytest.raises(InputError, match=r"model\.feature_loss_min_ratio: -1 is below 0"):
+    with pytest.raises(InputError, match=r"model\.feature_loss_min_ratio: -1 is not at least 0"):
         CalibrationModule(feature_loss_min_ratio=-1)
     with pytest.raises(InputError, match=r"data\.train_questions: is needed"):
         AVDataModule(source="music_avqa")

@@ -13,8 +13,9 @@ import pytest
 
 from acckv import KVCompressor
 from acckv.evaluation.results import CALIBRATED
-from lightning_modules.calibration.callbacks import EvaluateExport, different_tensors
 from lightning_modules.calibration.datamodule import AVDataModule
+from lightning_modules.calibration.export import different_tensors
+from lightning_modules.calibration.report import EvaluateExport
 from lightning_modules.cli.errors import INTERRUPTED, run_cli
 from lightning_modules.evaluation import run as evaluation_run
 from lightning_modules.evaluation.options import EvaluationOptions
@@ -63,7 +64,7 @@ def test_the_closing_evaluation_asks_the_model_in_memory(
         output=str(tmp_path / "again"),
         accelerator="cpu",
     )
-    again = evaluation_run.run_evaluation(options, questions=(data.benchmark, data.records("validation")))
+    again = evaluation_run.run_evaluation(options, questions=(data.source.benchmark, data.records("validation")))
     assert evaluation.results is not None and evaluation.results.rows == again.rows
     answers = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("eval", "again")]
     assert answers[0] == answers[1] and answers[0]

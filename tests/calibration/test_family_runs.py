@@ -18,8 +18,8 @@ from acckv import InputError, KVCompressor
 from acckv.data.precomputed import write_precomputed_clip
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.evaluation.results import REFERENCE_NAMES
-from lightning_modules.calibration.callbacks import ExportCompressor
 from lightning_modules.calibration.datamodule import AVDataModule
+from lightning_modules.calibration.export import ExportCompressor
 from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.evaluation.datamodule import EvaluationData
 from lightning_modules.evaluation.options import EvaluationOptions

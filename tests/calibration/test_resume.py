@@ -13,8 +13,14 @@ import torch
 from lightning import Callback
 
 from acckv import InputError, KVCompressor
+from lightning_modules.calibration.checkpoint import (
+    CONFIG_FILE,
+    TRAINING,
+    check_fixed,
+    find_checkpoint,
+    read_checkpoint,
+)
 from lightning_modules.calibration.module import CalibrationModule
-from lightning_modules.calibration.resume import CONFIG_FILE, TRAINING, check_fixed, find_checkpoint, read_checkpoint
 from tests.calibration.test_calibration import fit, trained
 from tests.cli.test_configs import door
 
@@ -189,8 +195,8 @@ def test_what_contradicts_a_checkpoint_is_refused_in_one_line(
 )
 def test_options_that_were_trained_under_are_fixed(name: str, value: Any, message: str) -> None:
     saved = dict(CalibrationModule().hparams)
-    for settled, fixed in ((None, name != "ratio_min"), (2, True)):
-        checkpoint = {"hyper_parameters": saved, TRAINING: {"settled_at": settled}}
+    for ended, fixed in ((None, name != "ratio_min"), (2, True)):
+        checkpoint = {"hyper_parameters": saved, TRAINING: {"low_ratio_ended": ended}}
         check_fixed({**saved, "lora_alpha": 32.0, "lr_lora": 1.0, "compression": {}}, checkpoint)  # all the same
         if fixed:
             with pytest.raises(InputError, match=re.escape(message)):
@@ -220,10 +226,10 @@ def test_a_finished_run_goes_on_with_more_steps(cache: Path, tmp_path: Path) -> 
     first = fit(cache, tmp_path, **options)
     rates = Rates()
     module = fit(cache, tmp_path, steps=6, resume=tmp_path / "step-step=4.ckpt", also=[rates], **options)
-    assert list(rates.seen) == [4, 5] and module.global_step == module.stages.steps == 6
-    assert module.stages.first_wide == first.stages.first_wide
+    assert list(rates.seen) == [4, 5] and module.global_step == module.schedule.steps == 6
+    assert module.schedule.low_ratio_steps == first.schedule.low_ratio_steps
     for step, seen in rates.seen.items():
-        assert seen["lr_lora"] == pytest.approx(2e-3 * module.stages.rate(step, 20))
+        assert seen["lr_lora"] == pytest.approx(2e-3 * module.schedule.rate(step))
     before, after = trained(first), trained(module)
     assert not torch.equal(before["compressor.weights.saliency"], after["compressor.weights.saliency"])
     kept = [name for name in before if name.startswith("compressor.low_ratio_weights.")]

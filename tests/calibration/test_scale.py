@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from acckv import KVCompressor
-from lightning_modules.calibration.callbacks import ExportCompressor
 from lightning_modules.calibration.datamodule import AVDataModule
+from lightning_modules.calibration.dataset import StepSampler
+from lightning_modules.calibration.export import ExportCompressor
 from lightning_modules.calibration.module import CalibrationModule
-from lightning_modules.calibration.sampler import StepSampler
 from lightning_modules.cli.train import main
 from tests.paths import ROOT
 
@@ -94,17 +94,18 @@ def test_accumulated_batches_equal_one_large_batch(cache: Path, tmp_path: Path) 
 def test_sampler_of_accumulated_batches_and_epochs() -> None:
     large = list(StepSampler(5, 4, 3, lambda: 0, seed=1))
     parts = list(StepSampler(5, 2, 6, lambda: 0, seed=1, accumulate=2))
-    assert [parts[2 * step] + parts[2 * step + 1] for step in range(3)] == large
+    assert [number for number, _ in parts] == [0, 0, 1, 1, 2, 2]
+    assert [(step, parts[2 * step][1] + parts[2 * step + 1][1]) for step in range(3)] == large
     second = list(StepSampler(5, 2, 6, lambda: 6, seed=1))
-    assert len(second) == 6 and [number for (_, number), *_ in second] == list(range(6, 12))
+    assert len(second) == 6 and [number for number, _ in second] == list(range(6, 12))
     assert list(StepSampler(5, 2, 6, lambda: 10, seed=1)) == second[4:]
 
 
 def test_steps_of_several_epochs_agree_with_the_schedule(cache: Path, tmp_path: Path) -> None:
     module = fit(cache, tmp_path, 2, steps=-1, max_epochs=2, options={"lora_rank": 0})
     assert module.trainer.global_step == module.trainer.estimated_stepping_batches == 4
-    assert module.stages.progress(module.global_step) == 1.0
-    assert module.temperature() == pytest.approx(module.options.temperature_end)
+    assert module.schedule.progress(module.global_step) == 1.0
+    assert module.schedule.temperature(module.global_step) == pytest.approx(module.options.temperature_end)
 
 
 def test_gradient_checkpointing_gives_the_same_step(cache: Path, tmp_path: Path) -> None:

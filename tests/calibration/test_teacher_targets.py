@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from acckv import InputError
-from lightning_modules.calibration import teacher_targets
+from lightning_modules.calibration import targets
+from lightning_modules.calibration.clip_cache import GB, ClipCache
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.losses import divergence
 from lightning_modules.calibration.module import CalibrationModule
-from lightning_modules.calibration.teacher_cache import GB, TeacherCache
-from lightning_modules.calibration.teacher_targets import TeacherTargets
-from lightning_modules.calibration.top_tokens import TopTokens
+from lightning_modules.calibration.targets import TeacherTargets, TopTokens
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +76,7 @@ def test_it_holds_little_of_a_large_vocabulary_and_misses_little() -> None:
         assert 0.98 * full < bound <= full
     assert (
         whole.likeliest(1.0) is whole
-        and TeacherTargets(teacher[:, :1024], whole.outputs).likeliest(0.9).words.ndim == 2
+        and TeacherTargets(teacher[:, :1024], whole.features).likeliest(0.9).words.ndim == 2
     )  # type: ignore[union-attr]
 
 
@@ -95,10 +94,11 @@ def losses(cache: Path, **options: Any) -> tuple[list[float], Any]:
         **options,
     )
     data.setup()
+    module.clip_cache = data.clip_cache
     dataset, found = data.datasets["validation"], []
     for visit in range(2):
-        batch = dataset.collate([dataset[(index, visit)] for index in (0, 1)])
-        assert (batch.targets is not None) == (visit == 1)
+        batch = dataset.batch(visit, [0, 1], read=visit == 0)
+        assert data.clip_cache.has("targets", batch.clips) == (visit == 1)
         done = module.distill(batch, 0.1, 0.1)
         found += [done.kl.item(), done.loss.item()]
     module.teardown("fit")
@@ -116,44 +116,43 @@ def test_what_lies_on_disk_is_what_was_in_memory(
     assert list(tmp_path.iterdir()) == [], "files without a name"
     said = capsys.readouterr().out
     assert f"0 GB of data.cache_memory_gb are full: what else is kept of clips goes to files in {tmp_path}." in said
-    kinds = [f"validation {kind} of 2 (" for kind in ("prefills", "targets", "outputs")]
-    assert all(kind in said for kind in kinds) and said.count(" GB on disk)") == 3 and "memory)" not in said
-    storage = data.datasets["validation"].cache
-    assert storage._used == 0
-    storage.clear("validation targets")
-    assert not storage.has("validation targets", data.datasets["validation"].clips[0][0].clip)
+    kinds = [f"validation {kind} of 2 (" for kind in ("prefills", "targets")]
+    assert all(kind in said for kind in kinds) and said.count(" GB on disk)") == 2 and "memory)" not in said
+    clips = data.datasets["validation"].names([0])
+    assert data.clip_cache._used == 0 and data.clip_cache.has("targets", clips)
+    data.clip_cache.forget_targets()
+    assert not data.clip_cache.has("targets", clips) and data.clip_cache.holds(clips)
 
 
 def test_likeliest_words_train_nearly_as_all(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = losses(cache)
-    monkeypatch.setattr(teacher_targets, "WHOLE", 0)
+    monkeypatch.setattr(targets, "WHOLE", 0)
     for top_p, tolerance in ((0.999999, 1e-3), (0.9, 0.3)):
         found, data = losses(cache, teacher_top_p=top_p)
         assert found == pytest.approx(expected, rel=tolerance) and all(
             one <= other + 1e-5 for one, other in zip(found, expected, strict=True)
         )
-        clip = data.datasets["validation"].clips[0][0].clip
-        assert all(
-            isinstance(words, TopTokens) for words in data.datasets["validation"].cache.get("validation targets", clip)
-        )
+        (kept,) = data.clip_cache.get("targets", data.datasets["validation"].names([0]))
+        assert kept and all(isinstance(each.words, TopTokens) for each in kept)
 
 
 def test_a_limit_is_of_all_kinds_together(tmp_path: Path) -> None:
-    kept, shared = TeacherCache(100 * 4 / GB, tmp_path), torch.arange(60.0)
-    kept.put("a", 1, [shared, {"twice": shared}])
-    kept.put("b", 1, torch.ones(60))
-    kept.put("b", 2, torch.ones(40))
-    assert [kept._sizes[place] for place in (("a", 1), ("b", 1), ("b", 2))] == [
-        *(("memory", 240), ("on disk", 240), ("memory", 160))
-    ]
-    first, second = kept.get("a", 1)
-    assert first is second["twice"] and torch.equal(kept.get("b", 1), torch.ones(60))
-    kept.clear("a")
-    kept.put("b", 3, torch.ones(50))
-    assert kept._sizes["b", 3][0] == "memory" and "b of 3 (" in kept.describe()
+    kept, shared = ClipCache("prefill", limit=100 * 4 / GB, folder=tmp_path), torch.arange(60.0)
+    one, two, three = clips = [("train", (Path(name), None, None, None, (), None)) for name in "abc"]
+    kept.put("prefills", [one], [[shared, {"twice": shared}]])
+    kept.put("targets", [one, two], [torch.ones(60), torch.ones(40)])
+    sizes = [kept._sizes[key] for key in (("prefills", one), ("targets", one), ("targets", two))]
+    assert sizes == [("memory", 240), ("on disk", 240), ("memory", 160)] and kept._used == 400
+    (found,), (far,) = kept.get("prefills", [one]), kept.get("targets", [one])
+    assert found[0] is found[1]["twice"] and torch.equal(far, torch.ones(60))
+    assert kept.has("targets", [one, two]) and not kept.has("targets", clips) and kept.holds([one])
+    kept.put("prefills", [one], [torch.ones(2)])  # in place of what was there
+    kept.put("targets", [three], [torch.ones(50)])
+    assert kept._sizes["targets", three] == ("memory", 200) and "train targets of 3 (" in kept.describe()
+    assert kept._used == 8 + 160 + 200 and list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"data\.cache_memory_gb: no room for what is kept of clips .* embeddings"):
-        TeacherCache(0, tmp_path / "file").put("a", 1, torch.ones(3))
+        ClipCache(limit=0, folder=tmp_path / "file").put("targets", [one], [torch.ones(3)])
     for name, value in (("cache_memory_gb", -1.0), ("teacher_top_p", 0.0)):
         with pytest.raises(InputError, match=rf"data\.{name}: "):
             AVDataModule(**{name: value})

@@ -12,9 +12,9 @@ import torch
 from lightning import Trainer
 
 from acckv import InputError, KVCompressor
+from lightning_modules.calibration.config import check_trainer, freeze_precision
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.module import CalibrationModule
-from lightning_modules.calibration.trainer_checks import check_trainer, freeze_precision
 from tests.cli.test_configs import door
 
 

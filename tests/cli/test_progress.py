@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from acckv.io.progress import Progress, in_words
-from lightning_modules.calibration.training_progress import TrainingProgress
+from lightning_modules.calibration.progress import TrainingProgress
 from tests.calibration.test_calibration import fit
 
 

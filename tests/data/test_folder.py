@@ -126,14 +126,14 @@ def test_bad_folders(clips: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.folder: is needed with source 'folder'"):
         AVDataModule(source="folder")
     with pytest.raises(InputError, match=r"nowhere: data\.folder: no such folder"):
-        AVDataModule(source="folder", folder=str(tmp_path / "nowhere")).videos("train")
+        AVDataModule(source="folder", folder=str(tmp_path / "nowhere")).source.videos("train")
     with pytest.raises(InputError, match=r"data\.folder: holds no video"):
-        AVDataModule(source="folder", folder=str(tmp_path)).videos("train")
+        AVDataModule(source="folder", folder=str(tmp_path)).source.videos("train")
     with pytest.raises(InputError, match=r"data\.validation_folder: holds no video"):
-        AVDataModule(source="folder", folder=str(clips), validation_folder=str(tmp_path)).videos("validation")
+        AVDataModule(source="folder", folder=str(clips), validation_folder=str(tmp_path)).source.videos("validation")
     shutil.copy(clips / "clip 0.MP4", tmp_path)
     with pytest.raises(InputError, match="holds one video, of which none can be held out"):
-        AVDataModule(source="folder", folder=str(tmp_path)).videos("train")
+        AVDataModule(source="folder", folder=str(tmp_path)).source.videos("train")
     for options, field in (({"prompts": []}, "prompts"), ({"validation_share": 1.0}, "validation_share")):
         with pytest.raises(InputError, match=rf"data\.{field}"):
             AVDataModule(source="folder", folder=str(clips), **options)
@@ -220,8 +220,8 @@ def test_a_cut_answer_is_learned_without_an_end(clips: Path, tmp_path: Path) -> 
     processor = load_processor("tiny")
     records = AnswerFile(file.path, settings).records(list_videos(clips)[:1])
     assert [record.complete for record in records] == [False, True], "a list of shapes, and one shape"
-    turns = ClipDataset(records, processor, "context", 0, 0, "nothing")[(0, 0)].turns
-    for record, turn in zip(records, turns, strict=True):
+    questions = ClipDataset("train", records, processor).questions(0)
+    for record, question in zip(records, questions, strict=True):
         ids = processor.tokenizer(record.answer, add_special_tokens=False)["input_ids"]
         end = [processor.tokenizer.eos_token_id] if record.complete else []
-        assert turn.ids[turn.first + 1 :].tolist() == [*ids, *end]
+        assert [*question.ids[question.first + 1 :]] == [*ids, *end]

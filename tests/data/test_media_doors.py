@@ -23,9 +23,9 @@ from acckv.models import load_model
 from acckv.plugins.answerer import Answerer
 from acckv.plugins.media_store import MediaStore
 from acckv.plugins.requests import ClipRef, Generation, Prompt, read_prompt
+from lightning_modules.calibration.clip_cache import ClipCache
 from lightning_modules.calibration.datamodule import AVDataModule
-from lightning_modules.calibration.dataset import ClipDataset
-from lightning_modules.calibration.loader import ClipLoader
+from lightning_modules.calibration.dataset import ClipDataset, ClipLoader
 from lightning_modules.cli.ask import AskOptions, run_ask
 from lightning_modules.cli.train import main
 from lightning_modules.evaluation.datamodule import EvaluationData
@@ -151,21 +151,21 @@ def train(folder: Path, root: Path, monkeypatch: pytest.MonkeyPatch, *more: str)
 def test_workers_give_the_batches_of_a_calibration(folder: Path, tiny: tuple[Any, Any], when: str) -> None:
     """The slow test below trains on them."""
     records = load_benchmark("custom", folder)
-    order = [[(2, 0), (0, 0)], [(1, 1)], [(0, 2), (1, 2)]]  # clips a, b, the broken one, and a with a system prompt
+    order = [(0, [2, 0]), (1, [1]), (2, [0, 1])]  # clips a, b, the broken one, and a with a system prompt
     good = [record for record in records if record.video.name != "broken.mp4"]
     batches = [
-        list(ClipLoader(ClipDataset(good, tiny[1], when, 0, 0, "nothing"), order, workers))  # type: ignore[arg-type]
+        list(ClipLoader(ClipDataset("train", good, tiny[1], when), order, ClipCache(), workers))  # type: ignore[arg-type]
         for workers in (0, 2)
     ]
     for one, other in zip(*batches, strict=True):
-        assert one.number == other.number and torch.equal(one.turns.ids, other.turns.ids)
-        assert one.inputs.keys() == other.inputs.keys()
+        assert one.number == other.number and torch.equal(one.questions.ids, other.questions.ids)
+        assert one.inputs.keys() == other.inputs.keys() and one.clips == other.clips and one.every == other.every
         for name, value in one.inputs.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.inputs[name])), name
-    broken = ClipDataset(records, tiny[1], when, 0, 0, "nothing")  # type: ignore[arg-type]
+    broken = ClipDataset("train", records, tiny[1], when)  # type: ignore[arg-type]
     for workers in (0, 2):
         with pytest.raises(InputError, match=r"broken\.mp4: not a readable media file") as caught:
-            list(ClipLoader(broken, [[(0, 0)], [(2, 0)]], workers))
+            list(ClipLoader(broken, [(0, [0]), (0, [2])], ClipCache(), workers))
         assert len(str(caught.value).splitlines()) == 1 and str(caught.value.source).endswith("broken.mp4")
 
 

@@ -24,7 +24,7 @@ from acckv.evaluation.results import Results
 from acckv.models import load_model
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.module import CalibrationModule
-from lightning_modules.calibration.training_progress import CalibrationBar
+from lightning_modules.calibration.progress import CalibrationBar
 from lightning_modules.cli.train import main
 from lightning_modules.evaluation.datamodule import EvaluationData
 from lightning_modules.evaluation.options import EvaluationOptions
@@ -146,7 +146,7 @@ def test_no_step_waits_for_the_device_to_log(clips: Path, tmp_path: Path, monkey
     data = AVDataModule(train_clips=2, validation_clips=1, batch_size=2, questions_per_clip=1, cache_dir=str(clips))
     module = CalibrationModule(lora_targets=("q_proj",), probe_queries=0)
     with simulated_training(monkeypatch, "/lightning") as accelerator:
-        monkeypatch.setattr("lightning_modules.calibration.training_progress.time.monotonic", lambda: 0.0)
+        monkeypatch.setattr("lightning_modules.calibration.progress.time.monotonic", lambda: 0.0)
         counted = SyncsByStep(accelerator)
         Trainer(
             accelerator="sim",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from acckv import CompressionConfig, KVCompressor
-from acckv.data.batching import Turn, pack_turns
+from acckv.data.batching import Question, pack_questions
 from tests.calibration.test_training import after
 from tests.families import FAMILIES, Tokenizer
 
@@ -61,8 +61,7 @@ def test_a_simulation_makes_the_logits_that_are_read(name: str) -> None:
     assert torch.allclose(chosen, whole.flatten(0, 1)[1:4], atol=1e-5)
 
 
-def test_places_of_the_predictions_that_count() -> None:
-    rows = [[Turn(torch.arange(4), 1), Turn(torch.arange(3), 0)], [Turn(torch.arange(3), 1)]]
-    turns = pack_turns(rows)
-    assert turns.counted.tolist() == [1, 2, 4, 5, 8]
-    assert torch.equal(turns.weight.flatten().nonzero()[:, 0], turns.counted)
+def test_positions_of_the_predictions_that_count() -> None:
+    packed = pack_questions([[Question((0, 1, 2, 3), 1), Question((0, 1, 2), 0)], [Question((0, 1, 2), 1)]])
+    assert packed.counted.tolist() == [1, 2, 4, 5, 8]
+    assert torch.equal(packed.weight.flatten().nonzero()[:, 0], packed.counted)

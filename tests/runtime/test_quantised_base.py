@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.models import find_adapter, load_model
 from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
-from lightning_modules.calibration.callbacks import ExportCompressor
 from lightning_modules.calibration.datamodule import AVDataModule
+from lightning_modules.calibration.export import ExportCompressor
 from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.evaluation.options import EvaluationOptions
 from lightning_modules.evaluation.run import run_evaluation

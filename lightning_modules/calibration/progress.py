@@ -102,7 +102,7 @@ class CalibrationBar(RichProgressBar):
 
 
 def calibration_bar(trainer: Trainer) -> list[Callback]:
-    """What takes the place of Lightning's own bar, where a trainer has that."""
+    """The bar in place of Lightning's own, where a trainer has that."""
     bar = trainer.progress_bar_callback  # type: ignore[attr-defined]
     return [CalibrationBar()] if type(bar) is RichProgressBar else []
 

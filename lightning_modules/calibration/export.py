@@ -1,49 +1,44 @@
-"""What happens at the end of calibration: the export, and a look at what it is worth."""
+"""The end of a calibration: the export, checked against what was trained, and a Trainer that exports a checkpoint."""
 
 from __future__ import annotations
 
+import copy
 import warnings
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from acckv.compressor import KVCompressor
 from acckv.errors import InputError
-from acckv.evaluation.results import CALIBRATED, Results
 from acckv.export import LowRatio
 from acckv.io.progress import Progress
+from acckv.models.batching import pad_left
 from acckv.runtime.simulation import disable_checkpointing
+from lightning_modules.calibration.checkpoint import TRAINING, read_checkpoint
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.dataset import CalibrationBatch
-from lightning_modules.calibration.fsdp import is_sharded
+from lightning_modules.calibration.distributed import is_sharded
 from lightning_modules.calibration.module import CalibrationModule
-from lightning_modules.calibration.resume import TRAINING, read_checkpoint
-from lightning_modules.evaluation.datamodule import EvaluationData
-from lightning_modules.evaluation.options import EvaluationOptions
-from lightning_modules.evaluation.run import run_evaluation
 
 
-def _dry(trainer: Any) -> bool:
-    """A `fast_dev_run` leaves no files."""
-    return bool(trainer.fast_dev_run)
+class EndOfCalibration(Callback):
+    """A callback that does its work at the end of a training, or of an exported checkpoint; not of a `fast_dev_run`."""
+
+    @abstractmethod
+    def finish(self, trainer: Trainer, module: CalibrationModule) -> None:
+        """Do it."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, CalibrationModule) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.finish(trainer, pl_module)
 
 
-def first_batch(trainer: Any, module: CalibrationModule) -> CalibrationBatch:
-    """The first batch of the validation clips, where the module is."""
-    loader = trainer.datamodule.val_dataloader()
-    return trainer.datamodule.transfer_batch_to_device(next(iter(loader)), module.device, 0)
-
-
-def takes_part(trainer: Trainer, module: LightningModule) -> bool:
-    """Whether this process is needed for a look at the trained model: one, or all where it is split over them."""
-    return trainer.is_global_zero or is_sharded(module)
-
-
-class ExportCompressor(Callback):
+class ExportCompressor(EndOfCalibration):
     """At the end of training: freeze, export, load the export again and check that it answers as the live module.
 
     Exported is the last step, or where `checkpoint.monitor` names a metric the step that was best by it.
@@ -69,9 +64,9 @@ class ExportCompressor(Callback):
         if not pl_module.trained_steps:
             message = "no step was trained; raise trainer.max_steps (or max_epochs, max_time), or export a checkpoint"
             raise InputError(f"{message} as it is: python train.py export --ckpt_path FILE")
-        if not _dry(trainer):
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.step = load_best(trainer, pl_module)
-            self.finish(trainer, pl_module)
+        super().on_fit_end(trainer, pl_module)
 
     def finish(self, trainer: Trainer, module: CalibrationModule) -> None:
         """Write the export, close the module's session, and compare what is read back with what was trained.
@@ -115,24 +110,14 @@ class ExportCompressor(Callback):
                 raise RuntimeError(f"{folder}: the reloaded export answers otherwise at {ratio:g} than the live module")
 
     def _answers(self, module: CalibrationModule, session: Any, batch: CalibrationBatch, ratio: float) -> torch.Tensor:
-        """Tokens that a session gives to the first turn of every clip at a ratio."""
-        turns = batch.turns
-        inputs: dict[str, Any] = {"max_new_tokens": self.new_tokens, "do_sample": False}
-        prefill = batch.prefilled(session, session.planners.policy.rows)
-        cache = session.compress(prefill, ratio)
-        if module.compression.when == "prompt":
-            # The context holds the question: what is compared is read from what was kept of it.
-            first = turns.ids.gather(1, (turns.weight > 0).long().argmax(-1, keepdim=True))
-            return session.answer(cache, first, **inputs)
-        question = (turns.turn == 0) & ((turns.weight == 0) | (turns.weight.cumsum(-1) == turns.weight))
-        lengths = question.sum(-1)
-        width = int(lengths.max())
-        ids = turns.ids.new_zeros(len(lengths), width)
-        mask = torch.zeros_like(ids)
-        for row, length in enumerate(lengths.tolist()):
-            ids[row, width - length :] = turns.ids[row, :length]
-            mask[row, width - length :] = 1
-        return session.answer(cache, ids, mask, **inputs)
+        """Tokens that a session gives to the first question about every clip at a ratio."""
+        limit: dict[str, Any] = {"max_new_tokens": self.new_tokens, "do_sample": False}
+        cache = session.compress(module.teacher.prefill_in(session, batch), ratio)
+        asked = [questions[drawn[0]] for questions, drawn in zip(batch.every, batch.drawn, strict=True)]
+        # With `when: prompt` the context holds the question: its last token alone is read again.
+        rows = [torch.tensor(question.ids[: question.first + 1]) for question in asked]
+        ids, mask = pad_left(rows, 0)
+        return session.answer(cache, ids, mask, **limit)
 
 
 def load_best(trainer: Any, module: CalibrationModule) -> int | None:
@@ -147,8 +132,8 @@ def load_best(trainer: Any, module: CalibrationModule) -> int | None:
         if not callback.best_model_path or not Path(callback.best_model_path).is_file():
             continue
         checkpoint = read_checkpoint(callback.best_model_path)
-        step = checkpoint["global_step"]
-        if module.stages.settled(trainer.global_step) and checkpoint[TRAINING]["settled_at"] is None:
+        step, over = checkpoint["global_step"], module.schedule.after_low_ratio_stage(trainer.global_step)
+        if over and checkpoint[TRAINING]["low_ratio_ended"] is None:
             warnings.warn(
                 f"the best {callback.monitor} is of step {step}, before ratios above the least were trained; "
                 "the last step is exported instead",
@@ -182,56 +167,54 @@ def _learned(compressor: KVCompressor | LowRatio | None, prefix: str = "") -> di
     return {f"{prefix}{name}": value.detach().cpu() for name, value in parts.items()}
 
 
-class EvaluateExport(Callback):
-    """After the export: the table of evaluate.py on the validation clips, so that a run ends with what it is worth.
+def first_batch(trainer: Any, module: CalibrationModule) -> CalibrationBatch:
+    """The first batch of the validation clips, where the module is."""
+    loader = trainer.datamodule.val_dataloader()
+    return trainer.datamodule.transfer_batch_to_device(next(iter(loader)), module.device, 0)
 
-    Args:
-        clips: how many at most; 0 skips it. With `data.source: folder` the right answers are the teacher's own.
-        policies: names, as for evaluate.py.
-        ratios: kept shares; 0, every audio and video entry evicted, is always measured too.
-        output: folder of the results; None is `eval` in the trainer's default_root_dir.
-    """
 
-    def __init__(
-        self,
-        clips: int = 12,
-        policies: tuple[str, ...] = ("random", "snapkv", "keydiff", "acckv", CALIBRATED),
-        ratios: tuple[float, ...] = (0.2, 0.1, 0.05, 0.02),
-        output: str | None = None,
+def takes_part(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether this process is needed for a look at the trained model: one, or all where it is split over them."""
+    return trainer.is_global_zero or is_sharded(module)
+
+
+class CalibrationTrainer(Trainer):
+    """A Trainer that can also export a checkpoint."""
+
+    def export(
+        self, model: LightningModule, datamodule: LightningDataModule | None = None, ckpt_path: str | None = None
     ) -> None:
-        self.clips = clips
-        self.policies = policies
-        self.ratios = ratios
-        self.output = output
-        self.results: Results | None = None
+        """Export a checkpoint as the end of a calibration does: validated, compared, evaluated and reported.
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(pl_module, CalibrationModule) and not _dry(trainer):
-            self.finish(trainer, pl_module)
+        Args:
+            model: CalibrationModule.
+            datamodule: AVDataModule.
+            ckpt_path: the checkpoint: a file, or 'last' or 'best' (by checkpoint.monitor) of the run.
 
-    def finish(self, trainer: Trainer, module: CalibrationModule) -> None:
-        """Evaluate the export in the first process."""
-        if not trainer.is_global_zero:
+        Raises:
+            InputError: there is no such checkpoint.
+        """
+        if ckpt_path is None:
+            raise InputError("is needed: a file, or 'last' or 'best' of the run", field="ckpt_path")
+        checkpoint = read_checkpoint(ckpt_path)
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, EndOfCalibration) and callback.state_key in checkpoint["callbacks"]:
+                callback.load_state_dict(copy.deepcopy(checkpoint["callbacks"][callback.state_key]))
+        self.fit_loop.load_state_dict(checkpoint["loops"]["fit_loop"])  # the report says at which step it is
+        self.validate_loop.inference_mode = False  # LoRA layers are put on and taken off
+        self.limit_val_batches = self.limit_val_batches or 1  # the hook below is of the validation
+        callbacks.append(_ExportAfterValidation())
+        self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path)
+
+
+class _ExportAfterValidation(Callback):
+    """While the model is still there."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(pl_module, CalibrationModule):
             return
-        exports = [callback for callback in trainer.callbacks if isinstance(callback, ExportCompressor)]  # type: ignore[attr-defined]
-        if not self.clips or not exports:
-            return
-        data: AVDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        options = EvaluationOptions(
-            model=str(module.options.base_model),
-            compressor=str(exports[0].path(trainer)),
-            policies=list(self.policies),
-            ratios=[*self.ratios, 0.0],
-            when=module.compression.when,
-            limit=self.clips,
-            output=self.output or str(Path(trainer.default_root_dir) / "eval"),
-            overwrite=True,
-            dtype=module.options.dtype,
-            accelerator=type(trainer.accelerator).name(),  # type: ignore[attr-defined]
-            data=EvaluationData(num_workers=data.options.num_workers, **data.media.limits()),
-        )
-        # An answer without words cannot be scored word by word.
-        records = [record for record in data.records("validation") if record.answer.strip()]
-        # Of a model that is split over processes this one has a part.
-        loaded = None if is_sharded(module) else (module.model, module.processor)
-        self.results = run_evaluation(options, "python train.py", questions=(data.benchmark, records), model=loaded)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, EndOfCalibration):
+                callback.finish(trainer, pl_module)

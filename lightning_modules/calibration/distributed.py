@@ -1,4 +1,4 @@
-"""One weighted mean over everything that an optimiser step reads: accumulated batches, and all processes."""
+"""A step over several processes: the means of one large batch, and the frozen weights split over them (FSDP2)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
-
-from lightning_modules.calibration.fsdp import is_sharded
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
 class StepMean:
-    """Makes several processes, and accumulated batches, equal to one large batch.
+    """The weighted mean over all that an optimiser step reads: accumulated batches, and all processes.
 
     Lightning averages gradients over processes and batches. A loss that is a weighted mean over tokens would then give
     each part the same say, whatever its tokens weigh. So every batch brings weight x mean, and the gradients are
@@ -23,7 +22,7 @@ class StepMean:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, weight: Tensor, loss: Tensor, **logged: Tensor) -> Tensor:
-        """What `training_step` returns for a batch.
+        """The loss of a batch as `training_step` returns it.
 
         Args:
             weight: scalar, of all counted tokens of the batch; loss: scalar, their weighted mean.
@@ -53,3 +52,33 @@ class StepMean:
                     parameter.grad = trainer.strategy.reduce(parameter.grad, reduce_op="mean")
                 parameter.grad.mul_(scale)
         return {name: total / weight for name, total in sums.items()}
+
+
+def over_processes(value: Tensor) -> Tensor:
+    """Sum over all processes, without gradients."""
+    value = value.detach().clone()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+    return value
+
+
+def shard_frozen(module: nn.Module, decoder: Any, mesh: Any) -> None:
+    """Split the frozen weights of each decoder layer; a layer's are gathered while it runs.
+
+    The few trained weights stay as they are, so that checkpoints and the export need no gathering: their values are
+    made equal here, and :class:`StepMean` averages their gradients.
+
+    Args:
+        module: whose trained weights are made equal; decoder: with its `layers`; mesh: of the data-parallel processes.
+    """
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            torch.distributed.broadcast(parameter.data, 0)
+    for layer in decoder.layers:
+        fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a forward needs every process."""
+    # Not by its parameters: a layer that has just run may hold them whole.
+    return any(isinstance(part, FSDPModule) for part in module.modules())

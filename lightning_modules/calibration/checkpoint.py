@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which options hold, what contradicts it, and where its run's config lies."""
+"""Going on from a checkpoint: its contents, the options that hold, and its run's config."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from acckv.errors import InputError
+from lightning_modules.calibration.schedule import Schedule
 
 #: Options that what a checkpoint holds was learned under: with others it would not fit, or mean something else.
 FIXED = (
@@ -30,8 +31,10 @@ FIXED = (
 FIXED_BY_STAGE = ("ratio_min", "low_ratio_share")
 #: Of a run, in its folder: the options that it was last started with.
 CONFIG_FILE = "config.yaml"
-#: What a checkpoint says of the training besides what Lightning does.
+#: Key of a checkpoint's own part, beside Lightning's.
 TRAINING = "calibration"
+#: The low-ratio stage's part of a checkpoint, once it is over: weights by the beginning of their names, and LoRA.
+LOW_RATIO_WEIGHTS, LOW_RATIO_LORA = "compressor.low_ratio_weights.", "low_ratio_lora"
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,12 @@ class Resumed:
 
     Attributes:
         step: that the checkpoint is at; planned: steps of its run.
-        settled_at: the step at which its low-ratio stage ended, None before that.
+        low_ratio_ended: the step at which its low-ratio stage ended, None before that.
     """
 
     step: int
     planned: float
-    settled_at: int | None
+    low_ratio_ended: int | None
 
     @classmethod
     def read(cls, checkpoint: Mapping[str, Any], trainer: Any = None) -> Resumed:
@@ -74,17 +77,15 @@ class Resumed:
                     )
                 if trainer.max_steps >= 0:
                     break  # epochs do not end it
-        return cls(step, training["planned"], training["settled_at"])
+        return cls(step, training["planned"], training["low_ratio_ended"])
 
-    def describe(self, module: Any) -> str:
+    def describe(self, schedule: Schedule) -> str:
         """The schedule that holds from now on."""
-        options, stages = module.options, module.stages
-        rate = stages.rate(self.step, options.warmup)
-        longer = "" if self.planned == stages.steps else f" (its run had {self.planned:g})"
-        now, end = f"{module.temperature():.3g}", f"{options.temperature_end:g}"
+        longer = "" if self.planned == schedule.steps else f" (its run had {self.planned:g})"
+        now, end = f"{schedule.temperature(self.step):.3g}", f"{schedule.options.temperature_end:g}"
         return (
-            f"Goes on at step {self.step} of {stages.steps:g}{longer}: the gates' temperature is {now} "
-            f"and ends at {end}, learning rates are {rate:.0%} of their peaks."
+            f"Goes on at step {self.step} of {schedule.steps:g}{longer}: the gates' temperature is {now} "
+            f"and ends at {end}, learning rates are {schedule.rate(self.step):.0%} of their peaks."
         )
 
 
@@ -142,8 +143,8 @@ def check_fixed(options: Mapping[str, Any], checkpoint: Mapping[str, Any], sourc
         InputError: it names the option, its value and the checkpoint's.
     """
     saved = checkpoint["hyper_parameters"]
-    settled = checkpoint[TRAINING]["settled_at"] is not None
-    for name in (*FIXED, *(FIXED_BY_STAGE if settled else ())):
+    ended = checkpoint[TRAINING]["low_ratio_ended"] is not None
+    for name in (*FIXED, *(FIXED_BY_STAGE if ended else ())):
         mine, its = (_comparable(name, values) for values in (options, saved))
         if mine != its:
             raise InputError(

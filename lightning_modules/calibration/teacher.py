@@ -1,0 +1,101 @@
+"""The teacher: the frozen model with its full cache, whose prefills and answers the clip cache may hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from acckv.data.batching import PackedQuestions, pack_questions
+from acckv.method.plan import LayerPlan
+from acckv.models.batching import DecoderInputs
+from acckv.runtime.prefill import Prefill
+from acckv.runtime.session import Session
+from lightning_modules.calibration.clip_cache import HOST, ClipCache
+from lightning_modules.calibration.config import Features
+from lightning_modules.calibration.dataset import CalibrationBatch
+from lightning_modules.calibration.losses import features_at, outputs_of
+from lightning_modules.calibration.targets import TeacherTargets
+
+
+class Teacher:
+    """Asks the base model about the clips of a batch, each question of a clip once where its answers are kept.
+
+    Args:
+        session: on the model; its policy says what a prefill observes.
+        cache: read and written here alone.
+        features: of which layers' outputs are part of the targets, or None.
+    """
+
+    def __init__(self, session: Session, cache: ClipCache, features: Features | None) -> None:
+        self.session, self.cache = session, cache
+        adapter = session.adapter
+        self.layers: list[nn.Module] = []
+        """Modules whose outputs the feature loss compares."""
+        if features is not None:
+            self.layers = list(adapter.decoder.layers) if features == "hidden" else adapter.decoder_attention
+
+    def targets(self, batch: CalibrationBatch) -> tuple[Prefill, TeacherTargets]:
+        """The prefill of the base model, and its targets at the tokens of the batch's questions that count."""
+        cache, device = self.cache, batch.questions.ids.device
+        if not cache.has("targets", batch.clips):
+            with self.session.base_projections():
+                prefill = self._prefill(batch)
+                if cache.keep != "prefill":
+                    return prefill, self._ask(prefill, batch.questions)
+                every = pack_questions(batch.every).to(device)
+                parts = self._ask(prefill, every).likeliest(cache.top_p).by_question(every)
+            cache.put("targets", batch.clips, [[part.to(HOST) for part in row] for row in parts])
+        else:
+            prefill = self._prefill(batch)
+        held = zip(cache.get("targets", batch.clips), batch.drawn, strict=True)
+        return prefill, TeacherTargets.join([parts[place] for parts, drawn in held for place in drawn]).to(device)
+
+    def prefill_in(self, session: Session, batch: CalibrationBatch) -> Prefill:
+        """A prefill of the batch's contexts in any session: the one that is kept, unless LoRA adapts the prompt."""
+        kept, observed = self._kept(batch), session.planners.policy.rows
+        if isinstance(kept, Prefill):
+            return session.prefill(kept.embedded, observed) if session.adapts_prompt else kept
+        return session.prefill(kept, observed, **batch.inputs)
+
+    def _kept(self, batch: CalibrationBatch) -> Prefill | DecoderInputs | None:
+        device = batch.questions.ids.device
+        if self.cache.has("prefills", batch.clips):
+            return Prefill.stack(self.cache.get("prefills", batch.clips)).to(device)
+        if self.cache.has("embeddings", batch.clips):
+            return DecoderInputs.stack(self.cache.get("embeddings", batch.clips)).to(device)
+        return None
+
+    def _prefill(self, batch: CalibrationBatch) -> Prefill:
+        """That of the base model, which is kept if it is new."""
+        kept, cache = self._kept(batch), self.cache
+        if isinstance(kept, Prefill):
+            return kept
+        prefill = self.session.prefill(kept, self.session.planners.policy.rows, **batch.inputs)
+        if cache.keep == "prefill":
+            cache.put("prefills", batch.clips, [row.to(HOST) for row in prefill.rows()])
+        elif kept is None and cache.keep == "embeddings":
+            cache.put("embeddings", batch.clips, [row.to(HOST) for row in prefill.embedded.unstack()])
+        return prefill
+
+    def _ask(self, prefill: Prefill, questions: PackedQuestions) -> TeacherTargets:
+        with torch.no_grad(), outputs_of(self.layers) as outputs:
+            logits = answer_logits(self.session, prefill, None, questions)
+        return TeacherTargets(logits, features_at(questions.counted, outputs, logits))
+
+
+def answer_logits(
+    session: Session, prefill: Prefill, plans: list[LayerPlan] | None, questions: PackedQuestions
+) -> Tensor:
+    """Logits of the tokens that count, ``[tokens, vocabulary]``: most of a long vocabulary is never made.
+
+    Args:
+        plans: of the student; None reads the full cache.
+    """
+    return session.simulate(
+        prefill,
+        plans,
+        places=questions.counted,
+        input_ids=questions.ids,
+        attention_mask=questions.mask(prefill.labels, session.model.dtype),
+        position_ids=session.adapter.text_positions(prefill.next_position + questions.offset),
+    )
