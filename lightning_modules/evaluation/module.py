@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 from lightning import LightningModule
@@ -120,7 +120,7 @@ class EvaluationModule(LightningModule):
                 refused = {clip.number: error for clip in clips if _path(clip) == error.source}
                 if not refused:
                     raise
-                failed |= refused
+                failed.update(refused)
                 clips = [clip for clip in clips if clip.number not in refused]
         return clips, {}
 
@@ -133,12 +133,7 @@ class EvaluationModule(LightningModule):
     def _after_context(self, clips: list[Clip], inputs: dict[str, Any]) -> Answered:
         asked = [(clip, record) for clip in clips for record in clip.records]
         packed = [
-            (
-                limit,
-                records,
-                PackedQuestions.pack(self.processor, [list(map(self.asking.prompt, own)) for own in records]),
-            )
-            for limit, records in self._by_limit(clips)
+            (limit, list(chain.from_iterable(records)), self._pack(records)) for limit, records in self._by_limit(clips)
         ]
         shared = self._prefill(inputs)
         full: tuple[list[Generated], Sizes] | None = None
@@ -149,10 +144,8 @@ class EvaluationModule(LightningModule):
             cache = session.compress(self._own(session, inputs, shared), ratio=setting.ratio)
             texts: dict[str, Generated] = {}
             for limit, records, questions in packed:
-                for own, given in zip(
-                    records, answer_questions(session, self.processor, cache, questions, limit), strict=True
-                ):
-                    texts |= {record.id: text for record, text in zip(own, given, strict=True)}
+                given = answer_questions(session, self.processor, cache, questions, limit)
+                texts |= {record.id: text for record, text in zip(records, chain.from_iterable(given), strict=True)}
             found = [texts[record.id] for _, record in asked], Sizes.of(cache)
             full = full or found
             yield asked, setting, *found
@@ -176,6 +169,9 @@ class EvaluationModule(LightningModule):
             records = [[record for record in clip.records if record.protocol == protocol] for clip in clips]
             if any(records):
                 yield limit, records
+
+    def _pack(self, records: list[list[Record]]) -> PackedQuestions:
+        return PackedQuestions.pack(self.processor, [[self.asking.prompt(record) for record in own] for own in records])
 
     def _is_full(self, setting: Setting) -> bool:
         """Whether a setting evicts nothing and adapts nothing: it is the full cache, which has answered already."""
