@@ -47,11 +47,6 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     return [record for record in records if subset in (None, *record.groups)]
 
 
-def prompt(record: Record) -> str:
-    """The text that the model reads."""
-    return f"{record.question} answer in one word ."
-
-
 def judge(record: Record, answer: str, mode: Mode) -> Verdict:
     """Official: the first word is the right one. Robust: any word is."""
     words = answer.lower().split()
@@ -65,7 +60,6 @@ register_benchmark(
         source="examples/my_benchmark.py",
         load=load,
         judge=judge,
-        prompt=prompt,
         splits=("test", "train"),
         max_new_tokens=4,
     )

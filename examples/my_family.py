@@ -1,7 +1,7 @@
 """A model family of one's own: LLaVA-OneVision, which watches pictures and hears nothing.
 
-    python examples/my_family.py runs/llava        # a checkpoint with random weights, to try it
-    python evaluate.py --plugins examples/my_family.py --model runs/llava --policies keydiff --data.clips 4
+python examples/my_family.py runs/llava        # a checkpoint with random weights, to try it
+python evaluate.py --plugins examples/my_family.py --model runs/llava --policies keydiff --data.clips 4
 """
 
 from __future__ import annotations
@@ -55,11 +55,8 @@ class LlavaEncoder(ChatEncoder):
         videos = [clip.frames for clip in clips]
         if len({len(frames) for frames in videos}) > 1:
             raise InputError("has other pictures than the clips beside it; set batch_size 1", source=clips[0].path)
-        return dict(
-            self.processor(
-                text=texts, videos=videos, do_sample_frames=False, padding=True, padding_side="left", return_tensors="pt"
-            )
-        )
+        options = {"do_sample_frames": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
+        return dict(self.processor(text=texts, videos=videos, **options))
 
 
 register_family(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -84,16 +84,21 @@ class Registry(Mapping[str, T], Generic[T]):
                 warnings.warn(f"{self.kind} {point.name!r} of another package is left out ({reason})", stacklevel=3)
 
 
-def load_plugin(name: str) -> None:
-    """Import a module that registers policies, families or benchmarks; more than once does no harm.
+def load_plugins(names: str | Sequence[str]) -> None:
+    """Import modules that register policies, families or benchmarks; more than once does no harm.
 
     Args:
-        name: of a module, or path of a `.py` file, whose folder is put at the end of `sys.path` so that the file can be
-            imported by its stem, here and in worker processes.
+        names: of modules, or paths of `.py` files, separated by commas or in a list. The folder of a file is put at the
+            end of `sys.path`, so that the file can be imported by its stem, here and in worker processes.
 
     Raises:
         InputError: there is no such module or file, or another module has the file's name.
     """
+    for name in names.split(",") if isinstance(names, str) else names:
+        _load_plugin(name.strip())
+
+
+def _load_plugin(name: str) -> None:
     file = Path(name).resolve()
     is_file = file.suffix == ".py"
     if is_file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +20,7 @@ from acckv.errors import InputError
 from acckv.evaluation.answering import answer_questions
 from acckv.evaluation.results import CALIBRATED
 from acckv.evaluation.sizes import Sizes
+from acckv.io.registry import load_plugins
 from acckv.models import load_model
 from acckv.runtime.session import Prefill, Session
 from lightning_modules.evaluation.options import POLICIES
@@ -49,6 +50,7 @@ class AskOptions(MediaOptions):
         load_options: of transformers' from_pretrained, such as {revision: main}.
         accelerator: auto, cpu or gpu.
         system_prompt: what the model is told before the clip; none leaves that to its chat template.
+        plugins: your own modules or .py files that register policies, families or benchmarks, separated by commas.
         fps: pictures a second that are sampled.
         max_seconds: longest clip; a longer one is refused, or cut where cut_long is set.
         max_frames: most pictures of a file; a longer clip is sampled evenly, at fewer a second. None is any number.
@@ -71,8 +73,10 @@ class AskOptions(MediaOptions):
     load_options: dict[str, Any] | None = None
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     system_prompt: str | None = None
+    plugins: list[str] | str = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        load_plugins(self.plugins)
         super().__post_init__()
         if self.system_prompt is not None and not self.system_prompt.strip():
             raise InputError("is blank; leave it out", field="system_prompt")

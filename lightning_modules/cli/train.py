@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 
 from acckv.errors import InputError
+from acckv.io.registry import load_plugins
 from lightning_modules.calibration.checkpoint import (
     CONFIG_FILE,
     changed_options,
@@ -68,6 +69,12 @@ class CalibrationCLI(LightningCLI):
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--plugins",
+            type=list[str] | str,
+            default=[],
+            help="Your own modules or .py files that register families or benchmarks, separated by commas.",
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExportCompressor, "export")
         parser.add_lightning_class_args(EvaluateExport, "evaluation")
@@ -147,6 +154,7 @@ class CalibrationCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.config.subcommand]
+        load_plugins(config.plugins)
         root = Path(config.trainer.default_root_dir or ROOT)
         config.trainer.default_root_dir = str(root)
         freeze_precision(config, given_options("model", sys.argv[1:]))

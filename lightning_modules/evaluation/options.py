@@ -14,6 +14,7 @@ from acckv.benchmarks import Mode
 from acckv.config import PolicyName, When
 from acckv.errors import InputError
 from acckv.evaluation.results import AUDIO_EVICTED, CALIBRATED, CONTROL, FULL, VIDEO_EVICTED, Setting
+from acckv.io.registry import load_plugins
 from acckv.method.modality import Modality
 from acckv.policies.single_modality import EvictedModality
 from lightning_modules.evaluation.datamodule import EvaluationData, Shard
@@ -56,6 +57,7 @@ class EvaluationOptions:
         devices: processes on this machine, each with a share of the batches.
         shard: this machine's part of the batches, such as 2/4; give each part a folder, and join them with
             `evaluate.py merge`.
+        plugins: your own modules or .py files that register policies, families or benchmarks, separated by commas.
     """
 
     model: str = "tiny"
@@ -80,8 +82,10 @@ class EvaluationOptions:
     accelerator: str = "auto"
     devices: int = 1
     shard: str | None = None
+    plugins: list[str] | str = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        load_plugins(self.plugins)
         for name in ("limit", "batch_size", "word_tokens", "description_tokens", "devices"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -26,6 +26,7 @@ from acckv.evaluation.run_config import RunConfig, describe_options
 from acckv.evaluation.scores import score_batches
 from acckv.io.json_files import read_json
 from acckv.io.progress import Progress
+from acckv.io.registry import load_plugins
 from acckv.models import load_model
 from acckv.report.card import write_card
 from acckv.report.table import print_tables
@@ -127,6 +128,7 @@ def merge_evaluations(
     output: str,
     score: Mode | None = None,
     overwrite: bool = False,
+    plugins: Sequence[str] | str = (),
     command: str | None = None,
     console: Console | None = None,
 ) -> Results:
@@ -137,12 +139,14 @@ def merge_evaluations(
         output: folder of the joint evaluation.
         score: parser that the accuracy is by, official or robust; None is official for a benchmark, else robust.
         overwrite: discard what the output folder holds of an evaluation with other settings.
+        plugins: as of the evaluation.
         command: the command line, for the report.
         console: to print to.
 
     Raises:
         InputError: a folder holds no evaluation or one with other settings, or batches are missing.
     """
+    load_plugins(plugins)
     configs = [read_config(Path(folder)) for folder in folders]
     if not configs:
         raise InputError("is empty; name the output folders of the shards", field="folders")

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from acckv.errors import InputError
-from acckv.io.registry import Registry, load_plugin
+from acckv.io.registry import Registry, load_plugins
 
 
 @pytest.fixture
@@ -72,9 +72,9 @@ def test_a_plugin_is_a_file_or_a_module_and_is_imported_once(tmp_path, monkeypat
     monkeypatch.setattr(sys, "path", [*sys.path])
     file = tmp_path / "my_plugin_file.py"
     file.write_text(f"open({str(tmp_path / 'log')!r}, 'a').write('ran ')\n")
-    load_plugin(str(file))
-    load_plugin(str(file))
-    load_plugin("my_plugin_file")
+    load_plugins(str(file))
+    load_plugins(["my_plugin_file", str(file)])
+    load_plugins(f"{file}, my_plugin_file")
     assert (tmp_path / "log").read_text() == "ran "
     sys.modules.pop("my_plugin_file")
 
@@ -92,11 +92,11 @@ def test_a_plugin_that_cannot_be_is_refused(tmp_path, monkeypatch, name, message
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "json.py").write_text("")
     with pytest.raises(InputError, match=message):
-        load_plugin(name)
+        load_plugins(name)
 
 
 def test_an_error_in_a_plugin_is_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "my_broken_plugin.py").write_text("1 / 0\n")
     with pytest.raises(ZeroDivisionError):
-        load_plugin(str(tmp_path / "my_broken_plugin.py"))
+        load_plugins(str(tmp_path / "my_broken_plugin.py"))
