@@ -32,8 +32,8 @@ from lightning_modules.calibration.distributed import StepMean, shard_frozen
 from lightning_modules.calibration.losses import feature_loss, features_at, outputs_of
 from lightning_modules.calibration.progress import calibration_bar
 from lightning_modules.calibration.schedule import Schedule, restart_rates, scheduled_adam
+from lightning_modules.calibration.stopping import StopBetweenSteps
 from lightning_modules.calibration.teacher import Teacher, answer_logits
-from lightning_modules.interrupted import StopBetweenSteps
 
 
 @dataclass(frozen=True)
