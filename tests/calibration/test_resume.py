@@ -22,7 +22,7 @@ from lightning_modules.calibration.checkpoint import (
 )
 from lightning_modules.calibration.module import CalibrationModule
 from tests.calibration.test_calibration import fit, trained
-from tests.cli.test_configs import door
+from tests.cli.test_configs import run_script
 
 SMALL = """\
 seed_everything: 0
@@ -66,7 +66,7 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "small.yaml").write_text(SMALL)
     with pytest.MonkeyPatch.context() as patched:
         options = [f"--data.cache_dir={cache}", f"--trainer.default_root_dir={folder}"]
-        assert door(patched, "train.py", "fit", "--config", folder / "small.yaml", *options) == 0
+        assert run_script(patched, "train.py", "fit", "--config", folder / "small.yaml", *options) == 0
     return folder
 
 
@@ -86,7 +86,7 @@ def test_ctrl_c_ends_between_two_steps_with_a_checkpoint_that_can_be_exported(
         f"--trainer.default_root_dir={tmp_path}",
         "--trainer.callbacks+=tests.calibration.test_resume.PressCtrlC",
     )
-    assert door(monkeypatch, "train.py", "--config", run / CONFIG_FILE, *options) == 130
+    assert run_script(monkeypatch, "train.py", "--config", run / CONFIG_FILE, *options) == 130
     last = tmp_path / "checkpoints" / "last.ckpt"
     said = capsys.readouterr().err
     assert f"Stopped at step 2. Checkpoint: {last}. To go on: python train.py --ckpt_path {last}; to export" in said
@@ -97,12 +97,12 @@ def test_ctrl_c_ends_between_two_steps_with_a_checkpoint_that_can_be_exported(
     for mine, its in zip(*(state["optimizer_states"][0]["state"].values() for state in (whole, stopped)), strict=True):
         assert torch.equal(mine["exp_avg"], its["exp_avg"])
     config = ("--config", run / CONFIG_FILE)  # without the callback
-    assert door(monkeypatch, "train.py", "export", *config, *options[:1], "--ckpt_path=last") == 0
+    assert run_script(monkeypatch, "train.py", "export", *config, *options[:1], "--ckpt_path=last") == 0
     export = KVCompressor.from_pretrained(tmp_path / "export")
     for name, value in export.weights.state_dict().items():
         assert torch.equal(value, stopped["state_dict"][f"compressor.weights.{name}"]), name
     assert export.lora.tensors.keys() and "2 of 4 optimiser steps" in (tmp_path / "report.md").read_text()
-    assert door(monkeypatch, "train.py", "export") == 2
+    assert run_script(monkeypatch, "train.py", "export") == 2
     assert "ckpt_path: is needed: a file, or 'last' or 'best' of the run" in capsys.readouterr().err
 
 
@@ -114,7 +114,7 @@ def test_the_best_by_a_monitored_metric_is_exported(
         *("--checkpoint.monitor=val/kl", "--checkpoint.save_top_k=1", "--checkpoint.every_n_train_steps=null"),
         *("--model.lr_lora=3", "--model.warmup=1", "--trainer.max_steps=3"),
     ]
-    assert door(monkeypatch, "train.py", "--config", run / CONFIG_FILE, *options) == 0
+    assert run_script(monkeypatch, "train.py", "--config", run / CONFIG_FILE, *options) == 0
     (best,) = (tmp_path / "checkpoints").glob("step-*.ckpt")
     step, states = (
         int(best.stem[5:]),
@@ -134,7 +134,7 @@ def test_given_options_hold_and_others_are_the_checkpoints(
 ) -> None:
     checkpoint = run / "checkpoints" / "step-2.ckpt"
     other = ("--model.lr_lora=1e-9", f"--trainer.default_root_dir={tmp_path}", f"--ckpt_path={checkpoint}")
-    assert door(monkeypatch, "train.py", *other) == 0  # its config is the run's
+    assert run_script(monkeypatch, "train.py", *other) == 0  # its config is the run's
     said = capsys.readouterr().out
     assert "Other options than the checkpoint's: model.lr_lora 1e-09 (was 0.002)." in said
     assert "Goes on at step 2 of 4: " in said
@@ -170,7 +170,7 @@ def test_what_contradicts_a_checkpoint_is_refused_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     last = (f"--trainer.default_root_dir={run}", "--ckpt_path=last")
-    assert door(monkeypatch, "train.py", "fit", "--config", run / CONFIG_FILE, *last, *options) == 2
+    assert run_script(monkeypatch, "train.py", "fit", "--config", run / CONFIG_FILE, *last, *options) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and message in said
 

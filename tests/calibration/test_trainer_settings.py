@@ -15,7 +15,7 @@ from acckv import InputError, KVCompressor
 from lightning_modules.calibration.config import check_trainer, freeze_precision
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.module import CalibrationModule
-from tests.cli.test_configs import door
+from tests.cli.test_configs import run_script
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_half_precision_is_that_of_the_frozen_model(
     """What is learned moves by steps that half precision would round away, and is exported as float32."""
     options = command(cache, tmp_path, f"--trainer.precision={precision}", "--model.lr_score=1e-5")
     with pytest.warns(UserWarning, match=f"{precision}: the frozen model is in b?float16 .* learned stays float32"):
-        assert door(monkeypatch, *options) == 0
+        assert run_script(monkeypatch, *options) == 0
     export = KVCompressor.from_pretrained(tmp_path / "export")
     tensors = [*export.weights.state_dict().values(), *export.lora.tensors.values()]
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors)
@@ -72,7 +72,7 @@ def test_settings_that_would_train_otherwise_than_asked_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert door(monkeypatch, *command(cache, tmp_path, *options)) == 2
+    assert run_script(monkeypatch, *command(cache, tmp_path, *options)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "export").exists()
 
@@ -120,7 +120,7 @@ def test_a_module_in_a_trainer_of_half_precision_is_refused(cache: Path, tmp_pat
 @pytest.mark.slow
 def test_other_habits(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No logger, accumulated batches and a callback that may stop early; and a dry run, which leaves nothing."""
-    assert door(monkeypatch, *command(cache, tmp_path / "dry", "--trainer.fast_dev_run=true")) == 0
+    assert run_script(monkeypatch, *command(cache, tmp_path / "dry", "--trainer.fast_dev_run=true")) == 0
     assert [path.name for path in (tmp_path / "dry").rglob("*") if path.is_file()] == []
     stopping = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/kl")
     habits = (
@@ -129,5 +129,5 @@ def test_other_habits(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "--trainer.val_check_interval=2",
         *stopping,
     )
-    assert door(monkeypatch, *command(cache, tmp_path / "run", *habits)) == 0
+    assert run_script(monkeypatch, *command(cache, tmp_path / "run", *habits)) == 0
     assert (tmp_path / "run" / "export").is_dir()

@@ -30,7 +30,7 @@ FAMILIES = {
 }
 
 
-def door(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: object) -> int:
+def run_script(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -44,7 +44,7 @@ def test_a_config_is_what_the_command_line_takes(
     """Every key is known and every value of its kind: what is printed back is what was written."""
     file = ROOT / "configs" / name
     arguments = ("evaluate.py",) if name == "eval.yaml" else ("train.py", "fit")
-    assert door(monkeypatch, *arguments, "--config", file, "--print_config") == 0
+    assert run_script(monkeypatch, *arguments, "--config", file, "--print_config") == 0
     printed = yaml.safe_load(capsys.readouterr().out)
 
     def check(given: dict[str, Any], found: dict[str, Any]) -> None:
@@ -128,7 +128,7 @@ def test_a_step_of_a_family(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     asked: tuple[object, ...] = ("--data.clips", 2)
     if kind in TURNS:
         data = asked = ("--data.precomputed", precomputed_folder(tmp_path / "clips", kind))
-    code = door(
+    code = run_script(
         monkeypatch,
         *("train.py", "fit", "--config", ROOT / "configs" / name, "--model.base_model", base),
         *data,
@@ -140,7 +140,7 @@ def test_a_step_of_a_family(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     exported = KVCompressor.from_pretrained(tmp_path / "run" / "export")
     assert exported.name == "acckv-calibrated"
     assert json.loads((tmp_path / "run" / "export" / "config.json").read_text())
-    code = door(
+    code = run_script(
         monkeypatch,
         *("evaluate.py", "--model", base, "--compressor", tmp_path / "run" / "export", "--dtype", "bfloat16"),
         *("--policies", "keydiff,acckv-calibrated", "--ratios", "0.2", "--accelerator", "cpu", *asked),
@@ -158,7 +158,7 @@ def test_a_config_by_its_name_alone(
     name, steps = ("eval.yaml", "batch_size") if "evaluate" in words else ("folder.yaml", "default_root_dir")
 
     def printed(name: str) -> Any:
-        assert door(monkeypatch, *words.format(name).split(), "--print_config") == 0
+        assert run_script(monkeypatch, *words.format(name).split(), "--print_config") == 0
         values = yaml.safe_load(capsys.readouterr().out)
         return values.get("trainer", values)[steps]
 
@@ -167,5 +167,5 @@ def test_a_config_by_its_name_alone(
     values.get("trainer", values)[steps] = 7 if steps == "batch_size" else "elsewhere"
     (tmp_path / name).write_text(yaml.safe_dump(values))
     assert printed(name) == values.get("trainer", values)[steps]
-    assert door(monkeypatch, *words.format("nowhere.yaml").split()) == 2
+    assert run_script(monkeypatch, *words.format("nowhere.yaml").split()) == 2
     assert capsys.readouterr().err == "error: nowhere.yaml: config: is neither in this folder nor in configs/\n"

@@ -13,7 +13,7 @@ from acckv import InputError
 from acckv.models import load_model, load_processor
 from acckv.models.loading import _quantization
 from tests import checkpoints
-from tests.cli.test_configs import door
+from tests.cli.test_configs import run_script
 
 
 @pytest.fixture(scope="module")
@@ -96,5 +96,5 @@ def test_load_options_on_the_command_line(
 ) -> None:
     """They reach the loading of the model, which knows what it can do with them."""
     output = ("--trainer.default_root_dir" if command[0] == "train.py" else "--output", tmp_path)
-    assert door(monkeypatch, *command, "{quantization_config: {load_in_4bit: true}}", *output) == 2
+    assert run_script(monkeypatch, *command, "{quantization_config: {load_in_4bit: true}}", *output) == 2
     assert "cannot be loaded: Using `bitsandbytes` 4-bit quantization requires" in capsys.readouterr().err

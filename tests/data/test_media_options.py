@@ -1,4 +1,4 @@
-"""System prompt, limits of reading and worker processes at the doors: evaluate.py, its ask, train.py, the plug-in."""
+"""System prompt, limits of reading and worker processes in evaluate.py, its ask, train.py and the plug-in."""
 
 from __future__ import annotations
 
