@@ -19,7 +19,7 @@ Divergence = Literal["forward", "reverse"]
 Features = Literal["hidden", "attention"]
 CacheKind = Literal["nothing", "embeddings", "prefill"]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
-Source = Literal["clips", "music_avqa", "folder", "precomputed"]
+Source = Literal["clips", "music_avqa", "folder", "precomputed", "benchmark"]
 
 #: Linear layers that LoRA adapts; a mixture of experts has only the first four by name.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -46,8 +46,8 @@ class CalibrationConfig:
             Accumulated batches have one scale each: they equal one large batch exactly with `feature_loss: null` alone.
         feature_loss_min_ratio: least ratio at which that term counts. With next to nothing kept no layer can give its
             teacher's output, and trying costs the answer.
-        trainable: groups of weights that are trained, of budgets, gains, probes, scorer, places, redundancy, merging
-            and alignment; the others stay at the preset.
+        trainable: groups of weights that are trained, of budgets, gains, probes, scorer, positions, redundancy,
+            merging and alignment; the others stay at the preset.
         ratio_min: least kept share drawn at a step.
         ratio_max: largest kept share drawn at a step.
         ratio_power: exponent of the draw: 1 draws ratios log-uniformly; above 1, the low ones more often.
@@ -163,7 +163,8 @@ class DataConfig(MediaOptions):
         when: point of compression; linked to the model's.
         source: origin of the clips: 'clips' generates clips with questions on first use; 'music_avqa' reads your own;
             'folder' takes plain videos and lets the model, with its full cache, answer `prompts` about each of them
-            once; 'precomputed' takes embeddings of your own towers for a plain decoder.
+            once; 'precomputed' takes embeddings of your own towers for a plain decoder; 'benchmark' takes two splits of
+            a benchmark, or your own questions.jsonl (benchmark 'custom').
         train_clips: generated clips to train on.
         validation_clips: generated clips of the validation split.
         cache_dir: folder of generated clips; None is the user's cache folder.
@@ -173,6 +174,10 @@ class DataConfig(MediaOptions):
         folder: folder of videos, also in subfolders (source 'folder').
         validation_folder: folder of other videos to validate on; None holds out a share of `folder`.
         precomputed: folder of embeddings, with questions.jsonl (source 'precomputed'); see acckv.data.precomputed.
+        benchmark: name of a benchmark, as for evaluate.py (source 'benchmark').
+        root: folder of the benchmark, as its authors distribute it, or its hub id.
+        train_split: split of the benchmark to train on.
+        validation_split: split of the benchmark to validate on.
         validation_share: share of the videos (or precomputed clips) that is held out, above 0 and below 1. Each is by
             its name alone, so that none changes sides as others come; a small folder may hold out more or fewer.
         prompts: prompts asked of every clip (source 'folder'); None takes a few generic ones.
@@ -212,6 +217,10 @@ class DataConfig(MediaOptions):
     folder: str | None = None
     validation_folder: str | None = None
     precomputed: str | None = None
+    benchmark: str | None = None
+    root: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
     validation_share: float = 0.1
     prompts: list[str] | None = None
     max_new_tokens: int = 64
@@ -241,7 +250,10 @@ class DataConfig(MediaOptions):
             "music_avqa": ("train_questions", "validation_questions"),
             "folder": ("folder",),
             "precomputed": ("precomputed",),
+            "benchmark": ("benchmark", "root"),
         }
+        if self.source not in needed:
+            raise InputError(f"{self.source!r} is not one of {', '.join(needed)}", field="data.source")
         for name in needed[self.source]:
             if getattr(self, name) is None:
                 raise InputError(f"is needed with source '{self.source}'", field=f"data.{name}")

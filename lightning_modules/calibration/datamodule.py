@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningDataModule
 
 from acckv.data.calibration_record import CalibrationRecord
@@ -57,7 +58,7 @@ class AVDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         trainer: Any = self.trainer
-        self.source.prepare(trainer.strategy.root_device)
+        self.source.prepare(torch.device("cpu") if trainer is None else trainer.strategy.root_device)
 
     def setup(self, stage: str | None = None) -> None:
         if self.datasets:  # what was kept of the clips stays

@@ -44,8 +44,8 @@ class ExportCompressor(EndOfCalibration):
     Exported is the last step, or where `checkpoint.monitor` names a metric the step that was best by it.
 
     Args:
-        folder: of the export; None is `export` in the trainer's default_root_dir.
-        new_tokens: length of the compared answers.
+        folder: folder of the export; None is `export` in the trainer's default_root_dir.
+        new_tokens: tokens of the compared answers.
     """
 
     def __init__(self, folder: str | None = None, new_tokens: int = 24) -> None:

@@ -19,7 +19,7 @@ class TrainingProgress(Callback):
     On a terminal there is Lightning's progress bar instead (`trainer.enable_progress_bar`), never both.
 
     Args:
-        every_seconds: how often.
+        every_seconds: seconds between two lines at most.
     """
 
     def __init__(self, every_seconds: float = EVERY) -> None:

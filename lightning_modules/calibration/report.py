@@ -31,8 +31,8 @@ class EvaluateExport(EndOfCalibration):
     """After the export: the table of evaluate.py on the validation clips, so that a run ends with what it is worth.
 
     Args:
-        clips: how many at most; 0 skips it. With `data.source: folder` the right answers are the teacher's own.
-        policies: names, as for evaluate.py.
+        clips: clips at most; 0 skips it. With `data.source: folder` the right answers are the teacher's own.
+        policies: names of policies, as for evaluate.py.
         ratios: kept shares; 0, every audio and video entry evicted, is always measured too.
         output: folder of the results; None is `eval` in the trainer's default_root_dir.
     """
@@ -86,9 +86,9 @@ class CalibrationReport(EndOfCalibration):
     The history is part of the checkpoint: a resumed run goes on with it. `budgets.csv` is replaced whole each time.
 
     Args:
-        every_n_steps: how often the budgets are noted.
+        every_n_steps: steps between two notes of the budgets.
         ratios: kept shares that they are noted and reported at.
-        folder: of the files; None is the trainer's default_root_dir.
+        folder: folder of the files; None is the trainer's default_root_dir.
     """
 
     def __init__(

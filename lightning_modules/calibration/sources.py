@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import cast
 
 import torch
 
+from acckv.benchmarks import find_benchmark, load_benchmark
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
 from acckv.data.precomputed import load_precomputed
 from acckv.data.records import Record
@@ -94,6 +96,22 @@ class PrecomputedEmbeddings(ClipSource):
         return load_precomputed(self.folder, split, self.options.validation_share)
 
 
+class BenchmarkSplits(ClipSource):
+    """Two splits of a registered benchmark, whose questions are asked in its own words."""
+
+    def __init__(self, options: DataConfig, root: Path) -> None:
+        super().__init__(options, root)
+        self.found = find_benchmark(cast(str, options.benchmark))
+        self.training_data = f"{self.found.title}/{options.train_split}"
+        self.benchmark = f"{self.found.title}/{options.validation_split}"
+
+    def records(self, split: str) -> list[Record]:
+        options = self.options
+        name = options.train_split if split == "train" else options.validation_split
+        records = load_benchmark(self.found.name, cast(str, options.root), name)
+        return [replace(record, question=self.found.prompt(record)) for record in records]
+
+
 class VideoFolder(ClipSource):
     """Plain videos, about which the model answers prompts once, with its full cache (pseudo-labels)."""
 
@@ -145,4 +163,5 @@ SOURCES: dict[Source, type[ClipSource]] = {
     "music_avqa": QuestionFiles,
     "folder": VideoFolder,
     "precomputed": PrecomputedEmbeddings,
+    "benchmark": BenchmarkSplits,
 }

@@ -24,8 +24,8 @@ from acckv.errors import InputError
 from lightning_modules.interrupted import was_interrupted
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
-#: Folders that a config is looked for in by its name alone, after the current one.
-CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[2] / "configs")
+#: Folders that a config is looked for in by its name alone, after the current one: those of the checkout or the wheel.
+CONFIG_FOLDERS = (Path("configs"), *(folder / "configs" for folder in Path(__file__).resolve().parents[1:3]))
 _LONGEST = 400  # characters of a line; some type errors list every type that was tried
 
 
