@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from acckv.evaluation.journal import Batch, Journal, by_number, read_batches, re
 from acckv.evaluation.progress import EvaluationProgress
 from acckv.evaluation.results import CALIBRATED, Results, Setting
 from acckv.evaluation.run_config import RunConfig, describe_options
-from acckv.evaluation.scores import score_batches
+from acckv.evaluation.scores import Outcome, score_batches
+from acckv.evaluation.timeline import Timeline
 from acckv.io.json_files import read_json
 from acckv.io.progress import Progress
 from acckv.io.registry import load_plugins
@@ -113,10 +115,8 @@ def run_evaluation(
             soft_wrap=True,
         )
     elif trainer.is_global_zero:
-        print_tables(console, outcome)
-        write_files(output, outcome)
-        timelines = measure_timelines(module, outcome, options.timelines, options.data.reader())
-        write_report(output, outcome, command, timelines)
+        measured = partial(measure_timelines, module, outcome, options.timelines, options.data.reader())
+        _publish(output, outcome, command, console, measured)
         if options.update_card and CALIBRATED in outcome.results.policies and Path(options.compressor).is_dir():
             export = read_json(Path(options.compressor) / "config.json")
             write_card(options.compressor, export, outcome.results, command=command)
@@ -163,10 +163,21 @@ def merge_evaluations(
     Journal(Path(output), config).check(overwrite)
     write_evaluation(Path(output), config, batches.values())
     outcome = score_batches(config, batches.values())
-    print_tables(console or Console(), outcome)
-    write_files(Path(output), outcome)
-    write_report(Path(output), outcome, command)
+    _publish(Path(output), outcome, command, console or Console())
     return outcome.results
+
+
+def _publish(
+    output: Path,
+    outcome: Outcome,
+    command: str | None,
+    console: Console,
+    timelines: Callable[[], list[Timeline]] = list,
+) -> None:
+    """Print the tables and write all files; the timelines, which run the model again, come after the results."""
+    print_tables(console, outcome)
+    write_files(output, outcome)
+    write_report(output, outcome, command, timelines())
 
 
 @contextmanager
