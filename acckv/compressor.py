@@ -66,7 +66,7 @@ class KVCompressor(nn.Module):
         if low_ratio is not None:
             self._set_low_ratio(low_ratio)
 
-    def __call__(self, model: Any, processor: Any = None, **options: Any) -> Session:  # type: ignore[override]
+    def __call__(self, model: Any, processor: Any = None, **options: Any) -> Session:
         """A session that compresses `model`'s cache while its context is open.
 
         Args:

@@ -33,7 +33,7 @@ class CompressedLayer(DynamicLayer):
     _layer_type = None  # keeps transformers from taking this class for its own full-attention layer
 
     def __init__(self, lengths: list[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen = 0
         self.region = 0
         self.bias: Tensor | None = None

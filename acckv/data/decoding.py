@@ -76,7 +76,7 @@ def sound_stream(container: av.container.InputContainer, source: Path) -> av.Aud
     return _chosen(list(container.streams.audio), "sound", source)
 
 
-def _chosen(streams: list, kind: str, source: Path) -> Any:
+def _chosen(streams: list[Any], kind: str, source: Path) -> Any:
     """The default one of several streams that can be decoded, or the first; the others are named in a warning."""
     usable = [stream for stream in streams if stream.codec_context is not None]
     if streams and not usable:
@@ -116,7 +116,7 @@ def seek_to(container: av.container.InputContainer, stream: av.VideoStream | av.
 
 def decoded(
     container: av.container.InputContainer,
-    streams: list,
+    streams: list[Any],
     wanted: Callable[[av.stream.Stream], bool],
     source: Path,
 ) -> Iterator[Frame]:

@@ -171,7 +171,7 @@ class SoundTrack:
         self._most = round(max_seconds * sampling_rate)
         self._clock = Clock()
         self._resampler: av.AudioResampler | None = None
-        self._format: tuple | None = None
+        self._format: tuple[object, ...] | None = None
         self._blocks: deque[tuple[int, np.ndarray]] = deque()
         self._position = self._held = 0
 

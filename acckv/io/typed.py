@@ -98,7 +98,7 @@ def _hints(kind: type) -> dict[str, tuple[Any, bool]]:
     """By field of a dataclass: its type, and whether it may be missing."""
     hints = get_type_hints(kind, include_extras=True)
     found = {}
-    for each in fields(kind):  # type: ignore[arg-type]
+    for each in fields(kind):
         found[each.name] = hints[each.name], each.default is not MISSING or each.default_factory is not MISSING
     return found
 

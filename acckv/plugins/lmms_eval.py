@@ -29,7 +29,7 @@ from acckv.plugins.media_store import MediaStore
 from acckv.plugins.requests import Generation, Prompt, read_prompt
 
 
-class Acckv(lmms):
+class Acckv(lmms):  # type: ignore[misc]
     """The model of `--model acckv`: tasks that generate, given as chat messages.
 
     Args:

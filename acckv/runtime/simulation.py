@@ -87,7 +87,7 @@ class _Length(CacheLayerMixin):
     """The lengths of another layer."""
 
     def __init__(self, layer: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.layer = layer
         self.is_sliding = getattr(layer, "is_sliding", False)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class PackedBatch:
         slot_labels: int64 [batch, slots, labels], see SLOT_LABELS; 6 for none, -100 where nothing is asked.
     """
 
-    inputs: dict
+    inputs: dict[str, Any]
     targets: Tensor
     weights: Tensor
     kinds: Tensor

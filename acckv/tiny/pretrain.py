@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -186,7 +187,9 @@ class Pretraining:
         self.optimizer.step()
         return sum(loss for loss, _ in results) / len(parts)
 
-    def _gradients(self, batch: PackedBatch, layout: PackedLayout, parameters: list) -> tuple[float, tuple]:
+    def _gradients(
+        self, batch: PackedBatch, layout: PackedLayout, parameters: list[Tensor]
+    ) -> tuple[float, tuple[Tensor, ...]]:
         """Loss on the answers, and the gradients of that and the auxiliary loss."""
         hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
         asked = batch.weights > 0
@@ -234,7 +237,7 @@ class Pretraining:
         fall = max(0.0, (share - 1 / 3) * 1.5)
         return settings.final_rate + (rate - settings.final_rate) * 0.5 * (1 + math.cos(math.pi * fall))
 
-    def _keep_layer_output(self, _module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
+    def _keep_layer_output(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._local.layer_output = output if isinstance(output, Tensor) else output[0]
 
     def _in_time(self) -> bool:

@@ -103,7 +103,7 @@ class CalibrationBar(RichProgressBar):
 
 def calibration_bar(trainer: Trainer) -> list[Callback]:
     """The bar in place of Lightning's own, where a trainer has that."""
-    bar = trainer.progress_bar_callback  # type: ignore[attr-defined]
+    bar = trainer.progress_bar_callback
     return [CalibrationBar()] if type(bar) is RichProgressBar else []
 
 

@@ -68,7 +68,7 @@ class EvaluateExport(EndOfCalibration):
             output=self.output or str(Path(trainer.default_root_dir) / "eval"),
             overwrite=True,
             dtype=module.options.dtype,
-            accelerator=type(trainer.accelerator).name(),  # type: ignore[attr-defined]
+            accelerator=type(trainer.accelerator).name(),
             data=EvaluationData(num_workers=data.options.num_workers, **data.options.limits()),
         )
         # An answer without words cannot be scored word by word.

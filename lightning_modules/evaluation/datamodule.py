@@ -107,7 +107,7 @@ class EvaluationData(MediaOptions):
         root = default_root() if self.cache_dir is None else Path(self.cache_dir)
         folder = root if self.variant == "plain" else root / "variants" / self.variant
         split = self.split or "test"
-        file = write_clips(folder, split, self.clips, seed=self.seed, **VARIANTS[self.variant])  # type: ignore[arg-type]
+        file = write_clips(folder, split, self.clips, seed=self.seed, **VARIANTS[self.variant])
         return load_music_avqa(file, video_folder(file))
 
     def reader(self) -> ClipReader:

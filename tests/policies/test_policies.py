@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cmath
+import copy
 import math
 from functools import cache
 from typing import Any, get_args
@@ -12,11 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv import CompressionConfig, InputError, KVCompressor
 from acckv.cache.cache import compressed_layers
 from acckv.config import PolicyName
 from acckv.method.modality import Modality, ModalityMap
+from acckv.method.plan import MergedInto
 from acckv.method.rotary import RotaryLayout, Rotation, rotate, unrotate
 from acckv.method.scoring import Observation
 from acckv.models.batching import DecoderInputs
@@ -28,7 +31,7 @@ from acckv.runtime.context_reconstruction import LEAD_IN, chunks, moved_position
 from lightning_modules.evaluation.options import EvaluationOptions
 from tests import tiny_omni
 from tests.pairwise import by_turns
-from tests.runtime.test_equivalence import QUESTION, masked_full_attention
+from tests.runtime.test_equivalence import QUESTION
 
 SEEDS = st.integers(0, 10_000)
 LAYERS, ENTRIES, PADDING, KV_HEADS, HEADS, SIZE = 4, 24, 5, 2, 4, 6
@@ -534,6 +537,46 @@ def test_a_padded_row_is_planned_as_the_row_alone(policy: str, seed: int, ratio:
         assert torch.allclose(one, other, atol=1e-5), "padding was merged into what is kept"
 
 
+def masked_full_attention(
+    model: Any, inputs: dict[str, Any], keep: list[Tensor], merged: list[MergedInto | None]
+) -> Tensor:
+    """Logits of the question where every entry stays: what was evicted is masked, what was merged into is changed.
+
+    Args:
+        keep: by layer bool ``[B, K, N]``; merged: by layer the entries that the question reads changed.
+    """
+    length = inputs["input_ids"].shape[1]
+    ids = torch.cat([inputs["input_ids"], QUESTION], dim=1)
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float, **__: Any) -> Any:
+        layer, groups, outputs = module.layer_idx, query.shape[1] // key.shape[1], []
+        later_key, later_value = key.clone(), value.clone()
+        if (into := merged[layer]) is not None:
+            place = into.index[..., None].expand(-1, key.shape[1], -1, key.shape[-1])
+            later_key.scatter_(2, place, into.keys.expand_as(place))
+            later_value.scatter_(2, place, into.values.expand_as(place))
+        for part, keys, values in ((query[:, :, :length], key, value), (query[:, :, length:], later_key, later_value)):
+            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+            logits = part @ keys.transpose(-1, -2) * scaling
+            first = length if outputs else 0
+            queries = torch.arange(first, first + part.shape[2])[:, None]
+            visible = (torch.arange(keys.shape[2]) <= queries).expand_as(logits).clone()
+            if outputs:
+                visible[..., :length] &= keep[layer].repeat_interleave(groups, 1)[:, :, None]
+            outputs.append(logits.masked_fill(~visible, -torch.inf).softmax(-1) @ values)
+        return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+    full = copy.deepcopy(model)
+    full.model.language_model.config._attn_implementation = "spelled_out"
+    ALL_ATTENTION_FUNCTIONS["spelled_out"] = attend
+    try:
+        return full(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, use_cache=False).logits[
+            :, length:
+        ]
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["spelled_out"]
+
+
 @pytest.mark.parametrize(
     ("model", "policy", "when", "ratio"),
     by_turns(ATTENTION, [name for name in COMPRESSING if name != "acckv"], ["context", "prompt"], [0.6, 0.2]),
@@ -555,8 +598,7 @@ def test_eviction_is_simulation_is_masking(model: Any, policy: str, when: Any, r
         simulated = session.simulate(prefill, plans, **after)
         evicted = model(cache=evicted_cache.branch(), use_cache=True, **after).logits
     keep = [torch.isfinite(plan.log_gates).expand(-1, 2, -1) for plan in plans]
-    changed = [plan.merged_into for plan in plans] if policy == "look_m" else None
-    reference = masked_full_attention(model, inputs, keep, changed)
+    reference = masked_full_attention(model, inputs, keep, [plan.merged_into for plan in plans])
     assert (evicted - reference).abs().max() < 1e-5
     assert (simulated - evicted).abs().max() < 1e-5
     media = tiny_omni.VIDEO_TOKENS + tiny_omni.AUDIO_TOKENS
