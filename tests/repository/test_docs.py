@@ -9,7 +9,9 @@ import runpy
 import sys
 import tempfile
 import tomllib
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -108,30 +110,30 @@ def options_of() -> Callable[..., set[str]]:
 
     def options(*words: str) -> set[str]:
         if words not in known:
-            known[words] = set(re.findall(r"--[\w.-]*\w", _help(*words)))
+            known[words] = set(re.findall(r"--[\w.-]*\w", _run(*words, "--help")[1]))
         return known[words]
 
     return options
 
 
-def _help(target: str, *words: str) -> str:
-    patch, before = pytest.MonkeyPatch(), sys.stdout
-    out = StringIO()
+def _run(target: str, *words: str) -> tuple[int, str]:
+    """Exit code and output of a script or module, in this process."""
+    patch, out, code = pytest.MonkeyPatch(), StringIO(), 0
     patch.chdir(ROOT)
-    patch.setattr(sys, "argv", [target, *words, "--help"])
+    patch.setattr(sys, "argv", [target, *words])
     patch.setenv("COLUMNS", "200")
-    patch.setattr(sys, "stdout", out)
     try:
-        if target.endswith(".py"):
-            runpy.run_path(target, run_name="__main__")
-        else:
-            runpy.run_module(target, run_name="__main__", alter_sys=False)
-    except SystemExit:
-        pass
+        with redirect_stdout(out), redirect_stderr(out), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a module that was imported before
+            if target.endswith(".py"):
+                runpy.run_path(target, run_name="__main__")
+            else:
+                runpy.run_module(target, run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0  # type: ignore[assignment]
     finally:
-        sys.stdout = before
         patch.undo()
-    return out.getvalue()
+    return code, out.getvalue()
 
 
 SUBCOMMANDS = {"train.py": ("fit", "validate", "export"), "evaluate.py": ("ask", "merge")}
@@ -160,6 +162,9 @@ def _check(words: list[str], options_of: Callable[..., set[str]]) -> None:
             name = word.partition("=")[0]
             if name.startswith("--"):
                 assert name in options_of(target, *sub), f"{target} {' '.join(sub)} has no {name}"
+        if target in SUBCOMMANDS and sub in ((), ("fit",)):  # values, too
+            code, printed = _run(target, *rest, "--print_config")
+            assert code == 0, printed
     else:
         assert program in FOREIGN, f"unknown command {program}"
 
