@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +44,10 @@ class CalibrationBatch:
     questions: PackedQuestions
     every: list[list[Question]]
     drawn: list[list[int]]
+
+    @property
+    def device(self) -> torch.device:
+        return self.questions.ids.device
 
     def to(self, device: torch.device) -> CalibrationBatch:
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
@@ -117,10 +121,12 @@ class ClipDataset(Dataset["CalibrationBatch | InputError"]):
                 drawn.append(sorted(order[: self.questions_per_clip or None]))
         inputs = {}
         if read:
-            asked = [record.question for record in records] if self.when == "prompt" else None
+            prompts = [record.question for record in records] if self.when == "prompt" else None
             media, systems = [self.read(record) for record in records], [record.system_prompt for record in records]
-            inputs = encode(self.processor, media, asked, systems)
-        questions = pack_questions([[row[place] for place in places] for row, places in zip(every, drawn, strict=True)])
+            inputs = encode(self.processor, media, prompts, systems)
+        questions = pack_questions(
+            [[asked[index] for index in chosen] for asked, chosen in zip(every, drawn, strict=True)]
+        )
         return CalibrationBatch(number, self.names(clips), inputs, questions, every, drawn)
 
     def questions(self, clip: int) -> list[Question]:
@@ -170,19 +176,12 @@ class StepSampler(Sampler[Visit]):
     def __iter__(self) -> Iterator[Visit]:
         whole, start = self.batch_size * self.world, self.start()
         for number in range(start, (start // self.batches + 1) * self.batches):
-            places = range(number * whole + self.rank, (number + 1) * whole, self.world)
-            yield number // self.accumulate, [self._clip(place) for place in places]
+            positions = range(number * whole + self.rank, (number + 1) * whole, self.world)
+            yield number // self.accumulate, [self._clip(position) for position in positions]
 
-    def _clip(self, place: int) -> int:
-        passed, index = divmod(place, self.clips)
+    def _clip(self, position: int) -> int:
+        passed, index = divmod(position, self.clips)
         return int(np.random.default_rng((self.seed, passed)).permutation(self.clips)[index])
-
-
-class Order(Protocol):
-    """Visits such as those of a :class:`StepSampler`."""
-
-    def __iter__(self) -> Iterator[Visit]: ...
-    def __len__(self) -> int: ...
 
 
 class ClipLoader(DataLoader[CalibrationBatch]):
@@ -195,7 +194,9 @@ class ClipLoader(DataLoader[CalibrationBatch]):
         num_workers: processes that read ahead; 0 reads each batch when it is due.
     """
 
-    def __init__(self, clips: ClipDataset, order: Order, cache: ClipCache, num_workers: int = 0) -> None:
+    def __init__(
+        self, clips: ClipDataset, order: StepSampler | Sequence[Visit], cache: ClipCache, num_workers: int = 0
+    ) -> None:
         super().__init__(
             clips,  # type: ignore[arg-type]
             batch_size=None,
@@ -219,7 +220,7 @@ class ClipLoader(DataLoader[CalibrationBatch]):
 class _Reads(Sampler[tuple[int, list[int], bool]]):
     """Visits, each with whether its clips have to be read, which the main process alone knows."""
 
-    def __init__(self, clips: ClipDataset, order: Order, cache: ClipCache) -> None:
+    def __init__(self, clips: ClipDataset, order: StepSampler | Sequence[Visit], cache: ClipCache) -> None:
         self.clips, self.order, self.cache = clips, order, cache
 
     def __len__(self) -> int:

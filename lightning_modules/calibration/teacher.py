@@ -36,19 +36,17 @@ class Teacher:
 
     def targets(self, batch: CalibrationBatch) -> tuple[Prefill, TeacherTargets]:
         """The prefill of the base model, and its targets at the tokens of the batch's questions that count."""
-        cache, device = self.cache, batch.questions.ids.device
-        if not cache.has("targets", batch.clips):
-            with self.session.base_projections():
-                prefill = self._prefill(batch)
-                if cache.keep != "prefill":
-                    return prefill, self._ask(prefill, batch.questions)
-                every = pack_questions(batch.every).to(device)
-                parts = self._ask(prefill, every).likeliest(cache.top_p).by_question(every)
-            cache.put("targets", batch.clips, [[part.to(HOST) for part in row] for row in parts])
-        else:
+        cache = self.cache
+        with self.session.base_projections():
             prefill = self._prefill(batch)
-        held = zip(cache.get("targets", batch.clips), batch.drawn, strict=True)
-        return prefill, TeacherTargets.join([parts[place] for parts, drawn in held for place in drawn]).to(device)
+            if cache.keep != "prefill":
+                return prefill, self._ask(prefill, batch.questions)
+            if not cache.has("targets", batch.clips):
+                every = pack_questions(batch.every).to(batch.device)
+                parts = self._ask(prefill, every).likeliest(cache.top_p).by_question(every)
+                cache.put("targets", batch.clips, [[part.to(HOST) for part in clip] for clip in parts])
+        kept = zip(cache.get("targets", batch.clips), batch.drawn, strict=True)
+        return prefill, TeacherTargets.join([parts[index] for parts, drawn in kept for index in drawn]).to(batch.device)
 
     def prefill_in(self, session: Session, batch: CalibrationBatch) -> Prefill:
         """A prefill of the batch's contexts in any session: the one that is kept, unless LoRA adapts the prompt."""
@@ -58,11 +56,10 @@ class Teacher:
         return session.prefill(kept, observed, **batch.inputs)
 
     def _kept(self, batch: CalibrationBatch) -> Prefill | DecoderInputs | None:
-        device = batch.questions.ids.device
         if self.cache.has("prefills", batch.clips):
-            return Prefill.stack(self.cache.get("prefills", batch.clips)).to(device)
+            return Prefill.stack(self.cache.get("prefills", batch.clips)).to(batch.device)
         if self.cache.has("embeddings", batch.clips):
-            return DecoderInputs.stack(self.cache.get("embeddings", batch.clips)).to(device)
+            return DecoderInputs.stack(self.cache.get("embeddings", batch.clips)).to(batch.device)
         return None
 
     def _prefill(self, batch: CalibrationBatch) -> Prefill:
