@@ -13,8 +13,7 @@ from acckv.runtime.session import Session
 from lightning_modules.calibration.clip_cache import HOST, ClipCache
 from lightning_modules.calibration.config import Features
 from lightning_modules.calibration.dataset import CalibrationBatch
-from lightning_modules.calibration.losses import features_at, outputs_of
-from lightning_modules.calibration.targets import TeacherTargets
+from lightning_modules.calibration.losses import TeacherTargets, features_at, outputs_of
 
 
 class Teacher:

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from acckv import InputError
-from lightning_modules.calibration import targets
+from lightning_modules.calibration import losses as calibration_losses
 from lightning_modules.calibration.clip_cache import GB, ClipCache
 from lightning_modules.calibration.datamodule import AVDataModule
-from lightning_modules.calibration.losses import divergence
+from lightning_modules.calibration.losses import TeacherTargets, TopTokens, divergence
 from lightning_modules.calibration.module import CalibrationModule
-from lightning_modules.calibration.targets import TeacherTargets, TopTokens
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +125,7 @@ def test_what_lies_on_disk_is_what_was_in_memory(
 
 def test_likeliest_words_train_nearly_as_all(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = losses(cache)
-    monkeypatch.setattr(targets, "WHOLE", 0)
+    monkeypatch.setattr(calibration_losses, "WHOLE", 0)
     for top_p, tolerance in ((0.999999, 1e-3), (0.9, 0.3)):
         found, data = losses(cache, teacher_top_p=top_p)
         assert found == pytest.approx(expected, rel=tolerance) and all(
