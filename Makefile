@@ -17,4 +17,4 @@ docs:
 	mkdocs build --strict
 
 bench:
-	python -m benchmarks.speed_memory
+	python -m benchmarks.speed_memory --quick --output runs/speed_memory.json

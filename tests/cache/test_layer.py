@@ -1,0 +1,188 @@
+"""The entries that a layer and a cache hold after each eviction, by row and head, against plain lists."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from acckv.cache.cache import CompressedCache, as_compressed, compressed_layers
+from acckv.cache.layer import CompressedLayer, settle_window
+from acckv.errors import InputError
+from acckv.method.modality import ModalityMap
+from acckv.method.plan import LayerPlan
+
+HEADS, SIZE = 2, 4
+INF = torch.inf
+
+
+def filled(entries: int = 6, rows: int = 2) -> CompressedLayer:
+    """Entry n of a row and head holds 100 * row + 10 * head + n, its value the same below zero."""
+    layer = CompressedLayer([])
+    numbers = 100 * torch.arange(rows)[:, None, None] + 10 * torch.arange(HEADS)[:, None] + torch.arange(entries)
+    keys = numbers.float()[..., None].expand(-1, -1, -1, SIZE)
+    layer.update(keys.clone(), -keys)
+    return layer
+
+
+def plan(gates: list[list[list[int]]], bias: float | None = None) -> LayerPlan:
+    """Gates 1 or 0 by row and head; with a bias one merged video and one merged audio entry, 7 and 8."""
+    kept = torch.tensor(gates).bool()
+    merged = torch.tensor([7.0, 8.0])[:, None].expand(len(gates), HEADS, 2, SIZE)[:, :, : 0 if bias is None else 2]
+    return LayerPlan(
+        torch.zeros(kept.shape).masked_fill(~kept, -INF), merged, -merged, torch.full(merged.shape[:3], bias or 0.0)
+    )
+
+
+def held(layer: CompressedLayer) -> list[list[list[int]]]:
+    """The number of every entry, by row and head; values are those of the keys."""
+    assert torch.equal(layer.values, -layer.keys) and layer.keys.shape[-1] == SIZE
+    return layer.keys[..., 0].long().tolist()
+
+
+def test_heads_hold_what_each_keeps_in_order() -> None:
+    layer = filled()
+    gates = [[[1, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 1]], [[0, 1, 1, 0, 1, 0], [0, 0, 0, 1, 1, 1]]]
+    layer.commit(plan(gates), torch.tensor([[[0, 1, 1, 2, 2, 0]]] * 2), torch.tensor([[2, 2], [1, 1]]), low_ratio=True)
+    assert held(layer) == [[[0, 2, 3], [10, 11, 15]], [[101, 102, 104], [113, 114, 115]]]
+    assert layer.bias is None and layer.low_ratio and layer.lengths == [3]
+    assert layer.labels is not None and layer.labels.dtype == torch.int8
+    assert layer.labels.tolist() == [[[0, 1, 2], [0, 1, 0]], [[1, 1, 2], [2, 2, 0]]]
+    assert layer.kept is not None and layer.kept.tolist() == [[1.0, 0.5], [1.0, 1.5]]
+    assert layer.candidates is not None and layer.candidates.tolist() == [[2, 2], [1, 1]]
+    assert (layer.seen, layer.region, layer.get_mask_sizes(2)) == (6, 3, (5, 3))
+
+
+def test_a_second_eviction_counts_what_it_offers_besides_and_drops_a_probe() -> None:
+    layer = filled()
+    layer.commit(
+        plan([[[1, 0, 1, 1, 0, 0]] * HEADS] * 2), torch.tensor([[[0, 1, 1, 2, 2, 0]]] * 2), torch.tensor([[2, 2]] * 2)
+    )
+    later = torch.full((2, HEADS, 3, SIZE), 50.0) + torch.arange(3)[:, None]
+    layer.update(later, -later)
+    assert (layer.seen, layer.physical) == (9, 6)
+    # Of three later entries the last is a probe, of which the plan does not speak.
+    layer.commit(
+        plan([[[1, 0, 1, 0, 1]] * HEADS] * 2), torch.tensor([[[0, 1, 2, 1, 1]]] * 2), torch.tensor([[2, 0]] * 2)
+    )
+    assert held(layer)[0] == [[0, 3, 51], [10, 13, 51]]
+    assert (layer.seen, layer.region, layer.bias) == (8, 3, None)
+    assert layer.candidates is not None and layer.candidates.tolist() == [[4, 2]] * 2 and not layer.low_ratio
+
+
+def test_merged_entries_come_last_and_carry_their_mass_through_later_evictions() -> None:
+    layer = filled()
+    layer.commit(
+        plan([[[1, 0, 0, 0, 0, 1, 1, 0]] * HEADS, [[0, 0, 1, 1, 0, 0, 1, 1]] * HEADS], 0.5),
+        torch.tensor([[[0, 1, 1, 2, 2, 0]]] * 2),
+    )
+    assert held(layer)[1] == [[102, 103, 7, 8], [112, 113, 7, 8]]
+    assert held(layer)[0][0][1:] == [0, 5, 7]  # one less: masked on the left
+    assert layer.bias is not None and layer.labels is not None
+    assert layer.bias[:, 0].tolist() == [[-INF, 0.0, 0.0, 0.5], [0.0, 0.0, 0.5, 0.5]]
+    assert layer.labels[:, 0].tolist() == [[3, 0, 0, 1], [1, 2, 1, 2]]
+    layer.commit(plan([[[0, 0, 1, 1]] * HEADS, [[0, 1, 0, 1]] * HEADS]), layer.labels)
+    assert layer.bias.tolist() == [[[0.0, 0.5]] * HEADS, [[0.0, 0.5]] * HEADS] and layer.region == 2
+
+
+def test_merged_entries_of_no_mass_need_no_bias() -> None:
+    layer = filled()
+    layer.commit(plan([[[1, 0, 0, 0, 0, 1, 1, 1]] * HEADS] * 2, 0.0), torch.tensor([[[0, 1, 1, 2, 2, 0]]] * 2))
+    assert layer.bias is None and held(layer)[0] == [[0, 5, 7, 8], [10, 15, 7, 8]]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_what_is_no_token_is_dropped(compressed: bool) -> None:
+    layer = filled()
+    if compressed:
+        gates = [[[1, 0, 0, 0, 0, 1, 1, 0]] * HEADS, [[0, 0, 1, 1, 0, 0, 1, 1]] * HEADS]
+        layer.commit(plan(gates, 0.5), torch.tensor([[[0, 1, 1, 2, 2, 0]]] * 2))
+        later = torch.full((2, HEADS, 2, SIZE), 50.0) + torch.arange(2)[:, None]
+        layer.update(later, -later)
+        layer.compact(torch.tensor([[True, False], [True, True]]))
+        assert held(layer)[1][0] == [102, 103, 7, 8, 50, 51] and held(layer)[0][0][2:] == [0, 5, 7, 50]
+        assert layer.bias is not None and layer.labels is not None
+        assert layer.bias[:, 1].tolist() == [[-INF, -INF, 0, 0, 0.5, 0], [0, 0, 0.5, 0.5, 0, 0]]
+        assert layer.labels[:, 0].tolist() == [[3, 3, 0, 0, 1, 0], [1, 2, 1, 2, 0, 0]]
+    else:
+        layer.compact(torch.tensor([[True] * 6, [False, True, True, False, True, True]]))
+        assert held(layer)[0][0] == [0, 1, 2, 3, 4, 5] and held(layer)[1][0][2:] == [101, 102, 104, 105]
+        assert layer.bias is not None and layer.labels is not None
+        assert layer.bias[:, 0].tolist() == [[0.0] * 6, [-INF, -INF, 0, 0, 0, 0]]
+        assert layer.labels[:, 0].tolist() == [[0] * 6, [3, 3, 0, 0, 0, 0]]
+    assert layer.region == layer.physical == layer.lengths[0] == 6
+
+
+def test_a_sliding_window_keeps_the_latest_tokens_of_each_row() -> None:
+    layer = DynamicSlidingWindowLayer(sliding_window=5)
+    keys = (100 * torch.arange(2)[:, None] + torch.arange(4)).float()[:, None, :, None].expand(-1, HEADS, -1, SIZE)
+    layer.update(keys.clone(), -keys)
+    settle_window(layer, torch.tensor([[True, False, True, True], [True, True, False, False]]), 3)
+    assert layer.keys is not None and layer.values is not None
+    assert layer.keys[0, 1, :, 0].tolist() == [0, 2, 3] and layer.keys[1, 0, 1:, 0].tolist() == [100, 101]
+    assert torch.equal(layer.values, -layer.keys) and layer.get_seq_length() == 3
+    layer.update(keys[:, :, :3] + 50, -keys[:, :, :3] - 50)
+    settle_window(layer, torch.tensor([[True, True, False, True], [False, True, True, True]]), 5)
+    assert layer.keys[0, 0, 1:, 0].tolist() == [3, 50, 52] and layer.keys[1, 1, 1:, 0].tolist() == [150, 151, 152]
+    assert layer.keys.shape == (2, HEADS, 4, SIZE) and layer.cumulative_length == 5
+
+
+def whole() -> CompressedCache:
+    layers = [filled(), filled()]
+    layers[1].lengths = layers[0].lengths
+    layers[0].lengths.append(6)
+    layers[1].slot = 1
+    labels = ModalityMap(torch.tensor([[0, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 2]]))
+    return CompressedCache(layers, labels, torch.tensor([[6], [9]]))
+
+
+def test_a_cache_counts_entries_and_positions() -> None:
+    cache = whole()
+    assert cache.full_entries().tolist() == [2.5, 1.5] and cache.kept_entries().tolist() == [[2.5, 1.5]] * 2
+    gates = plan([[[1, 0, 1, 1, 0, 0]] * HEADS] * 2)
+    compressed_layers(cache)[1].commit(gates, cache.labels.labels[:, None])
+    assert cache.kept_entries().tolist() == [[2.5, 1.5], [1.5, 0.5]]
+    assert cache.kv_bytes() == 2 * 2 * HEADS * (6 + 3) * SIZE * 4
+    for layer in cache.layers:
+        layer.update(torch.ones(2, HEADS, 3, SIZE), torch.ones(2, HEADS, 3, SIZE))
+    assert cache.next_position.tolist() == [[9], [12]]  # text goes on by one a token
+    branch = cache.branch()
+    assert branch.labels.labels[0].tolist() == [0, 1, 1, 2, 2, 0, 0, 0, 0] and branch.next_position.tolist() == [
+        [9],
+        [12],
+    ]
+    # Two tokens of text that nobody noted, then a frame of one token after which text goes on at 20.
+    cache.note(ModalityMap(torch.tensor([[1], [1]])), torch.tensor([[20], [30]]))
+    assert cache.labels.labels[1].tolist() == [0, 0, 1, 1, 1, 2, 0, 0, 1] and cache.next_position.tolist() == [
+        [20],
+        [30],
+    ]
+
+
+def test_a_branch_of_several_rows_and_what_reads_it() -> None:
+    cache = whole()
+    many = cache.branch(3)
+    assert many.labels.labels.shape[0] == many.layers[0].keys.shape[0] == many.next_position.shape[0] == 6
+    assert many.next_position.flatten().tolist() == [6, 6, 6, 9, 9, 9] and cache.layers[0].keys.shape[0] == 2
+    assert cache.branch().layers[0].keys.data_ptr() == cache.layers[0].keys.data_ptr()
+    many.batch_select_indices(torch.tensor([3, 0]))
+    assert many.next_position.flatten().tolist() == [9, 6] and many.labels.labels[0].tolist() == [0, 0, 1, 1, 1, 2]
+    many.check_rows(2)
+    with pytest.raises(InputError, match=r"cache: holds 2 rows and is read by 3; give cache.branch\(n\)") as error:
+        many.check_rows(3)
+    assert error.value.field == "cache"
+
+
+def test_a_plain_cache_becomes_compressed_in_place_and_one_of_another_class_is_shared() -> None:
+    class Other(DynamicCache):
+        pass
+
+    labels, positions = ModalityMap(torch.zeros(1, 2, dtype=torch.long)), torch.tensor([[2]])
+    plain, other = DynamicCache(), Other()
+    made: object = as_compressed(plain, labels, positions)
+    assert made is plain and isinstance(plain, CompressedCache) and plain.labels is labels
+    assert plain.next_position.tolist() == [[0]]  # nothing of the two tokens is held yet
+    shared = as_compressed(other, labels, positions)
+    assert type(other) is Other and shared.layers is other.layers and shared.labels is labels
+    assert as_compressed(shared, labels, positions) is shared

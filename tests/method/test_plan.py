@@ -1,0 +1,176 @@
+"""One layer's plan against each step done in turn for one row and head; rotations against complex numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from acckv.method.budgets import round_exactly
+from acckv.method.modality import ModalityMap
+from acckv.method.plan import AlignmentRule, LayerPlan, LayerScore, MergedInto, MergeRule, hard_topk, plan_layer
+from acckv.method.rotary import RotaryLayout, rotate, unrotate
+from acckv.method.scoring import Observation
+
+LABELS = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 0, 1], [3, 2, 2, 1, 2, 1, 1, 1, 1, 0]])
+KV_HEADS, SIZE = 2, 4
+
+
+def layer(seed: int) -> tuple[LayerScore, Observation, ModalityMap]:
+    draw = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, 2, KV_HEADS, 10, SIZE, generator=draw)
+    seen = Observation(
+        torch.randn(2, KV_HEADS, 1, SIZE, generator=draw),
+        keys,
+        values,
+        torch.full((2, 1), 9),
+        torch.ones(2, 1, dtype=torch.bool),
+        LABELS != 3,
+        1.0,
+    )
+    shares = torch.tensor([[0.6, 0.4], [0.2, 0.8]])  # video leads in the first row, audio in the second
+    return LayerScore(torch.randn(2, KV_HEADS, 10, generator=draw), shares), seen, ModalityMap(LABELS)
+
+
+def best(score: dict[int, float], count: int) -> set[int]:
+    return set(sorted(score, key=lambda entry: (-score[entry], entry))[:count])
+
+
+def slow_aligned(
+    score: Tensor, keys: Tensor, kinds: list[int], split: list[int], first: int, rule: AlignmentRule
+) -> set[int]:
+    """Kept media entries of one row and head."""
+    members = [[entry for entry, kind in enumerate(kinds) if kind == modality] for modality in (1, 2)]
+    raw = {entry: float(score[entry]) for entry in (*members[0], *members[1])}
+    high, low = members[first], members[1 - first]
+    kept_high = best({entry: raw[entry] for entry in high}, split[first])
+    cosine = {
+        entry: sum(float(torch.cosine_similarity(keys[entry], keys[other], dim=0)) for other in kept_high)
+        / max(len(kept_high), 1)
+        for entry in low
+    }
+    moved = {entry: raw[entry] + float(rule.weight) * cosine[entry] for entry in low}
+    to_low = split[1 - first]
+    if rule.drop:
+        aligned = [entry for entry in low if cosine[entry] >= float(rule.threshold)]
+        total = sum(split)
+        to_high = min(len(high), total - min(to_low, len(aligned)))
+        to_low = total - to_high
+        kept_high = best({entry: raw[entry] for entry in high}, to_high)
+        moved = {entry: value - (0 if entry in aligned else 1000) for entry, value in moved.items()}
+    return kept_high | best(moved, to_low)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "rule",
+    [
+        AlignmentRule(0.1),
+        AlignmentRule(-0.2, weight=1.5),
+        AlignmentRule(0.6, weight=torch.tensor(-0.8)),
+        AlignmentRule(9.0, weight=2.0, drop=False),
+    ],
+    ids=["threshold", "both", "none aligned", "weight"],
+)
+def test_alignment_of_a_layer(seed: int, rule: AlignmentRule) -> None:
+    score, seen, labels = layer(seed)
+    budgets = torch.tensor([[2, 3], [4, 1]])
+    plan = plan_layer(score, seen, labels, budgets, hard_topk, align=rule)
+    for row, kinds in enumerate(LABELS.tolist()):
+        text = {entry for entry, kind in enumerate(kinds) if kind == 0}
+        for head in range(KV_HEADS):
+            split, first = budgets[row].tolist(), int(score.modality_shares[row].argmax())
+            media = slow_aligned(score.score[row, head], seen.keys[row, head], kinds, split, first, rule)
+            assert set(plan.log_gates[row, head].eq(0).nonzero().flatten().tolist()) == text | media
+
+
+def test_heads_that_share_a_score_align_by_their_mean() -> None:
+    score, seen, labels = layer(0)
+    shared = LayerScore(score.score[:, :1], score.modality_shares)
+    rule = AlignmentRule(9.0, weight=2.0, drop=False)
+    plan = plan_layer(shared, seen, labels, torch.tensor([[2, 3], [4, 1]]), hard_topk, align=rule)
+    assert plan.log_gates.shape == (2, 1, 10)
+    high = best({entry: float(score.score[0, 0, entry]) for entry in (1, 2, 3, 9)}, 2)
+    moved = {}
+    for entry in (4, 5, 6, 7):
+        pairs = [(seen.keys[0, head, entry], seen.keys[0, head, other]) for head in (0, 1) for other in high]
+        mean = sum(float(torch.cosine_similarity(*pair, dim=0)) for pair in pairs) / len(pairs)
+        moved[entry] = float(score.score[0, 0, entry]) + 2 * mean
+    assert set(plan.log_gates[0, 0].eq(0).nonzero().flatten().tolist()) == {0, 8} | high | best(moved, 3)
+
+
+@pytest.mark.parametrize("split", [[1, 2], [2, 3], [4, 4], [0, 0]])
+def test_a_merged_entry_takes_a_place_of_two_or_more(split: list[int]) -> None:
+    """It is the mean of what its modality loses, with the gain of its head; nothing is merged where all is kept."""
+    score, seen, labels = layer(1)
+    bias, gain = torch.tensor([[0.1, 0.2], [0.3, 0.4]]), torch.tensor([[0.5, -0.5], [1.0, 0.0]])
+    plan = plan_layer(score, seen, labels, torch.tensor([split, split]), hard_topk, MergeRule(bias, gain))
+    assert torch.equal(plan.merged_bias, bias.expand(2, -1, -1))
+    for row, kinds in enumerate(LABELS.tolist()):
+        for head in range(KV_HEADS):
+            held = plan.log_gates[row, head].eq(0)
+            for modality, budget in enumerate(split):
+                entries = [entry for entry, kind in enumerate(kinds) if kind == modality + 1]
+                merges = 2 <= budget < len(entries)
+                assert bool(held[10 + modality]) == merges
+                ranked = best({entry: float(score.score[row, head, entry]) for entry in entries}, budget - merges)
+                assert {entry for entry in entries if held[entry]} == ranked
+                lost = [entry for entry in entries if entry not in ranked]
+                if merges:
+                    expected = seen.values[row, head, lost].mean(0) * (1 + gain[head, modality])
+                    assert torch.allclose(plan.merged_keys[row, head, modality], seen.keys[row, head, lost].mean(0))
+                    assert torch.allclose(plan.merged_values[row, head, modality], expected, atol=1e-6)
+
+
+def test_a_plan_applied_stands_before_later_tokens() -> None:
+    """Merged entries lie between the prompt and what follows, gates and bias with them."""
+    draw = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 1, KV_HEADS, 12, SIZE, generator=draw)
+    gates = torch.where(torch.rand(1, KV_HEADS, 12, generator=draw) < 0.5, 0.0, -torch.inf)
+    more = torch.randn(2, 1, KV_HEADS, 2, SIZE, generator=draw)
+    bias = torch.randn(1, KV_HEADS, 2, generator=draw)
+    changed = torch.randn(2, 1, KV_HEADS, 1, SIZE, generator=draw)
+    into = MergedInto(torch.tensor([[[3], [5]]]), *changed)
+    found = LayerPlan(gates, *more, bias, into).apply(keys, values)
+    for tensor, extra, new, old in zip(found[:2], more, changed, (keys, values), strict=True):
+        assert torch.equal(tensor[:, :, 10:12], extra) and torch.equal(tensor[:, :, 12:], old[:, :, 10:])
+        expected = old[:, :, :10].clone()
+        expected[0, 0, 3], expected[0, 1, 5] = new[0, 0, 0], new[0, 1, 0]
+        assert torch.equal(tensor[:, :, :10], expected)
+    assert torch.equal(found[2][..., :10], gates[..., :10])
+    assert torch.equal(found[2][..., 10:], gates[..., 10:] + bias)
+
+
+def test_rounding_takes_back_and_hands_out_whole_entries() -> None:
+    """Amounts that round to more than the total lose from the largest; what is missing goes where there is room."""
+    amounts = torch.tensor([[2.9999999, 1.0, 3.0], [0.4, 0.3, 0.3], [1.5, 9.0, 0.5]])
+    capacity = torch.tensor([[5, 5, 5], [1, 5, 5], [2, 3, 9]])
+    found = round_exactly(amounts, torch.tensor([6, 3, 9]), capacity)
+    assert found.tolist() == [[2, 1, 3], [1, 1, 1], [2, 3, 4]]
+    assert round_exactly(amounts, torch.tensor([7, 1, 99]), capacity).tolist() == [[3, 1, 3], [1, 0, 0], [2, 3, 9]]
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_rotation_is_that_of_complex_numbers(neighbours: bool, interleaved: bool, start: int) -> None:
+    """Pairs lie side by side or half a rotary part apart; the elements outside of it stay as they are."""
+    draw, size, width = torch.Generator().manual_seed(0), 6, 10
+    layout = RotaryLayout(width, start, size, neighbours, interleaved)
+    vectors, angles = torch.randn(5, width, generator=draw), torch.randn(5, size // 2, generator=draw)
+    table = angles.repeat_interleave(2, -1) if interleaved else torch.cat([angles, angles], -1)
+    cos, sin = layout.spread(table.cos(), 1.0), layout.spread(table.sin(), 0.0)
+    found = rotate(vectors, cos, sin, layout)
+    expected = vectors.clone()
+    for pair in range(size // 2):
+        one, other = (2 * pair, 2 * pair + 1) if neighbours else (pair, pair + size // 2)
+        turned = torch.complex(vectors[:, start + one], vectors[:, start + other]) * torch.polar(
+            torch.ones(5), angles[:, pair]
+        )
+        expected[:, start + one], expected[:, start + other] = turned.real, turned.imag
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(
+        unrotate(3 * found, 3 * cos, 3 * sin, layout)[:, start : start + size],
+        vectors[:, start : start + size],
+        atol=1e-5,
+    )
