@@ -152,6 +152,8 @@ def _check(words: list[str], options_of: Callable[..., set[str]]) -> None:
     if program == "pip":
         for extra in re.findall(r"\[(\w+)\]", " ".join(rest)):
             assert extra in EXTRAS, extra
+    if program == "make":
+        assert {*rest} <= {*re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)}
     if program == "python":
         target, *rest = rest[1:] if rest[0] == "-m" else rest
         if target == "pytest" or target.startswith("tests."):
