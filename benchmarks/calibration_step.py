@@ -2,7 +2,7 @@
 
     python -m benchmarks.calibration_step --output runs/benchmarks/calibration_step.json
 
-The fine-tuning step runs context and turns with gradients through LoRA on all tokens and a cross entropy. The
+The fine-tuning step runs context and questions with gradients through LoRA on all tokens and a cross entropy. The
 calibration step of scope 'after' shares one prefill without gradients between teacher and student. With `data.cache:
 prefill` the teacher is asked every question on a clip's first visit; on later ones that prefill and what the teacher
 said are kept. Scope 'all' prefills once more, with gradients. Unless a line says otherwise all adapt the same layers at
@@ -55,7 +55,7 @@ class Row:
 
     Attributes:
         step: what it is; variant: of `benchmarks.study_variants` that is trained by such steps, if there is one.
-        clip_seconds: length of a clip; questions: on each; tokens: of context and of turns, a clip.
+        clip_seconds: length of a clip; questions: on each; tokens: of context and of questions, a clip.
         seconds: median; time: median of the ratios to the fine-tuning step beside it, time_range: least and most.
         megabytes: held for the backward pass; memory: as a share of the fine-tuning step's.
     """
@@ -208,10 +208,10 @@ def table(rows: list[Row]) -> Table:
         made.add_column(name, justify="left" if name == "step" else "right")
     for row in rows:
         low, high = row.time_range
-        context, turns = row.tokens
+        context, tokens = row.tokens
         took = f"{row.time:.2f} ({low:.2f} to {high:.2f})"
         made.add_row(
-            row.step, str(row.clip_seconds), str(row.questions), f"{context} + {turns}", took, f"{row.memory:.2f}"
+            row.step, str(row.clip_seconds), str(row.questions), f"{context} + {tokens}", took, f"{row.memory:.2f}"
         )
     return made
 

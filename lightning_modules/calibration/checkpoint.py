@@ -32,14 +32,14 @@ FIXED_BY_STAGE = ("ratio_min", "low_ratio_share")
 #: Of a run, in its folder: the options that it was last started with.
 CONFIG_FILE = "config.yaml"
 #: Key of a checkpoint's own part, beside Lightning's.
-TRAINING = "calibration"
+TRAINING = "acckv_calibration"
 #: The low-ratio stage's part of a checkpoint, once it is over: weights by the beginning of their names, and LoRA.
 LOW_RATIO_WEIGHTS, LOW_RATIO_LORA = "compressor.low_ratio_weights.", "low_ratio_lora"
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a training goes on.
+    """The point where a training goes on.
 
     Attributes:
         step: that the checkpoint is at; planned: steps of its run.
@@ -52,7 +52,7 @@ class Resumed:
 
     @classmethod
     def read(cls, checkpoint: Mapping[str, Any], trainer: Any = None) -> Resumed:
-        """What a checkpoint says of itself.
+        """The point that a checkpoint is at.
 
         Args:
             trainer: that is about to go on from it; None where nothing is trained.
@@ -61,7 +61,7 @@ class Resumed:
             InputError: it is of another module, or the trainer has no step left.
         """
         if TRAINING not in checkpoint:
-            raise InputError("is no checkpoint of train.py", field="ckpt_path")
+            raise InputError("is no checkpoint of train.py, or one of an older version", field="ckpt_path")
         step, training = checkpoint["global_step"], checkpoint[TRAINING]
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
@@ -102,7 +102,7 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError("is damaged, or no checkpoint of train.py", source=file, field="ckpt_path") from error
     if not isinstance(checkpoint, dict) or TRAINING not in checkpoint:
-        raise InputError("is no checkpoint of train.py", source=file, field="ckpt_path")
+        raise InputError("is no checkpoint of train.py, or one of an older version", source=file, field="ckpt_path")
     return checkpoint
 
 

@@ -41,7 +41,7 @@ class AVDataModule(LightningDataModule):
 
     @property
     def source(self) -> ClipSource:
-        """Where clips and questions come from."""
+        """The origin of clips and questions."""
         return SOURCES[self.options.source](self.options, self._root or Path())
 
     @property

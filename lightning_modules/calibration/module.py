@@ -151,7 +151,7 @@ class CalibrationModule(LightningModule):
 
     @property
     def weights(self) -> CalibratedWeights:
-        """What is learned besides LoRA."""
+        """The learned weights, LoRA left out."""
         return cast(CalibratedWeights, self.compressor.weights)
 
     @property

@@ -108,5 +108,5 @@ def calibration_bar(trainer: Trainer) -> list[Callback]:
 
 
 def _state(module: Any) -> str:
-    """What the last step came to."""
+    """Results of the last step."""
     return ", ".join(f"{name} {float(value):.3g}" for name, value in module.last_step.items())

@@ -1,4 +1,4 @@
-"""Answers of the frozen model to generic prompts, for clips that come without questions."""
+"""Pseudo-labels: answers of the frozen model to generic prompts, for clips that come without questions."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class AnswerSettings:
-    """What answers depend on besides the clip.
+class LabelSettings:
+    """Settings that the answers depend on besides the clip.
 
     Attributes:
         model: 'tiny', a folder or a hub id; dtype: that it runs in; load_options: of from_pretrained.
@@ -58,7 +58,7 @@ class AnswerSettings:
     media: dict[str, Any] = field(default_factory=MediaOptions().limits)
 
 
-class AnswerFile:
+class PseudoLabels:
     """Answers by clip in one JSON file, replaced as a whole, so that a run that was cut off goes on where it was.
 
     A clip that has changed since (size or time of the last change), and all clips under other settings, are answered
@@ -68,7 +68,7 @@ class AnswerFile:
         InputError: the file is there and holds something else.
     """
 
-    def __init__(self, path: Path, settings: AnswerSettings) -> None:
+    def __init__(self, path: Path, settings: LabelSettings) -> None:
         self.path, self.settings = path, settings
         self.clips: dict[str, dict[str, Any]] = {}
         if path.exists():
@@ -129,8 +129,8 @@ class AnswerFile:
             self.clips = values["clips"]
 
 
-def answer_clips(
-    file: AnswerFile, videos: Sequence[Path], batch_size: int, device: torch.device | str, num_workers: int = 0
+def label_clips(
+    file: PseudoLabels, videos: Sequence[Path], batch_size: int, device: torch.device | str, num_workers: int = 0
 ) -> None:
     """Let the frozen model answer every prompt about every clip that has no answers yet, greedily, with its full cache.
 

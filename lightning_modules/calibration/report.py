@@ -176,7 +176,7 @@ class CalibrationReport(EndOfCalibration):
 
     @torch.no_grad()
     def _kept(self, trainer: Trainer, module: CalibrationModule, folder: Path) -> KeptShares:
-        """What the export keeps of the first validation batch."""
+        """The entries that the export keeps of the first validation batch."""
         batch = first_batch(trainer, module)
         with KVCompressor.from_pretrained(folder)(module.model, module.processor) as session:
             prefill = module.teacher.prefill_in(session, batch)

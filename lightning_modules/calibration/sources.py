@@ -19,7 +19,7 @@ from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.data.video_folder import hold_out, list_videos
 from acckv.errors import InputError
 from lightning_modules.calibration.config import DataConfig, Source
-from lightning_modules.calibration.pseudo_labels import FILE, PROMPTS, AnswerFile, AnswerSettings, answer_clips
+from lightning_modules.calibration.pseudo_labels import FILE, PROMPTS, LabelSettings, PseudoLabels, label_clips
 
 
 class ClipSource(ABC):
@@ -131,11 +131,11 @@ class VideoFolder(ClipSource):
 
     def prepare(self, device: torch.device) -> None:
         videos = [*self.videos("train"), *self.videos("validation")]
-        answer_clips(self._answers(), videos, self.options.batch_size, device, self.options.num_workers)
+        label_clips(self._labels(), videos, self.options.batch_size, device, self.options.num_workers)
 
     def records(self, split: str) -> list[Record]:
-        videos, answers = self.videos(split), self._answers()
-        records, sounds = answers.records(videos), answers.sounds(videos)
+        videos, labels = self.videos(split), self._labels()
+        records, sounds = labels.records(videos), labels.sounds(videos)
         if self.options.batch_size > 1 and len(set(sounds)) > 1:
             message = (
                 "has no sound track and others have one, and a batch cannot hold both: split the folder, "
@@ -144,9 +144,9 @@ class VideoFolder(ClipSource):
             raise InputError(message, source=videos[sounds.index(False)])
         return records
 
-    def _answers(self) -> AnswerFile:
+    def _labels(self) -> PseudoLabels:
         options = self.options
-        settings = AnswerSettings(
+        settings = LabelSettings(
             str(options.base_model),
             options.dtype,
             tuple(PROMPTS if options.prompts is None else options.prompts),
@@ -155,7 +155,7 @@ class VideoFolder(ClipSource):
             options.system_prompt,
             options.limits(),
         )
-        return AnswerFile(self.root / FILE, settings)
+        return PseudoLabels(self.root / FILE, settings)
 
 
 SOURCES: dict[Source, type[ClipSource]] = {

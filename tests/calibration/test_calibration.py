@@ -136,7 +136,7 @@ class NoteTrained(Callback):
 
 
 def test_all_ratios_start_from_what_the_lowest_learned(cache: Path, tmp_path: Path) -> None:
-    """The lowest alone at first; then that is settled, LoRA included, and the others go on from it."""
+    """The lowest alone at first; then that is kept, LoRA included, and the others go on from it."""
     noted = NoteTrained()
     options = {"low_ratio_share": 0.5, "ratio_min": 0.1, "ratio_max": 0.3, "full_cache_probability": 0.0, "warmup": 1}
     module = fit(cache, tmp_path, also=[noted], **options)

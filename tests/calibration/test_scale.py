@@ -210,8 +210,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(
 
 
 @pytest.mark.slow
-def test_two_processes_settle_alike(cache: Path, tmp_path: Path) -> None:
-    """A step of each stage: the same losses, and what was settled after the first is the same."""
+def test_two_processes_keep_the_low_ratios_alike(cache: Path, tmp_path: Path) -> None:
+    """A step of each stage: the same losses, and what was kept after the first is the same."""
     stages = ["--model.low_ratio_share=0.5", "--model.full_cache_probability=0"]
     kinds = {
         "one": ["--data.batch_size=4"],
@@ -225,9 +225,9 @@ def test_two_processes_settle_alike(cache: Path, tmp_path: Path) -> None:
         one, both = (curve(tmp_path / name, column) for name in kinds)
         assert len(one) == 2 and both == pytest.approx(one, abs=1e-4)
     assert one[0] == pytest.approx(0.02) and one[1] >= 0.03
-    settled = [load_file(tmp_path / name / "export" / "low_ratio" / "model.safetensors") for name in kinds]
-    assert settled[0]["layer_budget"].abs().max() > 5e-4
-    assert_close({"": settled[0]["layer_budget"]}, {"": settled[1]["layer_budget"]}, 1e-4)
+    kept = [load_file(tmp_path / name / "export" / "low_ratio" / "model.safetensors") for name in kinds]
+    assert kept[0]["layer_budget"].abs().max() > 5e-4
+    assert_close({"": kept[0]["layer_budget"]}, {"": kept[1]["layer_budget"]}, 1e-4)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from acckv.evaluation.results import CONTROLS
 from acckv.models import load_model, load_processor
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.dataset import ClipDataset
-from lightning_modules.calibration.pseudo_labels import PROMPTS, AnswerFile, AnswerSettings, answer_clips
+from lightning_modules.calibration.pseudo_labels import PROMPTS, LabelSettings, PseudoLabels, label_clips
 from lightning_modules.cli.train import main
 from tests.paths import ROOT
 
@@ -82,12 +82,12 @@ def test_about_the_share_that_is_asked_for_is_held_out() -> None:
 
 
 def test_answers_are_those_of_plain_generate(clips: Path, tmp_path: Path) -> None:
-    settings = AnswerSettings("tiny", "float32", ASKED, 8)
-    file = AnswerFile(tmp_path / "answers.json", settings)
+    settings = LabelSettings("tiny", "float32", ASKED, 8)
+    file = PseudoLabels(tmp_path / "answers.json", settings)
     videos = list_videos(clips)[:2]
-    answer_clips(file, videos, 2, "cpu")
+    label_clips(file, videos, 2, "cpu")
     model, processor = load_model("tiny")
-    records = AnswerFile(file.path, settings).records(videos)
+    records = PseudoLabels(file.path, settings).records(videos)
     assert [(record.video, record.question) for record in records] == [(v, p) for v in videos for p in ASKED]
     for record in records[:3]:
         inputs = encode(processor, [read_media(record.video)], [record.question])
@@ -99,27 +99,27 @@ def test_answers_are_those_of_plain_generate(clips: Path, tmp_path: Path) -> Non
 def test_answers_go_on_where_they_were(clips: Path, tmp_path: Path) -> None:
     """What is there is not asked again, whatever cut the run off; a changed clip or setting is."""
     copy = shutil.copytree(clips, tmp_path / "copy")
-    videos, settings = list_videos(copy), AnswerSettings("tiny", "float32", ASKED[:1], 2)
+    videos, settings = list_videos(copy), LabelSettings("tiny", "float32", ASKED[:1], 2)
     path = tmp_path / "answers.json"
-    first = AnswerFile(path, settings)
+    first = PseudoLabels(path, settings)
     broken = videos[2]
     whole = broken.read_bytes()
     broken.write_text("not a film")
     with pytest.raises(InputError, match=r"clip 2\.MP4: not a readable media file"):
-        answer_clips(first, videos, 1, "cpu")
-    again = AnswerFile(path, settings)
+        label_clips(first, videos, 1, "cpu")
+    again = PseudoLabels(path, settings)
     assert again.missing(videos) == videos[2:]
     again.clips[str(videos[0])]["answers"] = ["kept"]
     broken.write_bytes(whole)
-    answer_clips(again, videos, 2, "cpu")
-    last = AnswerFile(path, settings)
+    label_clips(again, videos, 2, "cpu")
+    last = PseudoLabels(path, settings)
     assert last.records(videos)[0].answer == "kept" and not last.missing(videos)
     videos[1].write_bytes(videos[1].read_bytes() + b"\0")
     assert last.missing(videos) == [videos[1]]
-    assert AnswerFile(path, AnswerSettings("tiny", "float32", ASKED[:1], 3)).missing(videos) == videos
+    assert PseudoLabels(path, LabelSettings("tiny", "float32", ASKED[:1], 3)).missing(videos) == videos
     path.write_text(path.read_text()[:50])
     with pytest.raises(InputError, match=r"answers\.json: holds no answers"):
-        AnswerFile(path, settings)
+        PseudoLabels(path, settings)
 
 
 def test_bad_folders(clips: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_sound_and_silence_need_batches_of_one(clips: Path, tmp_path: Path) -> N
     for batch_size in (1, 2):
         data = AVDataModule(source="folder", folder=str(clips), validation_share=0.1, batch_size=batch_size)
         data.trainer = type("Root", (), {"default_root_dir": str(tmp_path)})()  # type: ignore[assignment]
-        answers = AnswerFile(tmp_path / "answers.json", AnswerSettings("tiny", "float32", PROMPTS, 64))
+        answers = PseudoLabels(tmp_path / "answers.json", LabelSettings("tiny", "float32", PROMPTS, 64))
         for place, video in enumerate(videos):
             answers.add(video, place % 2 == 0, ["red"] * len(PROMPTS))
         answers.save()
@@ -214,11 +214,11 @@ def test_a_folder_is_calibrated_on_from_end_to_end(
 
 def test_a_cut_answer_is_learned_without_an_end(clips: Path, tmp_path: Path) -> None:
     """The limit ended it, not the model, which is not to learn to stop there."""
-    settings = AnswerSettings("tiny", "float32", ASKED[:2], 2)
-    file = AnswerFile(tmp_path / "answers.json", settings)
-    answer_clips(file, list_videos(clips)[:1], 1, "cpu")
+    settings = LabelSettings("tiny", "float32", ASKED[:2], 2)
+    file = PseudoLabels(tmp_path / "answers.json", settings)
+    label_clips(file, list_videos(clips)[:1], 1, "cpu")
     processor = load_processor("tiny")
-    records = AnswerFile(file.path, settings).records(list_videos(clips)[:1])
+    records = PseudoLabels(file.path, settings).records(list_videos(clips)[:1])
     assert [record.complete for record in records] == [False, True], "a list of shapes, and one shape"
     questions = ClipDataset("train", records, processor).questions(0)
     for record, question in zip(records, questions, strict=True):
