@@ -1,4 +1,4 @@
-"""The benchmark over all variants, from clips to files."""
+"""Generalisation over all variants of the clips is measured, beside the best training-free policy, and written to files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""results.json, predictions, tables, plots and the model card."""
+"""Results, predictions, tables, plots and the model card say what was measured, and each number with its interval."""
 
 from __future__ import annotations
 

@@ -80,3 +80,9 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
         return found
 
     assert {name for name in MODULES if name in reached(name)} == set()
+
+
+def test_each_test_file_says_what_it_holds_right() -> None:
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        first = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+        assert len(first.split()) >= 6 and first.endswith("."), file
