@@ -80,7 +80,7 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
     "scopes": (
         _plain("rank0", "weights only (rank 0)", lora_rank=0),
         _plain("attention", "LoRA on attention alone", lora_targets=("q_proj", "k_proj", "v_proj", "o_proj")),
-        _plain("all", "LoRA of scope 'all'", lora_scope="all"),
+        _plain("all", "LoRA of scope 'all'", lora_scope="all", **ONE_STAGE),
     ),
     # Where a single ratio could win: from 0.1 on the default is within a point of the full cache itself.
     "ratios": (

@@ -1,4 +1,4 @@
-"""Generalisation over all variants of the clips is measured, beside the best training-free policy, and written to files."""
+"""Generalisation over all variants of the clips is measured beside the best training-free policy, and written."""
 
 from __future__ import annotations
 
