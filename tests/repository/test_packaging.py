@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from lightning_modules.cli.errors import CONFIG_FOLDERS
 from tests.paths import ROOT
 
 #: Imported beside the library that brings it and whose releases it has to fit.
@@ -45,6 +46,12 @@ def test_dependencies_are_those_that_are_imported() -> None:
     optional = {re.split(r"[\[>]", name)[0] for names in project["optional-dependencies"].values() for name in names}
     used = {COMES_WITH.get(name, name) for name in imported()}
     assert used - optional == declared
+
+
+def test_the_wheel_brings_the_configs_to_where_they_are_looked_for() -> None:
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert ROOT / wheel["force-include"]["configs"] in CONFIG_FOLDERS
+    assert ROOT / "configs" in CONFIG_FOLDERS and (ROOT / "configs" / "calib.yaml").is_file()
 
 
 @pytest.fixture(scope="module")
