@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import get_args
 
+from acckv.benchmarks.base import Mode
 from acckv.benchmarks.music_avqa_questions import VOCABULARY, official_match, robust_answer, robust_match
+from acckv.benchmarks.protocols import judge_protocol
 from acckv.data.records import Record
 from acckv.metrics.words import word_accuracy
 
 SINGLE, DESCRIPTIONS = "single questions", "descriptions"
-"""Groups of all questions with a one-word answer, and of all free-text tasks."""
+"""Groups of all questions with a short answer, and of all free-text tasks."""
 OFFICIAL = "single questions, official parser"
 """The one-word questions once more, scored by the data set's own rule."""
 UNPARSED = "unparsed"
@@ -47,6 +50,9 @@ def score_answer(record: Record, prediction: str, vocabulary: Collection[str]) -
     """
     if record.protocol == "description":
         return AnswerScore(word_accuracy(prediction, record.answer), None, True)
+    if record.protocol != "word":  # of a benchmark's own questions
+        official, robust = (judge_protocol(record, prediction, mode) for mode in get_args(Mode))
+        return AnswerScore(robust.score, official.score, robust.parsed)
     return AnswerScore(
         float(robust_match(prediction, record.answer, vocabulary)),
         float(official_match(prediction, record.answer)),
@@ -56,4 +62,4 @@ def score_answer(record: Record, prediction: str, vocabulary: Collection[str]) -
 
 def question_groups(record: Record) -> tuple[str, ...]:
     """The groups a question is reported in: its protocol's and its types'."""
-    return (SINGLE if record.protocol == "word" else DESCRIPTIONS, *record.groups)
+    return (DESCRIPTIONS if record.protocol in ("description", "text") else SINGLE, *record.groups)

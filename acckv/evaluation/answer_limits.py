@@ -9,7 +9,7 @@ from acckv.data.records import Record
 
 WORDS = ("word", "choice", "yes_no")
 """Protocols of short answers; the others are read as text."""
-LEAST = {"word": 4, "description": 40}
+LEAST = {**dict.fromkeys(WORDS, 4), "description": 40, "text": 40}
 """Longest answers, in tokens, about generated clips and question files, where no right one is longer."""
 
 

@@ -25,6 +25,7 @@ from acckv.benchmarks import BENCHMARKS
 from acckv.data.encoding import encode
 from acckv.data.media import read_media
 from acckv.method.weights import WEIGHT_GROUPS, CalibratedWeights
+from acckv.models import FAMILIES as MODEL_FAMILIES
 from acckv.models import find_adapter, load_model
 from acckv.policies import POLICIES
 from benchmarks.headline import NAMED, RESULTS, curves
@@ -268,6 +269,9 @@ def test_policies_and_benchmarks_are_listed() -> None:
     benchmarks = [name for name, one in BENCHMARKS.items() if one.load.__module__.startswith("acckv.")]
     assert sorted(re.findall(r"^\| `(\w+)` \| .*\|.*\|.*\|$", page, re.MULTILINE)) == sorted([*benchmarks])
     assert all(BENCHMARKS[name].title.split(" ")[0] in text for name in benchmarks if name != "custom")
+    section = text[text.index("## Families") : text.index("## Policies")]
+    families = [family for family in MODEL_FAMILIES.values() if family.model_adapter.__module__.startswith("acckv.")]
+    assert all(name in section for family in families for name in family.title.split(", "))
 
 
 def test_results_at_a_glance_are_rows_of_the_measured_table() -> None:
