@@ -93,11 +93,11 @@ def fill_template(template: str, values: Sequence[str]) -> str:
     """
     end = "?" if template.rstrip().endswith("?") else ""
     tokens = template.rstrip().removesuffix("?").split(" ")
-    holes = [place for place, token in enumerate(tokens) if "<" in token]
+    holes = [index for index, token in enumerate(tokens) if "<" in token]
     if len(holes) != len(values):
-        raise ValueError(f"{len(holes)} places to fill in {template!r}, but {len(values)} values")
-    for place, value in zip(holes, values, strict=True):
-        tokens[place] = value
+        raise ValueError(f"{len(holes)} holes to fill in {template!r}, but {len(values)} values")
+    for index, value in zip(holes, values, strict=True):
+        tokens[index] = value
     return " ".join(tokens) + end
 
 

@@ -87,12 +87,12 @@ def _seconds(fields: Fields) -> tuple[float, float]:
 
 def _video(root: Path, subtask: str, name: str) -> tuple[Path, bool]:
     """The file of a video, and whether it is just what the question is about; where it should be if it is nowhere."""
-    places = [
+    files = [
         (base / folder / name, subtask not in UNCUT or folder.endswith("_segment"))
         for folder in FOLDERS[subtask]
         for base in (root / "video", root)
     ]
-    return next((place for place in places if place[0].is_file()), places[0])
+    return next((file for file in files if file[0].is_file()), files[0])
 
 
 def prompt(record: Record) -> str:

@@ -49,8 +49,8 @@ def _record(root: Path, fields: Fields) -> Record:
 
 
 def _video(folder: Path, name: str) -> Path:
-    places = [folder / f"{name}.{ending}" for ending in ("mp4", "MP4", "mkv")]
-    return next((place for place in places if place.is_file()), places[0])
+    files = [folder / f"{name}.{ending}" for ending in ("mp4", "MP4", "mkv")]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def prompt(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""What an export was calibrated on, as its config.json and its card say it."""
+"""The data and ratios that an export was calibrated on, as its config.json and its card say it."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def decoded(
 
 @dataclass
 class Skipped:
-    """What of a file could not be decoded.
+    """Damage of a file: the parts that could not be decoded.
 
     Attributes:
         packets: skipped after the first that could be; before it, decoders refuse what lies before a key frame.
@@ -183,7 +183,7 @@ def _frames(container: av.container.InputContainer, decode: Callable[[], list[Fr
 
 
 def _turn(container: av.container.InputContainer, pts: int, time_base: Fraction) -> int:
-    """What to take from a time of an MPEG stream, which counts to 2^33 / 90,000 s: one just below that is negative."""
+    """The wrap of a time of an MPEG stream, which counts to 2^33 / 90,000 s: one just below that is negative."""
     whole = Fraction(2**33, 90_000)
     return round(whole / time_base) if container.format.name in MPEG and pts * time_base > whole / 2 else 0
 

@@ -59,20 +59,20 @@ class MediaCache:
         return self._read(files, {**call, **options}, lambda: read_record_media(record, **options))
 
     def file(self, files: Sequence[Path], options: dict[str, Any]) -> Path:
-        """Where the clip of these files and options is kept."""
+        """The file of the clip of these files and options."""
         return self.folder / f"{hashlib.sha256(_key(files, options).encode()).hexdigest()[:32]}.safetensors"
 
     def _read(self, files: Sequence[Path], options: dict[str, Any], read: Callable[[], Media]) -> Media:
         if not all(file.is_file() for file in files):
             return read()  # raises the error that names the file
         key = _key(files, options)
-        place = self.file(files, options)
-        if place.exists():
+        kept = self.file(files, options)
+        if kept.exists():
             try:
-                clip, said = _load(place, key)
-                os.utime(place)
+                clip, said = _load(kept, key)
+                os.utime(kept)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                _log.warning("%s: damaged (%s); decoding %s anew", place, error, files[0])
+                _log.warning("%s: damaged (%s); decoding %s anew", kept, error, files[0])
             else:
                 _repeat(said)
                 return clip
@@ -81,7 +81,7 @@ class MediaCache:
             clip = read()
         said = [str(each.message) for each in caught if each.category is UserWarning]
         _repeat(said)
-        with whole_file(place) as temporary:
+        with whole_file(kept) as temporary:
             _save(temporary, key, clip, said)
         self._shrink()
         return clip

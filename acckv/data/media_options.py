@@ -16,7 +16,7 @@ MAX_SECONDS = 600.0
 
 @dataclass(frozen=True, kw_only=True)
 class MediaOptions:
-    """How much of a media file is read.
+    """Options of reading a media file: how much of it, at which rate and size.
 
     Args:
         fps: pictures a second that are sampled.

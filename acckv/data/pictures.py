@@ -24,7 +24,7 @@ NARROWEST, WIDEST = 0.1, 10.0
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a stored picture is turned to be shown: first mirrored at its main diagonal, then left-right and up-down."""
+    """The turn of a stored picture to be shown: first mirrored at its main diagonal, then left-right and up-down."""
 
     transpose: bool = False
     mirror: bool = False

@@ -52,7 +52,7 @@ class Record:
 
     @property
     def clip(self) -> ClipKey:
-        """What tells clips apart: questions with the same value are asked of one prefill."""
+        """The key of the clip: questions with the same one are asked of one prefill."""
         return self.video, self.audio, self.start, self.end, self.attachments, self.system_prompt
 
 

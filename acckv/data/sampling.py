@@ -206,11 +206,11 @@ class SoundTrack:
         self._flush()
         origin = round((self.origin or 0.0) * self.sampling_rate)
         if samples is None:
-            end = max((place + len(block) for place, block in self._blocks), default=origin)
+            end = max((position + len(block) for position, block in self._blocks), default=origin)
             samples = max(min(end - origin, round(self.wanted * self.sampling_rate)), 0)
         track = np.zeros(samples, np.float32)
-        for place, block in self._blocks:
-            start = place - origin
+        for position, block in self._blocks:
+            start = position - origin
             piece = block[max(-start, 0) : max(samples - start, 0)]
             start = max(start, 0)
             track[start : start + len(piece)] = piece
@@ -234,13 +234,13 @@ class SoundTrack:
             self._keep(block)
 
     def _keep(self, block: np.ndarray) -> None:
-        place = self._position
+        position = self._position
         self._position += len(block)
         if self.origin is not None:
             origin = round(self.origin * self.sampling_rate)
-            if self._position <= origin or place > origin + self.wanted * self.sampling_rate:
+            if self._position <= origin or position > origin + self.wanted * self.sampling_rate:
                 return
-        self._blocks.append((place, block))
+        self._blocks.append((position, block))
         self._held += len(block)
         while self._held > self._most + len(block):
             self._held -= len(self._blocks.popleft()[1])

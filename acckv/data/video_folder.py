@@ -1,4 +1,4 @@
-"""A plain folder of videos: which files count, and which are held out for validation."""
+"""Videos of a plain folder, and those of them that are held out for validation."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ def hold_out(folder: str | Path, videos: list[Path], share: float) -> tuple[list
     Raises:
         InputError: one of both is empty, as may be in a small folder; the message has a share that fills both.
     """
-    places = sorted(_place(path.relative_to(folder)) for path in videos)
-    held = [path for path in videos if _place(path.relative_to(folder)) < share]
-    rest = [path for path in videos if _place(path.relative_to(folder)) >= share]
-    if len(places) < 2:
+    hashes = sorted(_hash(path.relative_to(folder)) for path in videos)
+    validation = [path for path in videos if _hash(path.relative_to(folder)) < share]
+    training = [path for path in videos if _hash(path.relative_to(folder)) >= share]
+    if len(hashes) < 2:
         message = "holds one video, of which none can be held out; add more, or set data.validation_folder"
         raise InputError(message, source=folder, field="data.folder")
-    if not held or not rest:
-        what = "none is" if not held else "all are"
-        fitting = _short_between(places[0], places[1]) if not held else _short_between(places[-2], places[-1])
+    if not validation or not training:
+        what, other = ("all are", len(videos) - 1) if validation else ("none is", 1)
+        fitting = _short_between(hashes[0], hashes[1]) if not validation else _short_between(hashes[-2], hashes[-1])
         message = (
             f"of {len(videos)} videos {what} held out at {share:g} (each by its name alone, so that none moves as "
-            f"others come); {fitting} holds out {1 if not held else len(videos) - 1}, or set data.validation_folder"
+            f"others come); {fitting} holds out {other}, or set data.validation_folder"
         )
         raise InputError(message, source=folder, field="data.validation_share")
-    return rest, held
+    return training, validation
 
 
-def _place(name: Path) -> float:
+def _hash(name: Path) -> float:
     """A number of 0..1 that a name alone decides on."""
     return int(hashlib.sha256(name.as_posix().encode()).hexdigest()[:13], 16) / 16**13
 

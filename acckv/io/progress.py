@@ -1,4 +1,4 @@
-"""What is seen while something long runs: a bar on a terminal, elsewhere a line at least every minute."""
+"""Progress of something long: a bar on a terminal, elsewhere a line at least every minute."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIRST, EVERY = 10.0, 60.0  # seconds until the first line, and between lines
 
 
 class Progress:
-    """How far one task is, while its context is open.
+    """Progress of one task, while its context is open.
 
     On a terminal it is a bar. Where the output is none (nohup, a batch queue) a thread prints a line every minute, also
     while a single step takes longer than that. Of tasks within tasks the innermost prints.

@@ -105,7 +105,7 @@ class CaptionScores(GatheredMetric):
 def _cider(predictions: list[str], references: list[list[str]]) -> float:
     from pycocoevalcap.cider.cider import Cider
 
-    texts = {place: [text] for place, text in enumerate(predictions)}
+    texts = {index: [text] for index, text in enumerate(predictions)}
     score, _ = Cider().compute_score(dict(enumerate(references)), texts)
     return float(score)
 
@@ -116,6 +116,6 @@ def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     for word in first:
         above = row
         row = [0]
-        for place, other in enumerate(second):
-            row.append(above[place] + 1 if word == other else max(above[place + 1], row[place]))
+        for index, other in enumerate(second):
+            row.append(above[index] + 1 if word == other else max(above[index + 1], row[index]))
     return row[-1]

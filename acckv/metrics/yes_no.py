@@ -14,13 +14,13 @@ YesNo = Literal["yes", "no"]
 
 
 def leading_yes_no(text: str) -> YesNo | None:
-    """What the first word says; None where it is neither yes nor no."""
+    """The yes or no that the first word says; None where it is neither yes nor no."""
     found = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
     return None if found is None else "yes" if found[1].lower() == "yes" else "no"
 
 
 def robust_yes_no(text: str) -> YesNo | None:
-    """What the first "yes" or "no" after the last `</think>` says; None where there is neither."""
+    """The first "yes" or "no" after the last `</think>`; None where there is neither."""
     found = re.search(r"\b(yes|no)\b", text.rpartition("</think>")[2], re.IGNORECASE)
     return None if found is None else "yes" if found[1].lower() == "yes" else "no"
 

@@ -1,4 +1,4 @@
-"""Which layers of a decoder LoRA can go on: linear ones of any class that peft can adapt, quantised ones included."""
+"""Layers of a decoder that LoRA can go on: linear ones of any class that peft can adapt, quantised ones included."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class ClipSettings:
 
 
 def default_root() -> Path:
-    """Where generated data goes: `$ACCKV_CACHE`, or `~/.cache/acckv`."""
+    """Folder of generated data: `$ACCKV_CACHE`, or `~/.cache/acckv`."""
     return Path(os.environ.get("ACCKV_CACHE") or Path.home() / ".cache" / "acckv") / "clips"
 
 

@@ -1,4 +1,4 @@
-"""What happens in a generated clip (its script), and what can be asked about it.
+"""The script of a generated clip, its events slot by slot, and the questions that can be asked about it.
 
 A clip is a row of slots of one second. A slot holds a coloured shape or nothing, and a sound (a timbre at a pitch) or
 silence. Within one clip no shape and no timbre appears twice, so every question has one answer.
@@ -76,7 +76,7 @@ class ClipScript:
         slots: length in seconds.
         shapes: slot -> (index in SHAPES, index in COLOURS).
         sounds: slot -> (index in TIMBRES, index in PITCHES).
-        cells: slot of a shape -> its place, 0..3 (upper left, upper right, lower left, lower right).
+        cells: slot of a shape -> its quarter of the picture, 0..3 (upper left, upper right, lower left, lower right).
     """
 
     slots: int
@@ -86,7 +86,7 @@ class ClipScript:
 
     @property
     def digest(self) -> str:
-        """sha256 over which events happen when; not over places or renderings."""
+        """sha256 over which events happen when; not over quarters or renderings."""
         events = [self.slots, sorted(self.shapes.items()), sorted(self.sounds.items())]
         return hashlib.sha256(json.dumps(events).encode()).hexdigest()
 
