@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import av
 import pyarrow
@@ -19,10 +17,8 @@ from acckv.benchmarks import BENCHMARKS, judge, load_benchmark, score
 from acckv.data.media import read_media
 from acckv.data.records import Record
 from acckv.errors import InputError
+from tests.benchmarks.edits import AV_PART, COUNT, LINES, edit_json, edit_table
 from tests.paths import FIXTURES
-
-AV_PART = "av_odyssey_part1.parquet"
-MME_TABLE = "videomme/test-00000-of-00001.parquet"
 
 # One line a record, in file order: id, right answer, what a model says, official and robust score by hand.
 SCORED: dict[str, list[tuple[str, str, str, int, int]]] = {
@@ -84,13 +80,6 @@ TOTALS = {
     "av_odyssey": (3 / 5, 2 / 5, {2}, {2}),
     "video_mme": (4 / 5, 3 / 6, {3}, {3}),  # official: of five answered
 }
-
-
-@pytest.fixture
-def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """A copy of a fixture that may be written to; the user's cache is an empty folder."""
-    monkeypatch.setenv("ACCKV_CACHE", str(tmp_path / "cache"))
-    return lambda name: Path(shutil.copytree(FIXTURES / name, tmp_path / name))
 
 
 def unpacked(root: Path) -> Path:
@@ -330,115 +319,6 @@ def test_subsets(name: str, subset: str, ids: list[str], copied: Callable[[str],
     assert [record.id for record in load_benchmark(name, root, subset=subset)] == ids
     with pytest.raises(InputError, match="no question of"):
         load_benchmark(name, root, subset="nothing of that name")
-
-
-def edit_json(file: Path, path: list[Any], value: Any) -> None:
-    """Set a value deep in a JSON file, or in a line of a `.jsonl` file; `...` takes it away."""
-    lines = file.suffix == ".jsonl"
-    text = file.read_text()
-    data = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
-    place = data
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    if value is ...:
-        del place[path[-1]]
-    file.write_text("\n".join(map(json.dumps, data)) if lines else json.dumps(data))
-
-
-def edit_table(file: Path, index: int, **values: Any) -> None:
-    """Set values of a row of a parquet file."""
-    table = parquet.read_table(file)
-    rows = table.to_pylist()
-    rows[index] |= values
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=table.schema), file)
-
-
-QA, LINES = "qa.json", "dataset/batch-5_1142_20240817.jsonl"
-SENSE, COUNT = "worldsense_qa.json", "json/action_count.json"
-BROKEN_JSON = [
-    ("mvbench", COUNT, [0, "answer"], "4", "record 0, answer"),
-    ("mvbench", COUNT, [0, "candidates"], ["1"], "record 0, candidates"),
-    ("mvbench", COUNT, [0, "candidates"], "1, 2", "record 0, candidates"),
-    ("mvbench", COUNT, [0, "video"], ..., "record 0, video"),
-    ("mvbench", "json/action_sequence.json", [0, "start"], "soon", "record 0, start"),
-    ("mvbench", "json/action_prediction.json", [0, "end"], ..., "record 0, end"),
-    ("mvbench", "json/action_sequence.json", [0, "end"], 0.0, "record 0, end"),
-    ("worldsense", SENSE, ["aJxSquRe"], [], "video aJxSquRe"),
-    ("worldsense", SENSE, ["aJxSquRe", "duration"], ..., "video aJxSquRe, duration"),
-    ("worldsense", SENSE, ["aJxSquRe", "audio_class"], "Music", "video aJxSquRe, audio_class"),
-    ("worldsense", SENSE, ["aJxSquRe", "task1"], None, "video aJxSquRe, task1"),
-    ("worldsense", SENSE, ["aJxSquRe", "task1", "answer"], "D", "video aJxSquRe, task1, answer"),
-    ("worldsense", SENSE, ["aJxSquRe", "task1", "question"], " ", "video aJxSquRe, task1, question"),
-    ("daily_omni", QA, [1, "Choice"], ..., "record 1, Choice"),
-    ("daily_omni", QA, [1, "Answer"], "E", "record 1, Answer"),
-    ("daily_omni", QA, [1, "video_id"], 7, "record 1, video_id"),
-    ("daily_omni", QA, [1, "video_duration"], "", "record 1, video_duration"),
-    ("omnibench", LINES, [2, "answer"], "Singing.", "line 3, answer"),
-    ("omnibench", LINES, [2, "index"], "2", "line 3, index"),
-    ("omnibench", LINES, [2, "audio_path"], ..., "line 3, audio_path"),
-    ("omnibench", LINES, [2, "options"], ["a"] * 11, "line 3, options"),
-]
-
-
-@pytest.mark.parametrize(("name", "file", "path", "value", "field"), BROKEN_JSON)
-def test_a_malformed_record_names_file_place_and_field(
-    name: str, file: str, path: list[Any], value: Any, field: str, copied: Callable[[str], Path]
-) -> None:
-    root = copied(name)
-    edit_json(root / file, path, value)
-    with pytest.raises(InputError) as caught:
-        load_benchmark(name, root)
-    assert caught.value.source == str(root / file) and caught.value.field == field
-
-
-@pytest.mark.parametrize(
-    ("name", "file", "values", "field"),
-    [
-        ("video_mme", MME_TABLE, {"answer": "E"}, "record 1, answer"),
-        ("video_mme", MME_TABLE, {"options": None}, "record 1, options"),
-        ("video_mme", MME_TABLE, {"videoID": ""}, "record 1, videoID"),
-        ("video_mme", MME_TABLE, {"duration": None}, "record 1, duration"),
-        ("av_odyssey", AV_PART, {"question_type_id": None}, "record 1, question_type_id"),
-        ("av_odyssey", AV_PART, {"question": "Is it [img3]?"}, "record 1, question"),
-        ("av_odyssey", AV_PART, {"answer": "B or C"}, "record 1, answer"),
-    ],
-)
-def test_a_malformed_row_names_file_place_and_field(
-    name: str, file: str, values: dict[str, Any], field: str, copied: Callable[[str], Path]
-) -> None:
-    root = copied(name)
-    edit_table(root / file, 1, **values)
-    with pytest.raises(InputError) as caught:
-        load_benchmark(name, root)
-    assert caught.value.source == str(root / file) and caught.value.field == field
-
-
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [
-        *(("mvbench", COUNT), ("worldsense", SENSE), ("daily_omni", QA), ("omnibench", LINES)),
-        *(("av_odyssey", AV_PART), ("video_mme", MME_TABLE)),
-    ],
-)
-def test_a_file_that_is_cut_off_or_missing(name: str, file: str, copied: Callable[[str], Path]) -> None:
-    root = copied(name)
-    (root / file).write_bytes((root / file).read_bytes()[:-200])
-    with pytest.raises(InputError, match="cut off") as caught:
-        load_benchmark(name, root)
-    assert caught.value.source == str(root / file)
-    (root / file).unlink()
-    if name == "av_odyssey":
-        (root / "av_odyssey_part2.parquet").unlink()
-    with pytest.raises(InputError, match=r"no such file|no parquet file"):
-        load_benchmark(name, root)
-
-
-def test_a_question_that_is_there_twice(copied: Callable[[str], Path]) -> None:
-    root = copied("omnibench")
-    edit_json(root / LINES, [2, "index"], 1)
-    with pytest.raises(InputError, match="question '1' is there 2 times"):
-        load_benchmark("omnibench", root)
 
 
 PROMPTS = {

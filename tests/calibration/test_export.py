@@ -19,12 +19,7 @@ from lightning_modules.calibration.report import EvaluateExport
 from lightning_modules.cli.errors import INTERRUPTED, run_cli
 from lightning_modules.evaluation import run as evaluation_run
 from lightning_modules.evaluation.options import EvaluationOptions
-from tests.calibration.test_calibration import fit
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("clips")
+from tests.calibration.runs import fit
 
 
 def test_a_wrongly_written_low_ratio_stage_is_noticed(

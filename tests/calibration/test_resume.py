@@ -21,7 +21,7 @@ from lightning_modules.calibration.checkpoint import (
     read_checkpoint,
 )
 from lightning_modules.calibration.module import CalibrationModule
-from tests.calibration.test_calibration import fit, trained
+from tests.calibration.runs import fit, trained
 from tests.cli.test_configs import run_script
 
 SMALL = """\
@@ -42,11 +42,6 @@ trainer:
   enable_progress_bar: false
   enable_model_summary: false
 """
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("clips")
 
 
 class Rates(Callback):

@@ -16,11 +16,6 @@ from lightning_modules.calibration.losses import TeacherTargets, TopTokens, dive
 from lightning_modules.calibration.module import CalibrationModule
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("clips")
-
-
 def bucketed(p: list[float], q: list[float], held: list[int]) -> float:
     """KL(P || Q) with all but `held` as one, number by number."""
     pairs = [(p[token], q[token]) for token in held]

@@ -18,11 +18,6 @@ from lightning_modules.calibration.module import CalibrationModule
 from tests.cli.test_configs import run_script
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("clips")
-
-
 def command(cache: Path, folder: Path, *options: str) -> list[str]:
     return [
         *("train.py", "--model.lora_targets=[q_proj]", "--data.train_clips=4", "--data.validation_clips=2"),

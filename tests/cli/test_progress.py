@@ -12,7 +12,7 @@ from rich.console import Console
 
 from acckv.io.progress import Progress, in_words
 from lightning_modules.calibration.progress import TrainingProgress
-from tests.calibration.test_calibration import fit
+from tests.calibration.runs import fit
 
 
 def written(terminal: bool) -> Console:
