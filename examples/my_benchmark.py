@@ -1,4 +1,4 @@
-"""A benchmark of one's own: a folder of clips with a table `test.csv` (and `train.csv`) of questions about them.
+"""A benchmark of one's own: a folder of clips, and a table `<split>.csv` of questions about them.
 
     python examples/my_benchmark.py runs/questions        # a small folder, to try it
     python evaluate.py --plugins examples/my_benchmark.py --data.benchmark my_questions --data.root runs/questions \
@@ -60,17 +60,17 @@ register_benchmark(
         source="examples/my_benchmark.py",
         load=load,
         judge=judge,
-        splits=("test", "train"),
+        splits=("test", "train", "validation"),
         max_new_tokens=4,
     )
 )
 
 
 def write_folder(root: Path) -> None:
-    """Six generated clips, and a table of one-word questions about three of them for each split."""
+    """Two generated clips for each split, and a table of one-word questions about them."""
     root.mkdir(parents=True, exist_ok=True)
-    for split in ("test", "train"):
-        questions = write_clips(root, split, 3)
+    for split in ("test", "train", "validation"):
+        questions = write_clips(root, split, 2, progress=False)
         records = load_music_avqa(questions, video_folder(questions))
         with (root / f"{split}.csv").open("w", encoding="utf-8", newline="") as table:
             rows = csv.writer(table)
