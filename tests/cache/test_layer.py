@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from acckv.cache.cache import CompressedCache, as_compressed, compressed_layers
+from acckv.cache.cache import CompressedCache, adopt, as_compressed, compressed_layers, fresh_cache
 from acckv.cache.layer import CompressedLayer, settle_window
 from acckv.errors import InputError
 from acckv.method.modality import ModalityMap
 from acckv.method.plan import LayerPlan
+from acckv.models import find_adapter
+from tests.families import FAMILIES
 
 HEADS, SIZE = 2, 4
 INF = torch.inf
@@ -186,3 +190,47 @@ def test_a_plain_cache_becomes_compressed_in_place_and_one_of_another_class_is_s
     shared = as_compressed(other, labels, positions)
     assert type(other) is Other and shared.layers is other.layers and shared.labels is labels
     assert as_compressed(shared, labels, positions) is shared
+
+
+def test_whole_rows_of_one_count_need_no_look_at_the_gates() -> None:
+    """A plan that knows what each row keeps pads by it, as one that must count does."""
+    gates = [[[1, 0, 1, 1, 0, 0]] * HEADS, [[0, 0, 1, 0, 0, 1]] * HEADS]
+    labels = torch.tensor([[[0, 1, 1, 2, 2, 0]]] * 2)
+    one, other, counted = filled(), filled(), plan(gates)
+    one.commit(counted, labels)
+    other.commit(replace(counted, kept=torch.tensor([3, 2])), labels)
+    assert held(one) == held(other) and one.bias is not None and other.bias is not None
+    assert torch.equal(one.bias, other.bias) and one.bias[1, 0].tolist() == [-INF, 0, 0]
+
+
+def test_all_that_came_after_an_eviction_can_be_taken_back_and_a_reset_holds_nothing() -> None:
+    layer = filled()
+    layer.commit(plan([[[1, 0, 1, 1, 0, 0]] * HEADS] * 2), torch.zeros(2, 1, 6, dtype=torch.long))
+    layer.update(torch.ones(2, HEADS, 2, SIZE), torch.ones(2, HEADS, 2, SIZE))
+    layer.crop(-2)
+    assert (layer.physical, layer.seen, layer.lengths) == (3, 6, [3])
+    with pytest.raises(InputError, match="cannot take back 1 tokens") as error:
+        layer.crop(-1)
+    assert error.value.field == "crop"
+    layer.reset()
+    assert (layer.seen, layer.region, layer.lengths, layer.labels, layer.low_ratio) == (0, 0, [0], None, False)
+
+
+def test_a_cache_that_holds_text_is_taken_over_with_it() -> None:
+    """Of Gemma 4 the full layers alone; they hold the same tensors, and their lengths are known to each other."""
+    model = FAMILIES["gemma4"].build()
+    adapter, cache = find_adapter(model), DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[2, 20, 21]]), mm_token_type_ids=torch.zeros(1, 3, dtype=torch.long), cache=cache)
+    before = [layer.keys for layer in cache.layers]
+    adopt(cache, adapter)
+    made = compressed_layers(cache)
+    assert [index for index, layer in enumerate(cache.layers) if layer in made] == [1, 3]
+    assert all(layer.keys is before[index] for index, layer in zip((1, 3), made, strict=True))
+    assert [(layer.seen, layer.region, layer.slot) for layer in made] == [(3, 0, 0), (3, 0, 1)]
+    assert made[0].lengths is made[1].lengths and made[0].lengths == [3, 3]
+    adopt(cache, adapter)
+    assert compressed_layers(cache) == made
+    fresh = fresh_cache(adapter)
+    assert [type(layer).__name__ for layer in fresh.layers[:2]] == ["DynamicSlidingWindowLayer", "CompressedLayer"]
+    assert isinstance(fresh.layers[0], DynamicSlidingWindowLayer) and fresh.layers[0].sliding_window == 8

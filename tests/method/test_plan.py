@@ -8,7 +8,16 @@ from torch import Tensor
 
 from acckv.method.budgets import round_exactly
 from acckv.method.modality import ModalityMap
-from acckv.method.plan import AlignmentRule, LayerPlan, LayerScore, MergedInto, MergeRule, hard_topk, plan_layer
+from acckv.method.plan import (
+    AlignmentRule,
+    LayerPlan,
+    LayerScore,
+    MergedInto,
+    MergeRule,
+    hard_topk,
+    plan_layer,
+    soft_topk,
+)
 from acckv.method.rotary import RotaryLayout, rotate, unrotate
 from acckv.method.scoring import Observation
 
@@ -82,6 +91,37 @@ def test_alignment_of_a_layer(seed: int, rule: AlignmentRule) -> None:
             split, first = budgets[row].tolist(), int(score.modality_shares[row].argmax())
             media = slow_aligned(score.score[row, head], seen.keys[row, head], kinds, split, first, rule)
             assert set(plan.log_gates[row, head].eq(0).nonzero().flatten().tolist()) == text | media
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_soft_alignment_of_a_layer(shared: bool) -> None:
+    """In training the threshold is a sigmoid, and budgets and scores follow it; step by step for one row and head."""
+    score, seen, labels = layer(3)
+    heads = 1 if shared else KV_HEADS
+    score = LayerScore(score.score[:, :heads], score.modality_shares)
+    rule, soft = AlignmentRule(torch.tensor(0.1), weight=0.7, softness=0.2), soft_topk(0.3)
+    budgets = torch.tensor([[2.0, 3.0], [3.5, 1.0]])
+    plan = plan_layer(score, seen, labels, budgets, soft, align=rule)
+    for row, kinds in enumerate(LABELS):
+        first = int(score.modality_shares[row].argmax())
+        high, low = kinds == first + 1, kinds == 2 - first
+        for head in range(heads):
+            raw = score.score[row, head]
+            gates = soft(raw[None], high[None], budgets[row, first, None])[0].exp()
+            cosines = []
+            for each in range(KV_HEADS) if shared else [head]:
+                keys = torch.nn.functional.normalize(seen.keys[row, each], dim=-1)
+                cosines.append(keys @ (gates[:, None] * keys).sum(0) / gates.sum())
+            cosine = torch.stack(cosines).mean(0)
+            passes = torch.sigmoid((cosine - 0.1) / 0.2)
+            to_low = min(float(budgets[row, 1 - first]), float(passes[low].sum()))
+            to_high = min(int(high.sum()), float(budgets[row].sum()) - to_low)
+            to_low = float(budgets[row].sum()) - to_high
+            moved = raw + 0.7 * cosine * low
+            moved = moved - (moved.max() - moved.min() + 1) * (1 - passes) * low
+            for side, budget in ((high, to_high), (low, to_low)):
+                expected = soft(moved[None], side[None], torch.tensor([budget]))[0]
+                assert torch.allclose(plan.log_gates[row, head][side], expected[side], atol=2e-3)
 
 
 def test_heads_that_share_a_score_align_by_their_mean() -> None:

@@ -32,6 +32,18 @@ def test_the_start_is_the_preset() -> None:
     made = CalibratedWeights(LAYERS, KV_HEADS, HEADS, SIZE, PROBES)
     named = dict(made.named_parameters())
     assert {name for name, value in named.items() if value.any()} == {"probe_queries"}
+    shapes = {
+        **dict.fromkeys(("layer_budget", "redundancy"), (LAYERS, 2)),
+        **dict.fromkeys(("modality_gain", "merge_bias", "merge_gain"), (LAYERS, KV_HEADS, 2)),
+        **dict.fromkeys(("redistribution", "alignment_weight", "alignment_threshold"), (LAYERS,)),
+        "modality_budget": (LAYERS, 2, 2),
+        "probe_queries": (LAYERS, HEADS, PROBES, SIZE),
+        "saliency": (LAYERS, 2, KV_HEADS, 2 * SIZE),
+        "saliency_bias": (LAYERS, 2, KV_HEADS),
+        "saliency_position": (LAYERS, 2, KV_HEADS, 3),
+        "signal_mix": (LAYERS, 4),
+    }
+    assert {name: tuple(value.shape) for name, value in named.items()} == shapes
     drawn = torch.randn(LAYERS, HEADS, PROBES, SIZE, generator=torch.Generator().manual_seed(0))
     assert torch.equal(made.probe_queries, drawn)
     grouped = [name for names in WEIGHT_GROUPS.values() for name in names]
@@ -126,7 +138,9 @@ def test_copies_follow_a_change_and_trained_weights_are_views() -> None:
     with torch.no_grad():
         made.redundancy.add_(1)
     assert torch.equal(made.layer(1, cpu).redundancy, made.redundancy[1]) and made.layer(1, cpu) is not kept
+    assert kept.merge_gain.data_ptr() != made.merge_gain[1].data_ptr()
     made.requires_grad_(True)
+    assert made.layer(1, cpu).merge_gain.data_ptr() == made.merge_gain[1].data_ptr()
     made.layer(2, cpu).merge_gain.sum().backward()
     assert made.merge_gain.grad is not None and made.merge_gain.grad[2].eq(1).all()
     half = weights().to(torch.bfloat16).layer(0, cpu)
