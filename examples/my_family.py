@@ -52,7 +52,7 @@ class LlavaEncoder(ChatEncoder):
             warnings.warn("the model has no ears: the sound of clips is left out", stacklevel=2)
 
     def process(self, clips: Sequence[Media], texts: list[str]) -> dict[str, Any]:
-        videos = [clip.frames for clip in clips]
+        videos = [clip.frames for clip in clips if clip.frames is not None]
         if len({len(frames) for frames in videos}) > 1:
             raise InputError("has other pictures than the clips beside it; set batch_size 1", source=clips[0].path)
         options = {"do_sample_frames": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
