@@ -17,6 +17,7 @@ from acckv.data.calibration_record import FIELD, CalibrationRecord
 from acckv.errors import InputError
 from acckv.io.files import whole_folder
 from acckv.io.hub import download, is_hub_id
+from acckv.io.json_files import read_json
 from acckv.method.weights import CalibratedWeights
 from acckv.report.card import render_card
 from acckv.runtime.lora import LoraWeights
@@ -152,10 +153,7 @@ def _folder(name: str | Path) -> Path:
 def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError("is missing; the folder is no export", source=file)
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"is no JSON: {error}", source=file) from error
+    config = read_json(file)
     if not isinstance(config, dict):
         raise InputError("must hold a JSON object", source=file)
     if config.get("format", FORMAT) != FORMAT:

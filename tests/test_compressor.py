@@ -285,7 +285,7 @@ def no_number(file: Path) -> None:
         (lambda e: truncate(e / "model.safetensors"), r"model\.safetensors: is truncated"),
         (lambda e: wrong_shape(e / "model.safetensors"), r"model\.safetensors: redistribution: has shape \[9\]"),
         (lambda e: (e / "config.json").unlink(), r"config\.json: is missing"),
-        (lambda e: (e / "config.json").write_text("{"), r"config\.json: is no JSON"),
+        (lambda e: (e / "config.json").write_text("{"), r"config\.json: not valid JSON"),
         (lambda e: edit(e / "config.json", format=7), r"config\.json: format: version 7 is unknown"),
         (lambda e: edit(e / "config.json", lora_scope="never"), r"lora_scope: 'never' is not"),
         (

@@ -25,6 +25,7 @@ import numpy as np
 from acckv.data.synthetic.events import DESCRIPTION_TYPES, SINGLE_TYPES, SPLITS, ClipScript, ask, draw_script
 from acckv.data.synthetic.render import render_audio, render_frames, write_mp4
 from acckv.errors import InputError
+from acckv.io.json_files import read_json
 from acckv.io.progress import Progress
 
 FORMAT = 1
@@ -268,8 +269,8 @@ def _refuse_foreign_files(folder: Path) -> None:
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_json(folder / "manifest.json")
+    except InputError:
         return None
     return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
 
