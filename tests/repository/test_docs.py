@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pkgutil
 import re
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -137,6 +139,15 @@ def _run(target: str, *words: str) -> tuple[int, str]:
     return code, out.getvalue()
 
 
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 SUBCOMMANDS = {"train.py": ("fit", "validate", "export"), "evaluate.py": ("ask", "merge")}
 SCRIPTS = {"acckv-train": "train.py", "acckv-evaluate": "evaluate.py"}
 #: Checked by other means, or no program of ours.
@@ -232,6 +243,29 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_the_reference_names_what_there_is() -> None:
     for name in re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE):
         assert pkgutil.resolve_name(name) is not None
+
+
+def test_the_drawing_is_that_of_the_imports(generate: ModuleType) -> None:
+    """``python docs/generate.py`` draws it anew."""
+    graph = generate.rooms()
+    assert generate.DRAWING.read_text(encoding="utf-8") == generate.drawing(graph)
+    arrows = generate.reduced(graph)
+
+    def reached(name: str, among: dict[str, set[str]]) -> set[str]:
+        found, new = set(), {name}
+        while new := set().union(*(among[one] for one in new)) - found:
+            found |= new
+        return found
+
+    assert sum(map(len, arrows.values())) < sum(map(len, graph.values()))
+    assert all(reached(name, arrows) == reached(name, graph) for name in graph)
+
+
+def test_the_policies_page_is_that_of_the_registry(generate: ModuleType) -> None:
+    """``python docs/generate.py`` writes it anew."""
+    page = generate.PAGE.read_text(encoding="utf-8")
+    assert page == generate.with_section(page, generate.policies())
+    assert all(f"\n## {name}\n" in page for name in POLICIES if POLICIES[name].__module__.startswith("acckv."))
 
 
 def test_code_cites_pages_that_exist() -> None:
