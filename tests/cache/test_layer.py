@@ -132,6 +132,15 @@ def test_a_sliding_window_keeps_the_latest_tokens_of_each_row() -> None:
     assert layer.keys.shape == (2, HEADS, 4, SIZE) and layer.cumulative_length == 5
 
 
+def test_the_order_of_a_long_window_stays() -> None:
+    layer = DynamicSlidingWindowLayer(sliding_window=65)
+    keys = torch.arange(64.0)[None, None, :, None].expand(1, HEADS, -1, SIZE)
+    layer.update(keys.clone(), -keys)
+    valid = torch.arange(64)[None] % 3 > 0
+    settle_window(layer, valid, int(valid.sum()))
+    assert layer.keys is not None and layer.keys[0, 0, :, 0].tolist() == [n for n in range(64) if n % 3]
+
+
 def whole() -> CompressedCache:
     layers = [filled(), filled()]
     layers[1].lengths = layers[0].lengths
@@ -166,6 +175,7 @@ def test_a_cache_counts_entries_and_positions() -> None:
 
 def test_a_branch_of_several_rows_and_what_reads_it() -> None:
     cache = whole()
+    assert cache.branch(2).next_position.flatten().tolist() == [6, 6, 9, 9]
     many = cache.branch(3)
     assert many.labels.labels.shape[0] == many.layers[0].keys.shape[0] == many.next_position.shape[0] == 6
     assert many.next_position.flatten().tolist() == [6, 6, 6, 9, 9, 9] and cache.layers[0].keys.shape[0] == 2
@@ -189,7 +199,7 @@ def test_a_plain_cache_becomes_compressed_in_place_and_one_of_another_class_is_s
     assert plain.next_position.tolist() == [[0]]  # nothing of the two tokens is held yet
     shared = as_compressed(other, labels, positions)
     assert type(other) is Other and shared.layers is other.layers and shared.labels is labels
-    assert as_compressed(shared, labels, positions) is shared
+    assert shared.next_position.tolist() == [[0]] and as_compressed(shared, labels, positions) is shared
 
 
 def test_whole_rows_of_one_count_need_no_look_at_the_gates() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from acckv.method.budgets import round_exactly
+from acckv.method.budgets import allocate, focus, round_exactly
 from acckv.method.modality import ModalityMap
 from acckv.method.plan import (
     AlignmentRule,
@@ -19,7 +19,7 @@ from acckv.method.plan import (
     soft_topk,
 )
 from acckv.method.rotary import RotaryLayout, rotate, unrotate
-from acckv.method.scoring import Observation
+from acckv.method.scoring import Observation, standardise
 
 LABELS = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 0, 1], [3, 2, 2, 1, 2, 1, 1, 1, 1, 0]])
 KV_HEADS, SIZE = 2, 4
@@ -214,3 +214,35 @@ def test_a_rotation_is_that_of_complex_numbers(neighbours: bool, interleaved: bo
         vectors[:, start : start + size],
         atol=1e-5,
     )
+
+
+def test_budgets_of_several_rows_are_those_of_each() -> None:
+    draw = torch.Generator().manual_seed(0)
+    score, labels = torch.rand(2, KV_HEADS, 10, generator=draw), ModalityMap(LABELS)
+    members, shares = labels.by_modality, torch.rand(2, 3, 2, generator=draw)
+    counts, total, layers = labels.counts(), torch.tensor([7.0, 9.0]), torch.tensor([0.5, 1.0, 1.5])
+    focused, allocated = focus(score, members), allocate(total, layers, shares, counts)
+    for row in range(2):
+        means = [float(score[row][:, members[row, kind]].mean()) for kind in range(2)]
+        assert focused[row].tolist() == pytest.approx([each / sum(means) for each in means], rel=1e-4)
+        here = slice(row, row + 1)
+        assert torch.allclose(allocated[here], allocate(total[here], layers, shares[here], counts[here]))
+        assert float(allocated[row].sum()) == pytest.approx(float(total[row]), rel=1e-4)
+
+
+def test_entries_keep_the_type_of_the_cache() -> None:
+    """Weights are float32, a cache may be half: what is merged is computed in the one and held in the other."""
+    score, seen, labels = layer(2)
+    half = Observation(**vars(seen) | {"keys": seen.keys.half(), "values": seen.values.half()})
+    plan = plan_layer(score, half, labels, torch.tensor([[2, 3], [2, 3]]), hard_topk, MergeRule())
+    assert plan.merged_keys.dtype == plan.merged_values.dtype == torch.float16
+    wide = LayerPlan(plan.log_gates, plan.merged_keys.float(), plan.merged_values.float(), plan.merged_bias)
+    keys, values, _ = wide.apply(half.keys, half.values)
+    assert keys.dtype == values.dtype == torch.float16
+    into = MergedInto(torch.zeros(2, KV_HEADS, 1, dtype=torch.long), *torch.ones(2, 2, KV_HEADS, 1, SIZE))
+    assert {tensor.dtype for tensor in into.place(half.keys, half.values)} == {torch.float16}
+
+
+def test_a_score_that_is_the_same_everywhere_stands_at_its_mean() -> None:
+    found = standardise(torch.full((2, 1, 10), 0.5), ModalityMap(LABELS))
+    assert bool(torch.isfinite(found).all()) and found.abs().max() < 1e-3
