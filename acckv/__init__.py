@@ -1,8 +1,7 @@
 """acckv: learned KV-cache compression for audio-video LLMs."""
 
 from acckv.compressor import KVCompressor
-from acckv.config import CompressionConfig
 from acckv.errors import InputError
 
-__all__ = ["CompressionConfig", "InputError", "KVCompressor"]
+__all__ = ["InputError", "KVCompressor"]
 __version__ = "0.1.0"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from acckv import export
-from acckv.config import CompressionConfig, LoraScope
+from acckv.config import CompressionConfig, LoraScope, When
 from acckv.data.calibration_record import CalibrationRecord
 from acckv.errors import InputError
 from acckv.export import Export, LowRatio
 from acckv.method.weights import CalibratedWeights
 from acckv.planner import Planner, Planners
-from acckv.policies import Policy
+from acckv.policies import Policy, make_policy
 from acckv.runtime.lora import LoraSets, LoraWeights
 from acckv.runtime.session import Session
 
@@ -27,23 +26,30 @@ class KVCompressor(nn.Module):
     ``with compressor(model): model.generate(...)`` is all that inference needs; the model is untouched on exit.
 
     Args:
-        config: the options.
-        weights: what calibration learned, or None for the training-free policy of the config.
+        policy: a policy, or the name of one with its default options.
+        ratio: kept share of the audio and video entries, averaged over layers; 0 to 1.
+        budget: kept audio and video entries a layer on average; replaces `ratio`.
+        when: 'context' compresses after the media, before any question is seen; 'prompt' after the whole prompt.
+        weights: what calibration learned, or None for the training-free policy.
         lora: the adapter that goes with the weights, or None.
         lora_scope: 'after' adapts only tokens after compression, 'all' the prompt too.
         base: where the weights belong: ``{"name", "layers", "query_heads", "kv_heads", "head_size"}``.
         source: the export it was loaded from, for messages.
         low_ratio: weights and an adapter of the lowest ratios, where those have their own, or None.
         calibration: what the weights were calibrated on, for the export; None where that is not known.
-        policy: in place of the one that the config names.
 
     Raises:
-        InputError: there is a `low_ratio`, and the adapters act on the prompt, which is run before its ratio is known.
+        InputError: an unknown policy, an option out of its range, weights for a policy that learns none, or a
+            `low_ratio` where the adapters act on the prompt, which is run before its ratio is known.
     """
 
     def __init__(
         self,
-        config: CompressionConfig | None = None,
+        policy: Policy | str = "acckv",
+        *,
+        ratio: float = CompressionConfig.ratio,
+        budget: int | None = CompressionConfig.budget,
+        when: When = CompressionConfig.when,
         weights: CalibratedWeights | None = None,
         lora: LoraWeights | None = None,
         lora_scope: LoraScope = "after",
@@ -51,17 +57,16 @@ class KVCompressor(nn.Module):
         source: str | None = None,
         low_ratio: LowRatio | None = None,
         calibration: CalibrationRecord | None = None,
-        policy: Policy | None = None,
     ) -> None:
         super().__init__()
         if low_ratio is not None and lora_scope == "all":
             raise InputError("is 'all', and the lowest ratios have an adapter of their own", field="lora_scope")
-        self.config = config or CompressionConfig()
+        self.policy = make_policy(policy)
+        self.config = CompressionConfig(ratio, budget, when)
         self.weights, self.lora = weights, lora
         self.lora_scope: LoraScope = lora_scope
         self.base, self.source, self.calibration = base, source, calibration
-        self._policy = policy
-        self.planners = Planners(Planner(self.config, weights, policy))
+        self.planners = Planners(self._planner(weights))
         self.low_ratio: LowRatio | None = None
         if low_ratio is not None:
             self._set_low_ratio(low_ratio)
@@ -86,18 +91,13 @@ class KVCompressor(nn.Module):
         return session
 
     @property
-    def policy(self) -> Policy:
-        """The method that scores the entries."""
-        return self.planners.policy
-
-    @property
     def name(self) -> str:
-        return "acckv-calibrated" if self.weights is not None else self.policy.name
+        """The name of the policy, calibrated or not."""
+        return self.planners.policy.name
 
     def with_ratio(self, ratio: float) -> KVCompressor:
         """The same weights at another ratio."""
-        config = dataclasses.replace(self.config, ratio=ratio, budget=None)
-        return KVCompressor(**{**self._parts(), "config": config})
+        return KVCompressor(**self._parts(), ratio=ratio, when=self.config.when, source=self.source)
 
     def keep_low_ratio(self, below: float) -> None:
         """Keep a copy of the weights as they are now for ratios below `below`, whatever becomes of these."""
@@ -106,9 +106,7 @@ class KVCompressor(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors, adapter/ and the model card; see :mod:`acckv.export`."""
-        parts = self._parts()
-        del parts["source"], parts["policy"]
-        export.save(Export(**parts), Path(folder))
+        export.save(Export(**self._parts(), config=self.config), Path(folder))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> KVCompressor:
@@ -117,18 +115,22 @@ class KVCompressor(nn.Module):
         Raises:
             InputError: a file is missing, truncated or of an unknown format version.
         """
-        loaded = export.load(name, options)
-        return cls(**vars(loaded), source=str(name)).requires_grad_(False).eval()
+        parts = vars(export.load(name, options))
+        config = parts.pop("config")
+        return cls(**parts, **vars(config), source=str(name)).requires_grad_(False).eval()
 
     def _parts(self) -> dict[str, Any]:
-        """The arguments that make this compressor."""
-        names = ("config", "weights", "lora", "lora_scope", "base", "source", "low_ratio", "calibration")
-        return {**{name: getattr(self, name) for name in names}, "policy": self._policy}
+        """The arguments that make this compressor, but for the options shared by all policies and the source."""
+        names = ("policy", "weights", "lora", "lora_scope", "base", "low_ratio", "calibration")
+        return {name: getattr(self, name) for name in names}
+
+    def _planner(self, weights: CalibratedWeights | None) -> Planner:
+        return Planner(self.config, self.policy if weights is None else self.policy.calibrated(weights))
 
     def _set_low_ratio(self, low_ratio: LowRatio) -> None:
         self.low_ratio = low_ratio
         self.low_ratio_weights = low_ratio.weights  # a submodule: saved in a training checkpoint
-        self.planners.low_ratio = Planner(self.config, low_ratio.weights)
+        self.planners.low_ratio = self._planner(low_ratio.weights)
         self.planners.below = low_ratio.below
 
     def _check_base(self, base: dict[str, Any], dimensions: dict[str, int]) -> None:

@@ -1,186 +1,107 @@
-"""Every option of a compression, validated once."""
+"""The options that all policies share, and the one check of every option."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal, TypeVar, get_args
 
 from acckv.errors import InputError
 
+T = TypeVar("T")
+
 When = Literal["context", "prompt"]
-PolicyName = Literal[
-    "full",
-    "random",
-    "streaming_llm",
-    "h2o",
-    "snapkv",
-    "pyramidkv",
-    "look_m",
-    "fastv",
-    "madakv",
-    "knorm",
-    "keydiff",
-    "expected_attention",
-    "kvzip",
-    "acckv",
-]
-Signal = Literal["attention", "key_diversity"]
 LoraScope = Literal["after", "all"]
+
+
+def option_fields(owner: type) -> dict[str, Field[Any]]:
+    """The options of a dataclass by name: its fields that have a default."""
+    return {item.name: item for item in fields(owner) if item.init and item.default is not MISSING}
+
+
+def from_options(owner: type[T], values: Mapping[str, Any], noun: str) -> T:
+    """A dataclass of options with values that a user named; one that it does not have is refused.
+
+    Args:
+        noun: the owner, in the message.
+
+    Raises:
+        InputError: naming the option and the ones that there are.
+    """
+    known = option_fields(owner)
+    for name in values:
+        if name not in known:
+            raise InputError(f"is no option of {noun}; it has {', '.join(known)}", field=name)
+    return owner(**values)
+
+
+def check_options(owner: Any) -> None:
+    """Refuse an option of another type than its default, or out of its bounds.
+
+    A field's metadata may hold `low` and `high`, the bounds of a number, both allowed, and `choices`, the values of a
+    string. A default of None stands for an integer that may be left out.
+
+    Raises:
+        InputError: naming the option and what it may be.
+    """
+    for name, item in option_fields(type(owner)).items():
+        value = getattr(owner, name)
+        expected = _expected(value, item)
+        if expected is not None:
+            raise InputError(f"{value!r} is not {expected}", field=name)
+
+
+def _expected(value: Any, item: Field[Any]) -> str | None:
+    """The values that an option may have, in words; None where `value` is one of them."""
+    default, low, high = item.default, item.metadata.get("low"), item.metadata.get("high")
+    if value is None and default is None:
+        return None
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, str):
+        choices = item.metadata.get("choices") or (value,)
+        return None if isinstance(value, str) and value in choices else f"one of {', '.join(map(str, choices))}"
+    if default is not None and not isinstance(default, (int, float)):
+        return None  # of a type that its owner checks
+    kinds, noun = ((int, float), "a number") if isinstance(default, float) else ((int,), "an integer")
+    is_inside = isinstance(value, kinds) and not isinstance(value, bool)
+    is_inside = is_inside and (low is None or value >= low) and (high is None or value <= high)
+    if is_inside:
+        return None
+    if low is not None and high is not None:
+        return f"{noun} from {low:g} to {high:g}"
+    return noun if low is None else f"{noun} of at least {low:g}"
 
 
 @dataclass(frozen=True)
 class CompressionConfig:
-    """How the audio and video entries of a KV cache are compressed. Text entries are always kept.
-
-    The defaults are the paper's AccKV (preset ``paper``); docs/method.md writes the steps out.
+    """When audio and video entries are compressed and how many stay. Text entries always do.
 
     Raises:
         InputError: an option is out of its range; the message names it.
     """
 
-    policy: PolicyName = field(default="acckv", metadata={"help": "Which method scores the entries."})
-    when: When = field(
-        default="context",
-        metadata={"help": "'context': after the media, before any question is seen. 'prompt': after the whole prompt."},
-    )
     ratio: float = field(
-        default=0.2, metadata={"help": "Kept share of the audio and video entries, averaged over layers; 0 to 1."}
-    )
-    budget: int | None = field(
-        default=None, metadata={"help": "Kept audio and video entries a layer on average; replaces `ratio`."}
-    )
-    signal: Signal = field(
-        default="attention",
-        metadata={"help": "AccKV's heavy-hitter signal: 'attention' of the observed rows or 'key_diversity'."},
-    )
-    redistribution: bool = field(
-        default=True, metadata={"help": "AccKV step 1: undo the bias of causal attention to early columns."}
-    )
-    focusing: bool = field(
-        default=True, metadata={"help": "AccKV step 2: split a layer's budget by the attention each modality gets."}
-    )
-    integration: bool = field(
-        default=True, metadata={"help": "AccKV step 3: average what a modality loses into one merged entry."}
-    )
-    cross_calibration: bool = field(
-        default=True, metadata={"help": "AccKV step 4: drop low-priority entries that match no kept key."}
-    )
-    alignment_threshold: float = field(
-        default=0.6, metadata={"help": "AccKV step 4: least mean cosine similarity (paper: 0.9 or 0.6)."}
-    )
-    share_heads: bool = field(default=False, metadata={"help": "Keep the same tokens in all KV heads of a layer."})
-    window: int = field(
-        default=32, metadata={"help": "SnapKV, PyramidKV, MadaKV: observed rows at the end of what was prefilled."}
-    )
-    kernel: int = field(
-        default=5, metadata={"help": "SnapKV, PyramidKV: width of the max-pooling over scores; odd, in entries."}
-    )
-    sinks: int = field(
-        default=4, metadata={"help": "StreamingLLM: first audio and video entries that are always kept."}
-    )
-    steepness: float = field(
-        default=20.0, metadata={"help": "PyramidKV: the average layer's budget over the last layer's; 1 to 1000."}
-    )
-    dense_layers: int = field(
-        default=2, metadata={"help": "FastV: first layers that are not pruned; the last of them ranks the entries."}
-    )
-    coverage: float = field(
-        default=0.9, metadata={"help": "MadaKV: share of a modality's attention that a layer asks for; 0 to 1."}
-    )
-    horizon: int = field(
-        default=512, metadata={"help": "Expected attention: positions to come that the queries are averaged over."}
-    )
-    layer_floor: float = field(
-        default=0.1, metadata={"help": "Least share of the uniform budget that a learned layer budget leaves; 0 to 1."}
-    )
-    probe_queries: int = field(
-        default=4, metadata={"help": "Learned probe queries a query head (calibrated compressors only); 0 to 16."}
-    )
-    neighbours: int = field(
-        default=8,
+        default=0.2,
         metadata={
-            "help": "Entries on either side that a learned score competes with (calibrated compressors only); 0 to 64."
+            "help": "Kept share of the audio and video entries, averaged over layers; 0 to 1.",
+            "low": 0,
+            "high": 1,
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the random policy."})
+    budget: int | None = field(
+        default=None, metadata={"help": "Kept audio and video entries a layer on average; replaces `ratio`.", "low": 0}
+    )
+    when: When = field(
+        default="context",
+        metadata={
+            "help": "'context': after the media, before any question is seen. 'prompt': after the whole prompt.",
+            "choices": get_args(When),
+        },
+    )
 
     def __post_init__(self) -> None:
-        for name, choices in (("policy", PolicyName), ("when", When), ("signal", Signal)):
-            value = getattr(self, name)
-            if value not in get_args(choices):
-                raise InputError(f"{value!r} is not one of {', '.join(get_args(choices))}", field=name)
-        for name, low, high in (
-            ("ratio", 0.0, 1.0),
-            ("alignment_threshold", -1.0, 1.0),
-            ("steepness", 1.0, 1000.0),
-            ("coverage", 0.0, 1.0),
-            ("layer_floor", 0.0, 1.0),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise InputError(f"{value!r} is not a number from {low:g} to {high:g}", field=name)
-        for name, least, most in (
-            ("window", 1, None),
-            ("kernel", 1, None),
-            ("sinks", 0, None),
-            ("dense_layers", 1, None),
-            ("horizon", 1, None),
-            ("probe_queries", 0, 16),
-            ("neighbours", 0, 64),
-            ("seed", 0, None),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least or (most and value > most):
-                bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-                raise InputError(f"{value!r} is not an integer {bounds}", field=name)
-        if self.kernel % 2 == 0:
-            raise InputError(f"{self.kernel} is even; the pooling window needs a middle", field="kernel")
-        if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 0):
-            raise InputError(f"{self.budget!r} is not a number of entries", field="budget")
-        for item in fields(self):
-            if isinstance(item.default, bool) and not isinstance(getattr(self, item.name), bool):
-                raise InputError(f"{getattr(self, item.name)!r} is not true or false", field=item.name)
-
-    @classmethod
-    def preset(cls, name: str, **options: Any) -> CompressionConfig:
-        """The options of a named preset; keyword arguments override it.
-
-        ``paper`` is AccKV as published. ``context`` is its variant for compression before the question: key
-        diversity as heavy-hitter signal, since no question row exists yet, no split by attention and no merging.
-        """
-        presets: dict[str, dict[str, Any]] = {
-            "paper": {},
-            "context": {
-                "signal": "key_diversity",
-                "focusing": False,
-                "integration": False,
-                "cross_calibration": False,
-            },
-        }
-        if name not in presets:
-            raise InputError(f"{name!r} is not one of {', '.join(presets)}", field="preset")
-        return cls(**{**presets[name], **options})
-
-    @property
-    def observes_attention(self) -> bool:
-        """Whether AccKV needs the attention of observed rows (a probe prompt in `when: context`)."""
-        return self.policy == "acckv" and (self.signal == "attention" or self.focusing)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str | Path | None = None) -> CompressionConfig:
-        """The config of a parsed JSON object; unknown and ill-valued fields are an InputError naming `source`."""
-        known = {item.name for item in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise InputError("is no option of a compression", source=source, field=name)
-        try:
-            return cls(**values)
-        except InputError as error:
-            raise InputError(str(error), source=source) from error
+        check_options(self)
 
 
 def check_ratio(ratio: float | None) -> None:

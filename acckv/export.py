@@ -4,7 +4,7 @@ half-written file."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,13 +12,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from acckv.config import CompressionConfig, LoraScope
+from acckv.config import CompressionConfig, LoraScope, from_options, option_fields
 from acckv.data.calibration_record import FIELD, CalibrationRecord
 from acckv.errors import InputError
 from acckv.io.files import whole_folder
 from acckv.io.hub import download, is_hub_id
 from acckv.io.json_files import read_json
 from acckv.method.weights import CalibratedWeights
+from acckv.policies import POLICIES, Policy
 from acckv.report.card import render_card
 from acckv.runtime.lora import LoraWeights
 
@@ -26,7 +27,7 @@ FORMAT = 4
 CONFIG, WEIGHTS, ADAPTER, CARD = "config.json", "model.safetensors", "adapter", "README.md"
 #: Folder of the weights and the adapter of the lowest ratios, where they have their own.
 LOW_RATIO = "low_ratio"
-_REQUIRED = ("format", "compression", "base", "lora_scope", "has_weights", "has_lora", "low_ratio_below")
+_REQUIRED = ("format", "policy", "compression", "base", "lora_scope", "has_weights", "has_lora", "low_ratio_below")
 _BASE = ("name", "layers", "query_heads", "kv_heads", "head_size")
 
 
@@ -49,7 +50,8 @@ class Export:
     """The contents of an export folder.
 
     Args:
-        config: the options.
+        policy: with its options.
+        config: the options that all policies share.
         weights: what calibration learned, or None for a training-free policy.
         lora: the adapter that goes with the weights, or None.
         lora_scope: 'after' adapts only tokens after compression, 'all' the prompt too.
@@ -58,6 +60,7 @@ class Export:
         calibration: what the weights were calibrated on; None where that is not known.
     """
 
+    policy: Policy
     config: CompressionConfig
     weights: CalibratedWeights | None
     lora: LoraWeights | None
@@ -78,7 +81,8 @@ def save(export: Export, folder: Path) -> None:
     config = {
         "format": FORMAT,
         "base": export.base,
-        "compression": export.config.to_dict(),
+        "policy": {"name": export.policy.name, "options": export.policy.options},
+        "compression": asdict(export.config),
         "lora_scope": export.lora_scope,
         "has_weights": export.weights is not None,
         "has_lora": export.lora is not None,
@@ -109,7 +113,7 @@ def load(name: str | Path, options: dict[str, Any] | None = None) -> Export:
 
     Args:
         name: a folder, or the id of a hub repository.
-        options: compression options that replace the saved ones.
+        options: of the policy, or shared by all, that replace the saved ones.
 
     Raises:
         InputError: a missing, truncated or malformed file, or an unknown format version; it names file and field.
@@ -117,24 +121,38 @@ def load(name: str | Path, options: dict[str, Any] | None = None) -> Export:
     folder = _folder(name)
     config = _read_config(folder / CONFIG)
     source = folder / CONFIG
-    compression = CompressionConfig.from_dict({**config["compression"], **(options or {})}, source)
+    policy, compression = _read_options(config, options or {}, source)
     base, below = config["base"], config["low_ratio_below"]
     if config["has_weights"] and (not isinstance(base, dict) or not all(key in base for key in _BASE)):
         raise InputError(f"must hold {', '.join(_BASE)}", source=source, field="base")
     calibration = CalibrationRecord.from_dict(config.get(FIELD), source)
-    low_ratio = LowRatio(below, *_load_learned(config, compression, folder / LOW_RATIO)) if below else None
-    weights, lora = _load_learned(config, compression, folder)
-    return Export(compression, weights, lora, config["lora_scope"], base, low_ratio, calibration)
+    weights, lora = _load_learned(config, policy, folder)
+    low_ratio = LowRatio(below, *_load_learned(config, policy, folder / LOW_RATIO)) if below else None
+    return Export(policy, compression, weights, lora, config["lora_scope"], base, low_ratio, calibration)
+
+
+def _read_options(config: dict[str, Any], options: dict[str, Any], source: Path) -> tuple[Policy, CompressionConfig]:
+    """The policy and the shared options, with those of `options` in place of the saved ones."""
+    named, shared = config["policy"], option_fields(CompressionConfig)
+    own = {name: value for name, value in options.items() if name not in shared}
+    replaced = {name: value for name, value in options.items() if name in shared}
+    try:
+        kind = POLICIES.find(named["name"])
+        policy = from_options(kind, {**named["options"], **own}, kind.name)
+        return policy, from_options(CompressionConfig, {**config["compression"], **replaced}, "a compression")
+    except InputError as error:
+        raise InputError(str(error), source=source) from error
 
 
 def _load_learned(
-    config: dict[str, Any], compression: CompressionConfig, folder: Path
+    config: dict[str, Any], policy: Policy, folder: Path
 ) -> tuple[CalibratedWeights | None, LoraWeights | None]:
     weights, base = None, config["base"]
     if config["has_weights"]:
-        weights = CalibratedWeights(
-            base["layers"], base["kv_heads"], base["query_heads"], base["head_size"], compression.probe_queries
-        )
+        try:
+            weights = policy.new_weights(base["layers"], base["kv_heads"], base["query_heads"], base["head_size"])
+        except InputError as error:
+            raise InputError(str(error), source=folder / CONFIG) from error
         _load_tensors(weights, folder / WEIGHTS)
     return weights, LoraWeights.load(folder / ADAPTER) if config["has_lora"] else None
 
@@ -173,8 +191,11 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise InputError(f"{below!r} is not 0 to 1", source=file, field="low_ratio_below")
     if below and config["lora_scope"] == "all":
         raise InputError("is 'all', which does not go with low_ratio_below", source=file, field="lora_scope")
-    if not isinstance(config["compression"], dict):
-        raise InputError("must be a JSON object", source=file, field="compression")
+    for field in ("policy", "compression"):
+        if not isinstance(config[field], dict):
+            raise InputError("must be a JSON object", source=file, field=field)
+    if not isinstance(config["policy"].get("name"), str) or not isinstance(config["policy"].get("options"), dict):
+        raise InputError("must hold a name and options", source=file, field="policy")
     return config
 
 

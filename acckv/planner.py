@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,42 +10,28 @@ from torch import Tensor
 from acckv.config import CompressionConfig, check_ratio
 from acckv.method.budgets import allocate, share_out, split_layer, total_budget
 from acckv.method.modality import ModalityMap
-from acckv.method.plan import (
-    AlignmentRule,
-    LayerPlan,
-    LayerScore,
-    LogGates,
-    MergeRule,
-    hard_topk,
-    plan_layer,
-    soft_topk,
-)
+from acckv.method.plan import LayerPlan, LayerScore
 from acckv.method.scoring import Observation
-from acckv.method.weights import CalibratedWeights, LayerWeights
-from acckv.policies import Policy, build_policy
+from acckv.policies import Policy
 
 
 class Planner:
     """One compressor setting as a function of observations; it knows no model, cache, LoRA or file.
 
     Args:
-        config: the options.
-        weights: the learned ones, or None for the training-free policy of the config.
-        policy: in place of the one that the config names.
+        config: when is compressed, and how much is kept.
+        policy: how entries are scored and budgets are shared, with its learned weights if it has any.
     """
 
-    def __init__(
-        self, config: CompressionConfig, weights: CalibratedWeights | None = None, policy: Policy | None = None
-    ) -> None:
-        self.config, self.weights = config, weights
-        self.policy = build_policy(config, weights) if policy is None else policy
+    def __init__(self, config: CompressionConfig, policy: Policy) -> None:
+        self.config, self.policy = config, policy
 
     def head(self, index: int) -> Planner:
         """The planner of a KV head that holds other entries than the rest, as if its layer had no other head.
 
         It scores and plans; the budgets of the layers are those of the whole.
         """
-        return self if self.weights is None else Planner(self.config, self.weights.head(index))
+        return Planner(self.config, self.policy.head(index))
 
     def keeps_all(self, ratio: float | None = None) -> bool:
         """Whether nothing would ever be evicted.
@@ -104,24 +89,7 @@ class Planner:
         Returns:
             int64 ``[B, L]``, on the CPU, that sums to `total`.
         """
-        return share_out(total, self._layer_shares(scores, labels, total, ratio), available)
-
-    def _layer_shares(
-        self, scores: Sequence[LayerScore | None], labels: ModalityMap, total: Tensor, ratio: float
-    ) -> Tensor:
-        """Relative budget of each layer ``[L]`` or ``[B, L]``, learned or the policy's."""
-        if self.weights is not None:
-            return self.weights.layer_shares(ratio, self.config.layer_floor)
-        return self.policy.layer_shares(scores, labels, total)
-
-    def _modality_shares(self, layer: int, score: LayerScore, ratio: float) -> Tensor | None:
-        """The split of a layer's budget ``[B, 2]`` or ``[B, K, 2]``, as measured and as learned.
-
-        None stands for one top-k over both modalities.
-        """
-        if score.modality_shares is None or self.weights is None:
-            return score.modality_shares
-        return self.weights.modality_shares(layer, score.modality_shares, ratio)
+        return share_out(total, self.policy.layer_shares(scores, labels, total, ratio), available)
 
     def split(self, layer: int, score: LayerScore, budget: Tensor, labels: ModalityMap, ratio: float) -> Tensor:
         """A layer's whole budget by modality, on the CPU.
@@ -129,16 +97,23 @@ class Planner:
         Returns:
             int64 ``[B, 2]`` or ``[B, K, 2]``, or ``[B, 1]`` where the policy takes one top-k over both.
         """
-        shares = self._modality_shares(layer, score, ratio)
-        return budget[:, None] if shares is None else split_layer(budget, shares, labels.counts())
+        if score.modality_shares is None:
+            return budget[:, None]
+        shares = self.policy.modality_shares(layer, score.modality_shares, ratio)
+        return split_layer(budget, shares, labels.counts())
 
     def _soft_budgets(self, scores: list[LayerScore], labels: ModalityMap, total: Tensor, ratio: float) -> Tensor:
         """Real numbers ``[B, L, 2]``, which training differentiates."""
         device = scores[0].score.device
-        measured = [self._modality_shares(layer, score, ratio) for layer, score in enumerate(scores)]
-        split = torch.stack([share.to(device) for share in measured if share is not None and share.ndim == 2], dim=1)
-        layer_shares = self._layer_shares(scores, labels, total, ratio)
-        return allocate(total.to(device), layer_shares.to(device), split, labels.counts().to(device))
+        split = [
+            self.policy.modality_shares(layer, score.modality_shares, ratio).to(device)
+            for layer, score in enumerate(scores)
+            if score.modality_shares is not None
+        ]
+        layer_shares = self.policy.layer_shares(scores, labels, total, ratio)
+        return allocate(
+            total.to(device), layer_shares.to(device), torch.stack(split, dim=1), labels.counts().to(device)
+        )
 
     # -------------------------------------------------------------------- plans
 
@@ -195,16 +170,10 @@ class Planner:
         """
         device = observation.keys.device
         labels = labels.to(device)
-        fixed = self.policy.fixed_plan(observation, labels)
-        if fixed is not None:
-            return fixed
         score = (self.policy.score(layer, observation, labels) if score is None else score).on_host()
         split = self.split(layer, score, budget, labels, ratio).cpu()
         score = LayerScore(score.score.to(device), score.modality_shares)
-        plan = self._select(layer, score, observation, labels, split, hard_topk, temperature=0.0)
-        by_row = split.sum(-1)  # every head of a row keeps the same number
-        plan = replace(plan, kept=labels.host.text.sum(-1) + (by_row if by_row.ndim == 1 else by_row[:, 0]))
-        return self.policy.merge(plan, observation.keys, observation.values, labels)
+        return self.policy.plan(layer, score, observation, labels, split)
 
     def _plan_softly(
         self,
@@ -218,37 +187,7 @@ class Planner:
         """The plan of one layer in training: gates between 0 and 1 that sum to the budget."""
         device = observation.keys.device
         labels, score, split = labels.to(device), score.to(device), split.to(device)
-        plan = self._select(layer, score, observation, labels, split, soft_topk(temperature), temperature)
-        return self.policy.merge(plan, observation.keys, observation.values, labels)
-
-    def _select(
-        self,
-        layer: int,
-        score: LayerScore,
-        observation: Observation,
-        labels: ModalityMap,
-        split: Tensor,
-        to_gates: LogGates,
-        temperature: float,
-    ) -> LayerPlan:
-        weights = None if self.weights is None else self.weights.layer(layer, observation.keys.device)
-        rules = self._merge_rule(weights), self._alignment_rule(weights, temperature)
-        return plan_layer(score, observation, labels, split, to_gates, *rules)
-
-    def _merge_rule(self, weights: LayerWeights | None) -> MergeRule | None:
-        if self.config.policy != "acckv" or not self.config.integration:
-            return None
-        return MergeRule() if weights is None else MergeRule(weights.merge_bias, weights.merge_gain)
-
-    def _alignment_rule(self, weights: LayerWeights | None, temperature: float) -> AlignmentRule | None:
-        if self.config.policy != "acckv":
-            return None
-        threshold, drop = self.config.alignment_threshold, self.config.cross_calibration
-        if weights is None:
-            return AlignmentRule(threshold) if drop else None
-        # Cosines span 2, standardised scores about 6: a third of the temperature is as soft for them.
-        learned = threshold + weights.alignment_threshold if drop else threshold
-        return AlignmentRule(learned, weights.alignment_weight, drop, softness=temperature / 3)
+        return self.policy.plan(layer, score, observation, labels, split, temperature)
 
 
 def effective_ratio(total: Tensor, counts: Tensor, layers: int) -> float:

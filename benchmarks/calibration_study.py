@@ -26,8 +26,9 @@ import yaml
 from lightning import Trainer, seed_everything
 from rich.console import Console
 
-from acckv.evaluation.results import CALIBRATED, FULL, PREDICTIONS_FILE, RESULTS_FILE
+from acckv.evaluation.results import CALIBRATED, PREDICTIONS_FILE, RESULTS_FILE
 from acckv.io.files import whole_file
+from acckv.policies import POLICIES
 from benchmarks.generalisation import read_scores
 from benchmarks.study_results import RATIOS, TIMES_FILE, lines_of, mean_score, with_earlier
 from benchmarks.study_tables import markdown, plot, table, write_section
@@ -37,7 +38,7 @@ from lightning_modules.calibration.export import ExportCompressor
 from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.cli.errors import quiet_libraries
 from lightning_modules.evaluation.datamodule import EvaluationData
-from lightning_modules.evaluation.options import POLICIES, EvaluationOptions
+from lightning_modules.evaluation.options import EvaluationOptions
 from lightning_modules.evaluation.run import run_evaluation
 
 FORMAT = 1
@@ -115,7 +116,7 @@ class Study:
         folder = self.given.output / "training_free"
         if not (folder / RESULTS_FILE).is_file():
             self.console.print("training-free policies")
-            names = [name for name in POLICIES if name not in (FULL, CALIBRATED)]
+            names = [name for name, policy in POLICIES.items() if not policy.keeps_all]
             self.evaluate(folder, names, RATIOS, folder)
         return folder
 

@@ -43,13 +43,13 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.cache.cache import CompressedCache, fresh_cache
 from acckv.io.files import whole_file
 from acckv.method.modality import ModalityMap
 from acckv.method.plan import LayerPlan
-from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter
+from acckv.policies import AccKV
 from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
 from benchmarks.prefill_watch import PrefillWatch
 from benchmarks.speed_report import MARKS, markdown, plot, table
@@ -96,17 +96,17 @@ def decoder(layers: int, shrink: int = 1) -> Qwen2ForCausalLM:
 def compressor(policy: str, ratio: float, model: Qwen2ForCausalLM) -> KVCompressor:
     """Of a policy's name; 'acckv-context' is AccKV's preset for `when: context`, which calibration starts from."""
     if policy not in ("acckv-context", CALIBRATED, *SEPARATE):
-        return KVCompressor(CompressionConfig(policy=policy, ratio=ratio))  # type: ignore[arg-type]
-    config = CompressionConfig.preset("context", ratio=ratio)
+        return KVCompressor(policy, ratio=ratio)
+    preset = AccKV.preset("context")
     if policy == "acckv-context":
-        return KVCompressor(config)
+        return KVCompressor(preset, ratio=ratio)
     size = model.config
-    weights = CalibratedWeights(
-        size.num_hidden_layers, size.num_key_value_heads, size.num_attention_heads, 128, config.probe_queries
-    )
+    weights = preset.new_weights(size.num_hidden_layers, size.num_key_value_heads, size.num_attention_heads, 128)
     for parameter in weights.requires_grad_(False).parameters():
         parameter.normal_(0, 0.05)
-    return KVCompressor(config, weights, lora(model, SEPARATE.get(policy, next(iter(SEPARATE.values())))))
+    return KVCompressor(
+        preset, ratio=ratio, weights=weights, lora=lora(model, SEPARATE.get(policy, next(iter(SEPARATE.values()))))
+    )
 
 
 def lora(model: Qwen2ForCausalLM, targets: tuple[str, ...]) -> LoraWeights:

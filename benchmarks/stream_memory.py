@@ -23,9 +23,10 @@ import torch
 from matplotlib.figure import Figure
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.cache.cache import CompressedCache, compressed_layers
 from acckv.io.files import whole_file
+from acckv.policies import make_policy
 
 FORMAT = 1
 #: glibc keeps freed blocks below a threshold that it raises itself, and a cache that grows by concatenation never fits
@@ -138,17 +139,16 @@ def decoder() -> Qwen2ForCausalLM:
 def stream(options: argparse.Namespace) -> Row:
     """Feed the whole stream in one mode."""
     torch.set_num_threads(1)
-    settings: dict[str, Any] = {"policy": options.policy, "share_heads": True}
-    settings |= {"full": {"policy": "full"}, "ratio": {"ratio": options.ratio}, "budget": {"budget": options.budget}}[
-        options.mode
-    ]
+    name = "full" if options.mode == "full" else options.policy
+    policy = make_policy({"class_path": name, "init_args": {"share_heads": True}})
+    kept: dict[str, Any] = {"full": {}, "ratio": {"ratio": options.ratio}, "budget": {"budget": options.budget}}
     value = {"full": "", "ratio": f" {options.ratio:g}", "budget": f" {options.budget}"}[options.mode]
     model, generator = decoder(), torch.Generator().manual_seed(1)
     kinds = torch.tensor([([1] * VIDEO + [2] * AUDIO) * options.chunk])
     before, start, longest = resident("VmRSS"), time.monotonic(), 0
     samples: list[tuple[int, int]] = []
     cache: CompressedCache | None = None
-    with KVCompressor(CompressionConfig(**settings))(model) as session:
+    with KVCompressor(policy, **kept[options.mode])(model) as session:
         for second in range(0, options.seconds, options.chunk):
             embeds = torch.randn(1, kinds.shape[1], HIDDEN, generator=generator)
             held = 0 if cache is None else max(layer.physical for layer in compressed_layers(cache))

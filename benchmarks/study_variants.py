@@ -112,7 +112,7 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
     "selection": (
         _plain("share_heads", "one selection for all KV heads", compression={"share_heads": True}),
         _plain("soft", "gates end at 0.04", temperature_end=0.04),
-        _plain("no_probes", "no probe queries", trainable=_without("probes"), probe_queries=0),
+        _plain("no_probes", "no probe queries", trainable=_without("probes"), compression={"n_probe_queries": 0}),
     ),
 }
 TITLES: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -24,7 +24,8 @@ def model_digest(model: Any) -> str:
 
 def compressor_digest(compressor: Any) -> str:
     """Of everything that a :class:`acckv.KVCompressor` decides by."""
-    hashed = hashlib.sha256(digest([asdict(compressor.config), compressor.lora_scope]).encode())
+    options = [repr(compressor.policy), asdict(compressor.config), compressor.lora_scope]
+    hashed = hashlib.sha256(digest(options).encode())
     tensors = dict(compressor.state_dict())
     for part, one in (("", compressor), ("low_ratio.", compressor.low_ratio)):
         if one is not None and one.lora is not None:

@@ -12,6 +12,7 @@ from acckv.errors import InputError
 from acckv.io.files import whole_file
 from acckv.io.json_files import read_json, read_json_lines
 from acckv.io.typed import Amount, Count, Share, from_json
+from acckv.policies.acckv import CalibratedAccKV
 
 RESULTS_FORMAT = 1
 RESULTS_FILE = "results.json"
@@ -25,7 +26,7 @@ AUDIO_EVICTED, VIDEO_EVICTED = "control_audio_evicted", "control_video_evicted"
 """Policy names of the rows with all entries of one modality evicted and all of the other kept."""
 CONTROLS = (CONTROL, AUDIO_EVICTED, VIDEO_EVICTED)
 FULL = "full"
-CALIBRATED = "acckv-calibrated"
+CALIBRATED = CalibratedAccKV.name
 """Policy name of an export's rows."""
 REFERENCE_NAMES = {
     FULL: "full cache",

@@ -6,7 +6,7 @@ Inference and the training simulation both call :func:`plan_layer`; they differ 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -149,7 +149,7 @@ def plan_layer(
     observation: Observation,
     labels: ModalityMap,
     budgets: Tensor,
-    to_gates: LogGates,
+    temperature: float | None = None,
     merge: MergeRule | None = None,
     align: AlignmentRule | None = None,
 ) -> LayerPlan:
@@ -158,8 +158,25 @@ def plan_layer(
     Args:
         budgets: ``[B, 2]`` or by head ``[B, K, 2]`` entries to keep of each modality, merged ones included (``[B, 1]``
             for a joint top-k). Whole ones are on the CPU, as is then `layer.modality_shares`.
+        temperature: None for the hard selection that is shipped, above 0 for its differentiable twin.
         merge, align: None where the step is off.
     """
+    if temperature is not None:
+        return _plan(layer, observation, labels, budgets, soft_topk(temperature), merge, align)
+    plan = _plan(layer, observation, labels, budgets, hard_topk, merge, align)
+    by_row = budgets.sum(-1)  # every head of a row keeps the same number
+    return replace(plan, kept=labels.host.text.sum(-1) + (by_row if by_row.ndim == 1 else by_row[:, 0]))
+
+
+def _plan(
+    layer: LayerScore,
+    observation: Observation,
+    labels: ModalityMap,
+    budgets: Tensor,
+    to_gates: LogGates,
+    merge: MergeRule | None,
+    align: AlignmentRule | None,
+) -> LayerPlan:
     score, keys, values = layer.score, observation.keys, observation.values
     members = labels.by_modality
     always = labels.text_gates

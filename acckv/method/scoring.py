@@ -33,7 +33,7 @@ class Observation:
         row_valid: bool ``[B, R]``, on the CPU: which rows count.
         real: bool ``[B, N]``, on the CPU: entries that are no padding.
         scaling: factor of the dot product (Gemma 4's is 1, so it is never derived from D).
-        rotation: the prompt's rotary embedding, for policies that take it off (`rotated`).
+        rotation: the prompt's rotary embedding, for policies that take it off.
         reconstruction: ``[B, K, N]``, the most attention to each entry while the context was fed in again.
     """
 

@@ -11,7 +11,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.cache.cache import CompressedCache
 from acckv.data.encoding import encode, encode_context, question_suffix
 from acckv.data.media import MediaOptions, join_media, read_media
@@ -21,6 +21,7 @@ from acckv.evaluation.sizes import Sizes
 from acckv.models.batching import pad_left
 from acckv.models.clips import Media
 from acckv.plugins.requests import ClipRef, Generation
+from acckv.policies import make_policy
 from acckv.runtime.logits import chosen_logits
 from acckv.runtime.session import Session
 
@@ -37,7 +38,7 @@ def build_compressor(
         export: folder or hub id of an export of `train.py`.
         policy: a training-free policy instead.
         seed: of the random policy.
-        options: of :class:`CompressionConfig`, such as `ratio`, `budget` and `when`; None is not given.
+        options: of :class:`KVCompressor`, such as `ratio`, `budget` and `when`; None is not given.
 
     Raises:
         InputError: both, a ratio of neither, or a bad option.
@@ -50,7 +51,7 @@ def build_compressor(
     if policy is None and given.keys() - {"when"}:
         name = next(name for name in given if name != "when")
         raise InputError("needs a compressor=FOLDER or a policy=NAME to go with", field=name)
-    return KVCompressor(CompressionConfig(policy=policy or "full", seed=seed, **given))  # type: ignore[arg-type]
+    return KVCompressor(make_policy(policy or "full").seeded(seed), **given)
 
 
 class Answerer:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from acckv.method.modality import ModalityMap
 from acckv.method.plan import LayerScore
 from acckv.method.scoring import Observation
 from acckv.policies.base import Policy
+from acckv.policies.registry import register_policy
 
 
+@register_policy("full")
+@dataclass(frozen=True)
 class Full(Policy):
-    """Keep everything, at any ratio."""
+    """Every entry stays, at any ratio."""
 
-    name = "full"
     keeps_all = True
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from acckv.method.modality import ModalityMap
 from acckv.method.plan import LayerScore
 from acckv.method.scoring import Observation, heavy_hitter_score
 from acckv.policies.base import Policy
+from acckv.policies.registry import register_policy
 
 
+@register_policy("h2o")
+@dataclass(frozen=True)
 class H2O(Policy):
-    """Keep the entries that received most attention from all rows of the prompt."""
+    """The entries that received most attention from all queries of the prompt.
 
-    name = "h2o"
+    Deviations from arXiv 2306.14048: the cache is compressed once, after the prompt, and not at every decoding step;
+    the paper's recent tokens are text here, which is kept anyway.
+    """
+
     rows = "all"
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,19 +13,21 @@ from acckv.method.modality import ModalityMap
 from acckv.method.plan import LayerScore
 from acckv.method.scoring import Observation
 from acckv.policies.base import Policy
+from acckv.policies.registry import register_policy
 
 
+@register_policy("kvzip")
+@dataclass(frozen=True)
 class KVzip(Policy):
-    """The score is the most attention that an entry receives while the context is fed in again behind a repeat prompt.
+    """The most attention that an entry receives while the context is fed in again behind a repeat prompt.
 
     It asks for no question, with `when: prompt` too. How the context is repeated:
     :mod:`acckv.runtime.context_reconstruction`.
 
-    Deviation. The paper ranks the pairs of all layers and heads together; here that ranking sets the budget of each
-    layer, and the KV heads of a layer keep equally many, so that its storage stays rectangular.
+    Deviation from arXiv 2505.23416: the paper ranks the pairs of all layers and heads together; here that ranking sets
+    the budget of each layer, and the KV heads of a layer keep equally many, so that its storage stays rectangular.
     """
 
-    name = "kvzip"
     rows = "reconstruction"
     cross_layer = True
 
@@ -33,7 +36,9 @@ class KVzip(Policy):
             raise InputError("needs the attention of a repeated context", field="observation")
         return LayerScore(self.shared(observation.reconstruction), None)
 
-    def layer_shares(self, scores: Sequence[LayerScore | None], labels: ModalityMap, total: Tensor) -> Tensor:
+    def layer_shares(
+        self, scores: Sequence[LayerScore | None], labels: ModalityMap, total: Tensor, ratio: float
+    ) -> Tensor:
         ranked = torch.stack([score.score for score in scores if score is not None], dim=1)
         heads = ranked.shape[2]
         ranked = ranked.masked_fill(~labels.media[:, None, None], -torch.inf).flatten(1)

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from acckv.method.modality import ModalityMap
-from acckv.method.plan import LayerPlan, MergedInto
-from acckv.method.scoring import ROW_CHUNK
+from acckv.method.plan import LayerPlan, LayerScore, MergedInto
+from acckv.method.scoring import ROW_CHUNK, Observation
 from acckv.policies.h2o import H2O
+from acckv.policies.registry import register_policy
 
 
+@register_policy("look_m")
+@dataclass(frozen=True)
 class LookM(H2O):
     """Text-prior eviction by accumulated attention with pivotal merging, the paper's best variant.
 
-    Deviations. Text is kept in any policy, so it needs no bonus on its score, and the paper's window of recent tokens
-    is text. Merged into are the kept audio and video entries only, where the paper also merges into text: here text
-    stays as it is, and with nothing kept nothing of the media is left. Soft gates evict nothing for good, so they merge
-    nothing.
+    Deviations from arXiv 2406.18139: text is kept in any policy, so it needs no bonus on its score, and the paper's
+    window of recent tokens is text. Merged into are the kept audio and video entries only, where the paper also merges
+    into text: here text stays as it is, and with nothing kept nothing of the media is left. Soft gates evict nothing
+    for good, so they merge nothing.
     """
 
-    name = "look_m"
-
-    def merge(self, plan: LayerPlan, keys: Tensor, values: Tensor, labels: ModalityMap) -> LayerPlan:
+    def plan(
+        self,
+        layer: int,
+        score: LayerScore,
+        observation: Observation,
+        labels: ModalityMap,
+        budget: Tensor,
+        temperature: float | None = None,
+    ) -> LayerPlan:
+        plan = super().plan(layer, score, observation, labels, budget, temperature)
+        keys, values = observation.keys, observation.values
         stays = torch.isfinite(plan.log_gates).expand(keys.shape[:3])
         media = labels.media[:, None]
         return replace(plan, merged_into=pivotal_merging(keys, values, stays & media, ~stays & media))

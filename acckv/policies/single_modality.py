@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
 
-from acckv.config import CompressionConfig, When
+import torch
+from torch import Tensor
+
 from acckv.errors import InputError
 from acckv.method.modality import COMPRESSED, Modality, ModalityMap
 from acckv.method.plan import LayerPlan, LayerScore
@@ -12,36 +14,42 @@ from acckv.method.scoring import Observation
 from acckv.policies.base import Policy
 
 
+@dataclass(frozen=True)
 class EvictedModality(Policy):
-    """Evict every entry of one modality and keep all others, in every layer, whatever the ratio.
+    """Every entry of one modality evicted and all others kept, in every layer, whatever the ratio.
 
     What is then still answered right needs only the other modality (or no media at all).
 
     Args:
         modality: VIDEO or AUDIO.
-        when: as of a `CompressionConfig`.
 
     Raises:
         InputError: a modality that is never compressed.
     """
 
+    modality: Modality
+
+    name = "evicted_modality"
     keeps_all = False
 
-    def __init__(self, modality: Modality, when: When = "context") -> None:
-        if modality not in COMPRESSED:
-            raise InputError(f"{modality.name.lower()} is neither video nor audio", field="modality")
-        super().__init__(CompressionConfig(policy="random", when=when, ratio=0.0))
-        self.modality = modality
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"control_{self.modality.name.lower()}_evicted"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.modality not in COMPRESSED:
+            raise InputError(f"{self.modality.name.lower()} is neither video nor audio", field="modality")
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
-        batch, _, entries = observation.keys.shape[:3]
-        return LayerScore(torch.zeros(batch, 1, entries, device=observation.keys.device), None)
+        return LayerScore((labels.labels != self.modality).float()[:, None], None)
 
-    def fixed_plan(self, observation: Observation, labels: ModalityMap) -> LayerPlan:
+    def plan(
+        self,
+        layer: int,
+        score: LayerScore,
+        observation: Observation,
+        labels: ModalityMap,
+        budget: Tensor,
+        temperature: float | None = None,
+    ) -> LayerPlan:
+        """The plan that keeps text and the other modality; the budget counts for nothing."""
         gates = torch.zeros(labels.labels.shape, device=labels.labels.device)
         gates = gates.masked_fill((labels.labels == self.modality) | ~labels.real, -torch.inf)[:, None]
         keys, values = observation.keys, observation.values

@@ -79,10 +79,10 @@ class LayerEviction:
         if not any(self.before):
             return
         if policy.rows == "reconstruction":
-            raise InputError(f"{self.config.policy} repeats a whole context and cannot go on from a compressed one")
+            raise InputError(f"{policy.name} repeats a whole context and cannot go on from a compressed one")
         if policy.cross_layer and self.competing:
             raise InputError(
-                f"{self.config.policy} weighs layers against each other and cannot go on within an absolute budget; "
+                f"{policy.name} weighs layers against each other and cannot go on within an absolute budget; "
                 "set a ratio instead",
                 field="budget",
             )

@@ -30,8 +30,7 @@ class PolicyInputs:
     """
 
     def __init__(self, planner: Planner, adapter: ModelAdapter, attention_hook: AttentionHook, processor: Any) -> None:
-        self.policy, self.config = planner.policy, planner.config
-        self.adapter, self.attention_hook = adapter, attention_hook
+        self.policy, self.adapter, self.attention_hook = planner.policy, adapter, attention_hook
         self.prompt = ProbePrompt(processor, REPEAT_PROMPT)
         self.layouts: list[RotaryLayout] = []
 
@@ -41,7 +40,7 @@ class PolicyInputs:
         Raises:
             InputError: it cannot be taken off.
         """
-        if self.policy.rotated:
+        if self.policy.n_future_positions:
             self.layouts = find_layouts(self.adapter, self.attention_hook)
 
     def rotations(self, position_ids: Tensor) -> list[Rotation | None]:
@@ -52,10 +51,10 @@ class PolicyInputs:
             position_ids: of the prompt, as the decoder got them.
         """
         layers = [layer for layer in self.adapter.attention_layers if layer.owner and layer.slot is not None]
-        if not self.policy.rotated:
+        if not self.policy.n_future_positions:
             return [None] * len(layers)
         start = next_position(position_ids)
-        later = self.adapter.text_positions(start + torch.arange(self.config.horizon, device=start.device))
+        later = self.adapter.text_positions(start + torch.arange(self.policy.n_future_positions, device=start.device))
         found: dict[Any, Rotation] = {}
         kinds = [(layout, self.adapter.rotary_kind(layer)) for layer, layout in zip(layers, self.layouts, strict=True)]
         for layer, (layout, kind) in zip(layers, kinds, strict=True):

@@ -11,12 +11,12 @@ from transformers.cache_utils import Cache
 
 from acckv.cache.cache import CompressedCache, compressed_layers
 from acckv.cache.layer import CompressedLayer
-from acckv.config import CompressionConfig
+from acckv.config import When
 from acckv.errors import InputError
 from acckv.method.modality import ModalityMap
 from acckv.method.scoring import Observation
 from acckv.models.batching import DecoderInputs, observed_queries
-from acckv.policies.base import Rows
+from acckv.policies.base import Policy
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,13 @@ class Prefill:
         probes = None if self.probes is None else all_shared(self.probes)
         return replace(self, observations=all_shared(self.observations), probes=probes)
 
-    def watched(self, rows: Rows, config: CompressionConfig) -> list[Observation]:
+    def watched(self, policy: Policy, when: When) -> list[Observation]:
         """The rows that a policy reads, out of all that were recorded.
 
         Raises:
             InputError: some were not.
         """
-        if rows == "text" and config.when == "context":
+        if policy.rows == "text" and when == "context":
             if self.probes is None:
                 raise InputError(
                     "recorded no probe prompt: open the session with a processor, and run its prefill with rows='all' "
@@ -164,7 +164,7 @@ class Prefill:
                     field="prefill",
                 )
             return self.probes
-        mask = observed_queries(self.labels, rows, config.window)
+        mask = observed_queries(self.labels, policy.rows, policy.window_size)
         # Recorded rows end where the prompt ends.
         recorded = self.observations[0].row_valid
         if bool((mask & ~F.pad(recorded, (mask.shape[1] - recorded.shape[1], 0))).any()):

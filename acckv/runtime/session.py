@@ -248,10 +248,10 @@ class Session:
         """
         if temperature is not None and not temperature > 0:
             raise InputError(f"{temperature!r} is not above 0; None selects as it is shipped", field="temperature")
-        rows = self.planners.policy.rows
-        seen = prefill.watched(rows, self.planners.config)
-        adapters = self.dispatcher.prompt_adapters() if rows == "reconstruction" else nullcontext()  # runs the model
-        with adapters:
+        policy = self.planners.policy
+        seen = prefill.watched(policy, self.planners.config.when)
+        repeats = policy.rows == "reconstruction"
+        with self.dispatcher.prompt_adapters() if repeats else nullcontext():  # the one that runs the model
             layers, policy_inputs = prefill.cache.layers, self.dispatcher.policy_inputs
             observations = policy_inputs.complete(seen, layers, prefill.embedded, prefill.reconstruction)
         planner = self.planners.at(self._ratio(prefill, ratio))

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
 from acckv.data.encoding import encode_context
 from acckv.data.media import read_media
@@ -40,7 +40,7 @@ DESCRIPTION_TOKENS = 64
 
 def answer(model: Any, processor: Any, clip: Media, questions: Sequence[str], max_new_tokens: int) -> list[str]:
     """Greedy answers to several questions about one clip, each from a copy of its full cache."""
-    with KVCompressor(CompressionConfig(policy="full"))(model, processor) as session:
+    with KVCompressor("full")(model, processor) as session:
         cache = session.compress(**encode_context(processor, clip))
         (answers,) = answer_questions(session, processor, cache, [questions], max_new_tokens)
     return [answer.text for answer in answers]

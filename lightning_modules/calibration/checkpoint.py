@@ -25,7 +25,6 @@ FIXED = (
     "lora_alpha",
     "lora_targets",
     "lora_scope",
-    "probe_queries",
 )
 #: Further ones once a low-ratio stage is over.
 FIXED_BY_STAGE = ("ratio_min", "low_ratio_share")

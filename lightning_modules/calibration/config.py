@@ -71,8 +71,6 @@ class CalibrationConfig:
         lr_redundancy: peak learning rate of what an entry loses for its neighbours.
         lr_other: peak learning rate of all other weights.
         warmup: steps of linear warm-up; a cosine to 5 % follows. Both begin anew after the low-ratio stage.
-        layer_floor: least share of the uniform budget that a layer keeps.
-        probe_queries: learned probe queries a head; 0 for none.
         validation_ratios: ratios of the validation KL.
         gradient_checkpointing: repeat the student's forward of each layer in backward instead of holding what is in it:
             less memory for one more forward. With `lora_scope: all` the prompt's part is held all the same.
@@ -113,8 +111,6 @@ class CalibrationConfig:
     lr_redundancy: float = 0.05
     lr_other: float = 0.01
     warmup: int = 20
-    layer_floor: float = 0.1
-    probe_queries: int = 4
     validation_ratios: tuple[float, ...] = (0.2, 0.05)
     gradient_checkpointing: bool = False
     dtype: Dtype = "float32"

@@ -20,6 +20,7 @@ from acckv.errors import InputError
 from acckv.method.plan import LayerPlan
 from acckv.method.weights import WEIGHT_GROUPS, CalibratedWeights
 from acckv.models import find_adapter, load_model
+from acckv.policies import AccKV
 from acckv.runtime.lora import LoraWeights, lora_config
 from acckv.runtime.session import Session
 from acckv.runtime.simulation import enable_checkpointing
@@ -77,9 +78,8 @@ class CalibrationModule(LightningModule):
         super().__init__()
         self.options = CalibrationConfig(**options)
         self.save_hyperparameters(dict(vars(self.options)))
-        given = {name: vars(self.options)[name] for name in ("when", "layer_floor", "probe_queries")}
-        changed = self.options.compression or {}
-        self.compression = CompressionConfig.preset(self.options.preset, **{**given, "ratio": 0.1, **changed})
+        self.policy = AccKV.preset(self.options.preset, **(self.options.compression or {}))
+        self.compression = CompressionConfig(ratio=0.1, when=self.options.when)
         self.strict_loading = False  # a checkpoint holds what was trained
         self.session: Session | None = None
         self.clip_cache = ClipCache()
@@ -104,7 +104,7 @@ class CalibrationModule(LightningModule):
         adapter = find_adapter(model)
         sizes = adapter.dimensions
         shape = sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"]
-        weights = self.weights_class(*shape, options.probe_queries)
+        weights = self.weights_class(*shape, self.policy.n_probe_queries)
         learned = [name for group in options.trainable for name in WEIGHT_GROUPS[group]]
         for name, weight in weights.named_parameters():
             weight.requires_grad_(name in learned)
@@ -117,7 +117,9 @@ class CalibrationModule(LightningModule):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.model, self.processor = model, processor
-        self.compressor = KVCompressor(self.compression, weights, lora, options.lora_scope, base)
+        self.compressor = KVCompressor(
+            self.policy, **vars(self.compression), weights=weights, lora=lora, lora_scope=options.lora_scope, base=base
+        )
         self.session = self.compressor(model, processor, lora_mode="separate").__enter__()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(".lora_" in name)
@@ -253,8 +255,15 @@ class CalibrationModule(LightningModule):
         low_ratio = None
         if compressor.low_ratio is not None:
             low_ratio = dataclasses.replace(compressor.low_ratio, lora=lora(low_ratio=True))
-        parts = compressor.config, compressor.weights, lora(low_ratio=False), compressor.lora_scope, compressor.base
-        return KVCompressor(*parts, low_ratio=low_ratio)
+        return KVCompressor(
+            compressor.policy,
+            **vars(compressor.config),
+            weights=compressor.weights,
+            lora=lora(low_ratio=False),
+            lora_scope=compressor.lora_scope,
+            base=compressor.base,
+            low_ratio=low_ratio,
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = self._trained()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.data.encoding import encode, question_suffix
 from acckv.data.media import MediaOptions, read_media
 from acckv.data.records import Record
@@ -151,7 +151,7 @@ def label_clips(
     batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
     cut, asked = 0, len(waiting) * len(settings.prompts)
     seen = Progress("answering about clips", len(waiting), "clips")
-    with seen, KVCompressor(CompressionConfig(policy="full"))(model) as session:
+    with seen, KVCompressor("full")(model) as session:
         for media in DataLoader(_Videos(batches, settings.media), batch_size=None, num_workers=num_workers):
             if isinstance(media, InputError):
                 raise media

@@ -13,6 +13,7 @@ from acckv.compressor import KVCompressor
 from acckv.evaluation.results import CALIBRATED, Results
 from acckv.io.files import whole_file
 from acckv.method.weights import CalibratedWeights
+from acckv.policies.acckv import CalibratedAccKV
 from acckv.report.calibration import KeptShares, RunFacts, render_report, write_budget_history
 from acckv.report.plots import plot_budget_history, plot_budgets
 from lightning_modules.calibration.datamodule import AVDataModule
@@ -133,11 +134,12 @@ class CalibrationReport(EndOfCalibration):
 
     @torch.no_grad()
     def _note(self, trainer: Trainer, module: CalibrationModule) -> None:
-        floor = module.compression.layer_floor
+        floor = module.policy.layer_floor
         self.steps.append(trainer.global_step)
         self.temperatures.append(module.schedule.temperature(module.global_step))
-        held = [(cast(CalibratedWeights, module.compressor.planners.at(ratio).weights), ratio) for ratio in self.ratios]
-        self.shares.append(torch.stack([learned_shares(*each, floor) for each in held]).cpu())
+        policies = [cast(CalibratedAccKV, module.compressor.planners.at(ratio).policy) for ratio in self.ratios]
+        shares = [learned_shares(policy.weights, at, floor) for policy, at in zip(policies, self.ratios, strict=True)]
+        self.shares.append(torch.stack(shares).cpu())
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             file = self.path(trainer) / HISTORY_FILE
             write_budget_history(file, self.steps, self.temperatures, self.ratios, self.shares)

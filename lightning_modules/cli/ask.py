@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.data.encoding import encode_context
 from acckv.data.media import MediaOptions, read_media
 from acckv.errors import InputError
@@ -22,8 +22,8 @@ from acckv.evaluation.results import CALIBRATED
 from acckv.evaluation.sizes import Sizes
 from acckv.io.registry import load_plugins
 from acckv.models import load_model
+from acckv.policies import POLICIES, make_policy
 from acckv.runtime.session import Prefill, Session
-from lightning_modules.evaluation.options import POLICIES
 
 _Made = TypeVar("_Made")
 
@@ -88,8 +88,8 @@ class AskOptions(MediaOptions):
             raise InputError(f"{self.max_new_tokens} is less than 1", field="max_new_tokens")
         if self.seed < 0:
             raise InputError(f"{self.seed} is less than 0", field="seed")
-        if self.policy is not None and self.policy not in POLICIES:
-            raise InputError(f"{self.policy!r} is not one of {', '.join(POLICIES)}", field="policy")
+        if self.policy not in (None, CALIBRATED):
+            POLICIES.find(self.policy)
         if self.policy == CALIBRATED and self.compressor is None:
             raise InputError(f"is missing: the export for {CALIBRATED}", field="compressor")
         if self.policy not in (None, CALIBRATED) and self.compressor is not None:
@@ -140,7 +140,7 @@ def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked,
         sizes = Sizes.of(cache)
         return Asked(answer.text, answer.cut, sizes.entries, sizes.kv_bytes, compressing, answering)
 
-    with KVCompressor(CompressionConfig(policy="full"))(model, processor) as session:
+    with KVCompressor("full")(model, processor) as session:
         prefill, prefilling = _timed(lambda: session.prefill(**inputs))
         full = asked(session, prefill, 1.0)
     with compressor(model, processor) as session:
@@ -163,7 +163,7 @@ def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked,
 def _compressor(options: AskOptions) -> KVCompressor:
     name = options.compressor
     if name is None:
-        return KVCompressor(CompressionConfig(policy=options.named_policy, when="context", seed=options.seed))  # type: ignore[arg-type]
+        return KVCompressor(make_policy(options.named_policy).seeded(options.seed))
     if not Path(name).exists() and name.count("/") != 1:
         raise InputError("no such folder", source=name, field="compressor")
     return KVCompressor.from_pretrained(name, when="context")

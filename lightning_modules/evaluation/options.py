@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.benchmarks import Mode
-from acckv.config import PolicyName, When
+from acckv.config import When
 from acckv.errors import InputError
 from acckv.evaluation.results import AUDIO_EVICTED, CALIBRATED, CONTROL, FULL, VIDEO_EVICTED, Setting
 from acckv.io.registry import load_plugins
 from acckv.method.modality import Modality
+from acckv.policies import POLICIES, Policy, Random, make_policy
 from acckv.policies.single_modality import EvictedModality
 from lightning_modules.evaluation.datamodule import EvaluationData, Shard
 
-POLICIES = (*get_args(PolicyName), CALIBRATED)
+
+def known_policies() -> list[str | dict[str, Any]]:
+    """The names of all policies, the calibrated compressor's among them."""
+    return [*POLICIES, CALIBRATED]
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class EvaluationOptions:
     Args:
         model: the AV-LLM: tiny (packaged), a folder or a hub id.
         compressor: export of a calibration, a folder or a hub id; the policy acckv-calibrated.
-        policies: names, separated by commas, of full, random, streaming_llm, h2o, snapkv, pyramidkv, look_m, fastv,
-            madakv, knorm, keydiff, expected_attention, kvzip, acckv and acckv-calibrated.
+        policies: names, separated by commas, or a list of them; all by default. A policy with other options than its
+            defaults is `{class_path: snapkv, init_args: {window_size: 64}}` in the list.
         ratios: kept shares of the audio and video entries, 0 to 1, separated by commas.
         when: compress after the media, before any question is seen (context), or after the whole prompt (prompt).
         limit: measure only this many clips, each with all its questions.
@@ -62,7 +66,7 @@ class EvaluationOptions:
 
     model: str = "tiny"
     compressor: str = "runs/calib/export"
-    policies: list[str] | str = field(default_factory=lambda: list(POLICIES))
+    policies: list[str | dict[str, Any]] | str = field(default_factory=known_policies)
     ratios: list[float] | float | str = field(default_factory=lambda: [1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.0])
     when: When = "context"
     limit: int | None = None
@@ -105,18 +109,25 @@ class EvaluationOptions:
         """The parser that the accuracy is by."""
         return self.score or ("robust" if self.data.benchmark is None else "official")
 
-    def policy_list(self) -> list[str]:
-        """The policies, each once.
+    def policy_list(self) -> dict[str, Policy | None]:
+        """The policies by label, each once; None is the calibrated compressor.
 
         Raises:
-            InputError: an unknown policy.
+            InputError: an unknown policy or option.
         """
-        names = self.policies.split(",") if isinstance(self.policies, str) else self.policies
-        cleaned = [name.strip() for name in names if name.strip()]
-        for name in cleaned:
-            if name not in POLICIES:
-                raise InputError(f"{name!r} is not one of {', '.join(POLICIES)}", field="policies")
-        return list(dict.fromkeys(cleaned))
+        given = self.policies
+        if isinstance(given, str):
+            given = [name.strip() for name in given.split(",") if name.strip()]
+        found: dict[str, Policy | None] = {}
+        for one in given:
+            if one == CALIBRATED:
+                found[CALIBRATED] = None
+            elif isinstance(one, str) and one not in POLICIES:
+                raise InputError(f"{one!r} is not one of {', '.join(POLICIES)}, {CALIBRATED}", field="policies")
+            else:
+                policy = make_policy(one)
+                found[policy.label] = policy.seeded(self.seed)
+        return found
 
     def ratio_list(self) -> list[float]:
         """The ratios, each once, largest first.
@@ -148,26 +159,21 @@ def build_compressors(options: EvaluationOptions) -> dict[Setting, KVCompressor]
         InputError: the export of the calibrated compressor is not usable.
     """
     found: dict[Setting, KVCompressor] = {
-        Setting(FULL, 1.0): KVCompressor(CompressionConfig(policy="full", when=options.when)),
-        Setting(CONTROL, 0.0): KVCompressor(CompressionConfig(policy="random", when=options.when, seed=options.seed)),
-        Setting(AUDIO_EVICTED, 0.0): _control(Modality.AUDIO, options.when),
-        Setting(VIDEO_EVICTED, 0.0): _control(Modality.VIDEO, options.when),
+        Setting(FULL, 1.0): KVCompressor("full", when=options.when),
+        Setting(CONTROL, 0.0): KVCompressor(Random(seed=options.seed), when=options.when),
+        Setting(AUDIO_EVICTED, 0.0): KVCompressor(EvictedModality(Modality.AUDIO), when=options.when),
+        Setting(VIDEO_EVICTED, 0.0): KVCompressor(EvictedModality(Modality.VIDEO), when=options.when),
     }
-    for policy in options.policy_list():
-        if policy == FULL:
-            continue
-        if policy == CALIBRATED:
+    for name, policy in options.policy_list().items():
+        if policy is None:
             compressor = _load_compressor(options)
+        elif policy.keeps_all:
+            continue
         else:
-            compressor = KVCompressor(CompressionConfig(policy=policy, when=options.when, seed=options.seed))  # type: ignore[arg-type]
-        ratios = [ratio for ratio in options.ratio_list() if ratio > 0 or policy == CALIBRATED]
-        found |= {Setting(policy, ratio): compressor for ratio in ratios}
+            compressor = KVCompressor(policy, when=options.when)
+        ratios = [ratio for ratio in options.ratio_list() if ratio > 0 or policy is None]
+        found |= {Setting(name, ratio): compressor for ratio in ratios}
     return found
-
-
-def _control(modality: Modality, when: When) -> KVCompressor:
-    """A compressor that evicts one modality and keeps the other."""
-    return KVCompressor(CompressionConfig(policy="full", when=when), policy=EvictedModality(modality, when))
 
 
 def _load_compressor(options: EvaluationOptions) -> KVCompressor:

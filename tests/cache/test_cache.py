@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor
 from acckv.cache.cache import CompressedCache, adopt, compressed_layers
 from acckv.cache.layer import CompressedLayer
 from acckv.method.plan import LayerPlan
@@ -97,7 +97,7 @@ def test_nothing_kept_in_a_layer(name: str, kept: list[int]) -> None:
     model = family.build()
     question, reference = torch.tensor([[20, 21, 22]]), Reference(model)
     context = family.context(model, intro=())
-    compressor = KVCompressor(CompressionConfig(policy="keydiff", ratio=(sum(kept) + 0.5) / (3 * 14)))
+    compressor = KVCompressor("keydiff", ratio=(sum(kept) + 0.5) / (3 * 14))
     with compressor(model) as session, torch.no_grad():
         cache = session.compress(**context)
         assert [one.physical for one in compressed_layers(cache)] == kept
@@ -136,7 +136,7 @@ def test_a_cache_without_a_config_learns_its_layers() -> None:
     family = FAMILIES["gemma4"]
     model = family.build()
     clip = family.clip(model)
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.3))(model):
+    with KVCompressor("keydiff", ratio=0.3)(model):
         cache = DynamicCache()
         one = model.generate(**clip, cache=cache, max_new_tokens=5, do_sample=False)
         other = model.generate(**clip, max_new_tokens=5, do_sample=False)
@@ -149,7 +149,7 @@ def test_a_dropped_cache_frees_its_memory_at_once() -> None:
     """No ring of references: it must not wait for the garbage collector, which counts objects and not bytes."""
     family = FAMILIES["videollama2"]
     model = family.build()
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.5))(model) as session:
+    with KVCompressor("keydiff", ratio=0.5)(model) as session:
         gc.collect()
         gc.disable()
         try:
@@ -168,7 +168,7 @@ def test_a_dropped_cache_frees_its_memory_at_once() -> None:
 def test_bytes_count_what_is_held() -> None:
     family = FAMILIES["gemma4"]
     model = family.build()
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.5))(model) as session:
+    with KVCompressor("keydiff", ratio=0.5)(model) as session:
         cache: CompressedCache = session.compress(**family.context(model))
     text, kept = cache.get_seq_length() - 14, int(0.5 * 2 * 14)
     full, sliding = 2 * 2 * 32 * 4, 2 * 2 * 16 * 4  # keys and values, heads, head size, bytes

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor
 from acckv.method.heads import join_heads, one_head
 from acckv.method.plan import LayerPlan
 from acckv.method.scoring import Observation
 from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter
 from acckv.planner import Planner
+from acckv.policies import AccKV
 from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
 from acckv.runtime.prefill import Prefill
 from acckv.runtime.simulation import Simulation
@@ -61,14 +62,14 @@ def calibrated(model: Any, rank: int = 2) -> KVCompressor:
     attached = AttachedLora(adapter, settings)
     tensors = {name: 0.1 * torch.randn_like(tensor) for name, tensor in attached.tensors().items()}
     attached.remove()
-    config = CompressionConfig.preset("paper", probe_queries=2)
-    return KVCompressor(config, weights, LoraWeights(settings, tensors), base={"name": "tiny", **sizes})
+    policy, lora = AccKV(n_probe_queries=2), LoraWeights(settings, tensors)
+    return KVCompressor(policy, weights=weights, lora=lora, base={"name": "tiny", **sizes})
 
 
 @pytest.mark.parametrize("preset", ["paper", "context"])
 def test_hard_gates_equal_eviction(built: Built, preset: str) -> None:
     family, model = built
-    compressor = KVCompressor(CompressionConfig.preset(preset, ratio=0.4))
+    compressor = KVCompressor(AccKV.preset(preset), ratio=0.4)
     with compressor(model, Tokenizer()) as session, torch.no_grad():
         prefill = session.prefill(**family.context(model))
         simulated = session.simulate(prefill, session.plan(prefill), **after(session, prefill))
@@ -83,7 +84,7 @@ def test_packed_turns_equal_single_ones(built: Built) -> None:
     """Two questions in one row that do not see each other, by a 4-D mask."""
     family, model = built
     first, second = (20, 21, 22), (23, 24)
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.4))(model) as session, torch.no_grad():
+    with KVCompressor("keydiff", ratio=0.4)(model) as session, torch.no_grad():
         prefill = session.prefill(**family.context(model, frames=3, sounds=9))
         plans = session.plan(prefill)
         alone = [session.simulate(prefill, plans, **after(session, prefill, turn))[0] for turn in (first, second)]
@@ -108,7 +109,7 @@ def test_kept_rows_equal_a_prefill_of_their_own(built: Built, policy: Any) -> No
     """A clip's prefill, kept by itself and stacked beside a longer clip's, is the batch's."""
     family, model = built
     long, short = family.context(model, frames=3, sounds=9), family.context(model, seed=1)
-    with KVCompressor(CompressionConfig(policy=policy, ratio=0.4))(model, Tokenizer()) as session, torch.no_grad():
+    with KVCompressor(policy, ratio=0.4)(model, Tokenizer()) as session, torch.no_grad():
         if session.adapter.has_windows:
             with pytest.raises(InputError, match="cannot be kept by row"):
                 session.prefill(**long).rows()
@@ -198,8 +199,8 @@ def test_a_calibrated_stream_stays_within_its_budget(built: Built, preset: str) 
     weights = calibrated(model).weights
     chunk = family.context(model, frames=1, sounds=3, intro=())
     for options in ({}, {"share_heads": True}):
-        config = CompressionConfig.preset(preset, probe_queries=2, budget=4, **options)
-        with KVCompressor(config, weights)(model, Tokenizer()) as session:
+        policy = AccKV.preset(preset, n_probe_queries=2, **options)
+        with KVCompressor(policy, budget=4, weights=weights)(model, Tokenizer()) as session:
             cache = session.extend(chunk, session.extend(chunk, session.extend(chunk)))
         assert cache.kept_entries().sum() == 4 * family.layers
 
@@ -207,11 +208,11 @@ def test_a_calibrated_stream_stays_within_its_budget(built: Built, preset: str) 
 @pytest.mark.parametrize("preset", ["paper", "context"])
 def test_a_head_alone_is_planned_as_beside_the_others(built: Built, preset: str) -> None:
     family, model = built
-    config = CompressionConfig.preset(preset, probe_queries=2, neighbours=2)
-    compressor = KVCompressor(config, calibrated(model).weights)
+    policy = AccKV.preset(preset, n_probe_queries=2, n_neighbours=2)
+    compressor = KVCompressor(policy, weights=calibrated(model).weights)
     with compressor(model, Tokenizer()) as session, torch.no_grad():
         prefill = session.prefill(**family.context(model, frames=3, sounds=9))
-        seen = (prefill.probes if config.observes_attention else prefill.observations)[1]
+        seen = (prefill.probes if policy.observes_attention else prefill.observations)[1]
     labels = prefill.labels
 
     def plan(planner: Planner, seen: Observation) -> LayerPlan:

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.data.synthetic.clips import write_clips
 from acckv.errors import InputError
 from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter, load_model
+from acckv.policies import AccKV
 from lightning_modules.cli.errors import BAD_INPUT, one_line, parser_error, run_cli
 from tests.paths import ROOT
 
@@ -37,8 +38,8 @@ def export(tmp_path_factory) -> Path:
     sizes = find_adapter(model).dimensions
     weights = CalibratedWeights(sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], 4)
     folder = tmp_path_factory.mktemp("calib") / "export"
-    config = CompressionConfig.preset("context", probe_queries=4)
-    KVCompressor(config, weights, base={"name": "tiny", **sizes}).save_pretrained(folder)
+    compressor = KVCompressor(AccKV.preset("context"), weights=weights, base={"name": "tiny", **sizes})
+    compressor.save_pretrained(folder)
     return folder
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.video_utils import VideoMetadata
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.data.encoding import encode, encode_context, encode_media, question_suffix
 from acckv.errors import InputError
 from acckv.models import find_adapter, load_model
@@ -125,7 +125,7 @@ def test_a_session_answers_as_the_plain_model(loaded: tuple[Any, Any]) -> None:
     options = {"max_new_tokens": 6, "do_sample": False}
     whole = encode(processor, [clip(2)], QUESTIONS[:1])
     plain = model.generate(**whole, **options)[:, whole["input_ids"].shape[1] :]
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=1.0))(model, processor) as session:
+    with KVCompressor("keydiff", ratio=1.0)(model, processor) as session:
         cache = session.compress(**encode_context(processor, clip(2)))
         kept = session.answer(cache, question_suffix(processor, QUESTIONS[0])[None], **options)
         cache = session.extend(encode_media(processor, clip(1, 5)), cache, ratio=0.5)

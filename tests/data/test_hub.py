@@ -18,12 +18,13 @@ import pytest
 from huggingface_hub import constants
 from pyarrow import parquet
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor
 from acckv.benchmarks import load_benchmark
 from acckv.data.records import Record
 from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter, load_model
 from acckv.models.loading import TINY_MODEL
+from acckv.policies import AccKV
 from tests import checkpoints
 from tests.paths import FIXTURES
 
@@ -64,7 +65,7 @@ def test_hub_ids_are_resolved(tmp_path: Path, cache: Path) -> None:
     model, _ = load_model("tiny")
     sizes = find_adapter(model).dimensions
     weights = CalibratedWeights(sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], 4)
-    compressor = KVCompressor(CompressionConfig.preset("context"), weights, base={"name": "tiny", **sizes})
+    compressor = KVCompressor(AccKV.preset("context"), weights=weights, base={"name": "tiny", **sizes})
     compressor.save_pretrained(tmp_path / "export")
     decoder = checkpoints.decoder(tmp_path / "decoder")
     put(cache, "org/tiny-av-llm", TINY_MODEL)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.benchmarks import load_benchmark
 from acckv.data.encoding import encode
 from acckv.data.media import MediaOptions, read_media
@@ -118,8 +118,7 @@ def test_precomputed_embeddings_take_no_options_of_reading() -> None:
 def test_the_plug_in_takes_system_messages_and_limits(folder: Path, tiny: tuple[Any, Any], tmp_path: Path) -> None:
     clip, limit = (ClipRef(folder / "a.mp4"),), Generation(max_new_tokens=8)
     for when in ("context", "prompt"):
-        config = CompressionConfig(policy="full", when=when)  # type: ignore[arg-type]
-        answerer = Answerer(*tiny, KVCompressor(config), media=MediaOptions(max_frames=4))
+        answerer = Answerer(*tiny, KVCompressor("full", when=when), media=MediaOptions(max_frames=4))
         for system in (SYSTEM, None, OTHER):  # a cache is kept of a clip after one system prompt alone
             expected = plain(tiny, folder / "a.mp4", system, 8, max_frames=4)
             assert answerer.answer(clip, [QUESTION], limit, system) == [expected]

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.data.encoding import encode, encode_context, encode_media, question_suffix
 from acckv.data.precomputed import load_precomputed, read_precomputed_clip, write_precomputed_clip
 from acckv.errors import InputError
@@ -168,7 +168,7 @@ def test_a_session_answers_as_the_plain_decoder(loaded: tuple[Any, TextProcessor
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     whole = encode(processor, [clip], [QUESTION])
     plain = model.generate(inputs_embeds=whole["inputs_embeds"], attention_mask=whole["attention_mask"], **options)
-    with KVCompressor(CompressionConfig(policy="snapkv", ratio=1.0))(model, processor) as session:
+    with KVCompressor("snapkv", ratio=1.0)(model, processor) as session:
         cache = session.compress(**encode_context(processor, clip))
         assert torch.equal(session.answer(cache, question_suffix(processor, QUESTION)[None], **options), plain)
         cache = session.compress(**encode_context(processor, clip), ratio=0.4)

@@ -144,7 +144,7 @@ class SyncsByStep(Callback):
 def test_no_step_waits_for_the_device_to_log(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing reads a number between the steps that are logged but a bar, once a second."""
     data = AVDataModule(train_clips=2, validation_clips=1, batch_size=2, questions_per_clip=1, cache_dir=str(clips))
-    module = CalibrationModule(lora_targets=("q_proj",), probe_queries=0)
+    module = CalibrationModule(lora_targets=("q_proj",), compression={"n_probe_queries": 0})
     with simulated_training(monkeypatch, "/lightning") as accelerator:
         monkeypatch.setattr("lightning_modules.calibration.progress.time.monotonic", lambda: 0.0)
         counted = SyncsByStep(accelerator)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.benchmarks.answers import answer_vocabulary, question_groups, score_answer
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
 from acckv.data.encoding import encode
@@ -22,6 +22,7 @@ from acckv.evaluation.results import Results, read_results
 from acckv.evaluation.timeline import load_timelines
 from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter, load_model
+from acckv.policies import AccKV
 from acckv.report.run_record import read_run
 from lightning_modules.evaluation.datamodule import EvaluationData
 from lightning_modules.evaluation.options import EvaluationOptions, build_compressors
@@ -63,8 +64,8 @@ def export(tmp_path_factory, tiny) -> Path:
         for parameter in weights.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     folder = tmp_path_factory.mktemp("calib") / "export"
-    config = CompressionConfig.preset("context", probe_queries=4)
-    KVCompressor(config, weights, base={"name": "tiny", **sizes}).save_pretrained(folder)
+    compressor = KVCompressor(AccKV.preset("context"), weights=weights, base={"name": "tiny", **sizes})
+    compressor.save_pretrained(folder)
     return folder
 
 
@@ -133,7 +134,7 @@ def test_a_compressed_cache_answers_as_generate_inside_the_context(evaluated, qu
     records = load_music_avqa(question_file, question_file.parent / "videos")
     for record in [records[0], records[6], records[-1]]:
         inputs = encode(processor, [read_media(record.video)], [record.question])
-        with KVCompressor(CompressionConfig(policy="snapkv", when="context", ratio=0.2))(model, processor):
+        with KVCompressor("snapkv", when="context", ratio=0.2)(model, processor):
             out = model.generate(**inputs, max_new_tokens=4 if record.protocol == "word" else 8, do_sample=False)
         text = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         assert lines[record.id]["prediction"] == text
@@ -278,7 +279,7 @@ def test_when_prompt_answers_as_generate_inside_the_context(policy, after_the_pr
     assert len(records) == 12
     for record in records[::3]:
         inputs = encode(processor, [read_media(record.video)], [record.question])
-        with KVCompressor(CompressionConfig(policy=policy, when="prompt", ratio=0.1))(model, processor):
+        with KVCompressor(policy, when="prompt", ratio=0.1)(model, processor):
             out = model.generate(**inputs, max_new_tokens=4 if record.protocol == "word" else 8, do_sample=False)
         text = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         assert lines[record.id]["prediction"] == text
@@ -296,4 +297,4 @@ def test_generated_clips_are_the_default(tmp_path) -> None:
 def test_ratios_in_any_spelling(given) -> None:
     assert EvaluationOptions(ratios=given).ratio_list() == [0.5, 0.2]
     assert EvaluationOptions(ratios=0.3).ratio_list() == [0.3]
-    assert EvaluationOptions(policies="snapkv, full,snapkv").policy_list() == ["snapkv", "full"]
+    assert list(EvaluationOptions(policies="snapkv, full,snapkv").policy_list()) == ["snapkv", "full"]

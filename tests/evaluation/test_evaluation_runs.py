@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.benchmarks import judge, load_benchmark
 from acckv.benchmarks.judging import ALL_OFFICIAL, ALL_ROBUST
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
@@ -351,7 +351,7 @@ def test_ask_gives_what_generate_gives(benchmark: Path) -> None:
         return processor.tokenizer.decode(new, skip_special_tokens=True).strip()
 
     assert full.text == generated() == record.answer
-    with KVCompressor(CompressionConfig(policy="snapkv", when="context", ratio=0.1))(model, processor):
+    with KVCompressor("snapkv", when="context", ratio=0.1)(model, processor):
         assert compressed.text == generated()
     assert full.entries == 272 and 26 <= compressed.entries <= 27.2
     text = console.file.getvalue()  # type: ignore[attr-defined]

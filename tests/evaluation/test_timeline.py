@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor
 from acckv.cache.cache import compressed_layers
 from acckv.data.encoding import encode_context, question_suffix
 from acckv.data.media import read_media
@@ -34,8 +34,8 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Media:
 @pytest.mark.parametrize("policy", ["keydiff", "snapkv", "acckv"])
 def test_recorded_entries_are_those_of_the_cache(policy: str, tiny, media: Media) -> None:
     model, processor = tiny
-    compressor = KVCompressor(CompressionConfig(policy=policy))  # type: ignore[arg-type]
-    inputs, full = encode_context(processor, media), KVCompressor(CompressionConfig(policy="full"))
+    compressor = KVCompressor(policy)
+    inputs, full = encode_context(processor, media), KVCompressor("full")
     ((video, audio, heads),) = measure_kept(
         inputs, lambda: full(model, processor), [(lambda: compressor(model, processor), 0.2)]
     )
@@ -60,7 +60,7 @@ def test_recorded_entries_are_those_of_the_cache(policy: str, tiny, media: Media
 def test_control_evicts_one_modality_and_nothing_else(modality: Modality, tiny, media: Media) -> None:
     model, processor = tiny
     inputs = encode_context(processor, media)
-    control = KVCompressor(CompressionConfig(policy="full"), policy=EvictedModality(modality))
+    control = KVCompressor("full", policy=EvictedModality(modality))
     with control(model, processor) as session:
         prefill = session.prefill(**inputs)
         caches = [session.compress(prefill, 0.0), session.compress(**inputs)]

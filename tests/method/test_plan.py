@@ -14,7 +14,6 @@ from acckv.method.plan import (
     LayerScore,
     MergedInto,
     MergeRule,
-    hard_topk,
     plan_layer,
     soft_topk,
 )
@@ -84,7 +83,7 @@ def slow_aligned(
 def test_alignment_of_a_layer(seed: int, rule: AlignmentRule) -> None:
     score, seen, labels = layer(seed)
     budgets = torch.tensor([[2, 3], [4, 1]])
-    plan = plan_layer(score, seen, labels, budgets, hard_topk, align=rule)
+    plan = plan_layer(score, seen, labels, budgets, align=rule)
     for row, kinds in enumerate(LABELS.tolist()):
         text = {entry for entry, kind in enumerate(kinds) if kind == 0}
         for head in range(KV_HEADS):
@@ -101,7 +100,7 @@ def test_soft_alignment_of_a_layer(shared: bool) -> None:
     score = LayerScore(score.score[:, :heads], score.modality_shares)
     rule, soft = AlignmentRule(torch.tensor(0.1), weight=0.7, softness=0.2), soft_topk(0.3)
     budgets = torch.tensor([[2.0, 3.0], [3.5, 1.0]])
-    plan = plan_layer(score, seen, labels, budgets, soft, align=rule)
+    plan = plan_layer(score, seen, labels, budgets, 0.3, align=rule)
     for row, kinds in enumerate(LABELS):
         first = int(score.modality_shares[row].argmax())
         high, low = kinds == first + 1, kinds == 2 - first
@@ -128,7 +127,7 @@ def test_heads_that_share_a_score_align_by_their_mean() -> None:
     score, seen, labels = layer(0)
     shared = LayerScore(score.score[:, :1], score.modality_shares)
     rule = AlignmentRule(9.0, weight=2.0, drop=False)
-    plan = plan_layer(shared, seen, labels, torch.tensor([[2, 3], [4, 1]]), hard_topk, align=rule)
+    plan = plan_layer(shared, seen, labels, torch.tensor([[2, 3], [4, 1]]), align=rule)
     assert plan.log_gates.shape == (2, 1, 10)
     high = best({entry: float(score.score[0, 0, entry]) for entry in (1, 2, 3, 9)}, 2)
     moved = {}
@@ -144,7 +143,7 @@ def test_a_merged_entry_takes_a_place_of_two_or_more(split: list[int]) -> None:
     """It is the mean of what its modality loses, with the gain of its head; nothing is merged where all is kept."""
     score, seen, labels = layer(1)
     bias, gain = torch.tensor([[0.1, 0.2], [0.3, 0.4]]), torch.tensor([[0.5, -0.5], [1.0, 0.0]])
-    plan = plan_layer(score, seen, labels, torch.tensor([split, split]), hard_topk, MergeRule(bias, gain))
+    plan = plan_layer(score, seen, labels, torch.tensor([split, split]), None, MergeRule(bias, gain))
     assert torch.equal(plan.merged_bias, bias.expand(2, -1, -1))
     for row, kinds in enumerate(LABELS.tolist()):
         for head in range(KV_HEADS):
@@ -234,7 +233,7 @@ def test_entries_keep_the_type_of_the_cache() -> None:
     """Weights are float32, a cache may be half: what is merged is computed in the one and held in the other."""
     score, seen, labels = layer(2)
     half = Observation(**vars(seen) | {"keys": seen.keys.half(), "values": seen.values.half()})
-    plan = plan_layer(score, half, labels, torch.tensor([[2, 3], [2, 3]]), hard_topk, MergeRule())
+    plan = plan_layer(score, half, labels, torch.tensor([[2, 3], [2, 3]]), None, MergeRule())
     assert plan.merged_keys.dtype == plan.merged_values.dtype == torch.float16
     wide = LayerPlan(plan.log_gates, plan.merged_keys.float(), plan.merged_values.float(), plan.merged_bias)
     keys, values, _ = wide.apply(half.keys, half.values)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor
 from acckv.models import Family, GenericAdapter, ModelAdapter, find_adapter, load_model, loading
 from tests.families import FAMILIES, TEXT
 
@@ -122,7 +122,7 @@ def test_modality_ids_are_checked(modality_ids: Any, message: str) -> None:
     family = FAMILIES["avicuna"]
     model = family.build()
     inputs = {**family.clip(model), "modality_ids": modality_ids}
-    with KVCompressor(CompressionConfig(policy="keydiff"))(model), pytest.raises(InputError, match=message):
+    with KVCompressor("keydiff")(model), pytest.raises(InputError, match=message):
         model.generate(**inputs, max_new_tokens=2)
 
 

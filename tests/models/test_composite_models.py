@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor
 from acckv.cache.cache import compressed_layers
 from acckv.models import find_adapter
 from acckv.models.qwen_vl import Qwen3VLAdapter, QwenVLAdapter
@@ -91,7 +91,7 @@ def test_qwen_vl_equals_masked_full_attention(vl: Any, when: Any) -> None:
     family, model = vl
     inputs, reference = family.clip(model), Reference(model)
     assert isinstance(find_adapter(model), Qwen3VLAdapter if family.name == "Qwen3VL" else QwenVLAdapter)
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.4, when=when))(model) as session:
+    with KVCompressor("keydiff", ratio=0.4, when=when)(model) as session:
         tokens, logits = generate(model, inputs)
         reference.read(inputs, session.last_cache)
         assert session.last_cache.kept_entries().sum() == int(0.4 * 3 * 8)
@@ -108,7 +108,7 @@ def test_qwen_vl_equals_masked_full_attention(vl: Any, when: Any) -> None:
 def test_qwen_vl_compresses_once_for_several_questions(vl: Any) -> None:
     """By the session's own methods, which compute positions themselves; chunks of a stream join to the whole."""
     family, model = vl
-    compressor = KVCompressor(CompressionConfig(policy="keydiff", ratio=0.4, when="context"))
+    compressor = KVCompressor("keydiff", ratio=0.4, when="context")
     with compressor(model) as session:
         cache = session.compress(**family.context(model))
         kept = session.compress(session.prefill(**family.context(model)))
@@ -140,7 +140,7 @@ def llava() -> tuple[Any, dict[str, Any]]:
 def test_a_composite_model_without_adapter_labels_by_its_config() -> None:
     model, inputs = llava()
     reference = Reference(model)
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.4))(model) as session:
+    with KVCompressor("keydiff", ratio=0.4)(model) as session:
         tokens, logits = generate(model, inputs)
         reference.read(inputs, session.last_cache)
         assert session.last_cache.labels.media.equal(inputs["input_ids"] == IMAGE)
@@ -168,7 +168,7 @@ def test_a_plain_decoder_takes_token_ids_and_modality_ids() -> None:
     kinds[:, 3:18] = 2
     with torch.no_grad():
         embeds = model.get_input_embeddings()(ids)
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.3))(model) as session:
+    with KVCompressor("keydiff", ratio=0.3)(model) as session:
         by_ids, _ = generate(model, {"input_ids": ids, "modality_ids": kinds})
         held = [layer.keys for layer in compressed_layers(session.compress(input_ids=ids, modality_ids=kinds))]
         by_embeds, _ = generate(model, {"inputs_embeds": embeds, "modality_ids": kinds})
@@ -190,6 +190,6 @@ def test_media_that_see_each_other_are_refused_where_no_adapter_knows_them() -> 
     model = transformers.Gemma3ForConditionalGeneration._from_config(config).eval()
     ids = torch.tensor([[2, 10, *[IMAGE] * 4, 20, 21]])
     inputs = {"input_ids": ids, "token_type_ids": (ids == IMAGE).long(), "pixel_values": torch.randn(1, 3, 16, 16)}
-    session = KVCompressor(CompressionConfig(policy="keydiff", ratio=0.3))(model)
+    session = KVCompressor("keydiff", ratio=0.3)(model)
     with session, pytest.raises(InputError, match="lets tokens of its media see later ones"):
         model.generate(**inputs, max_new_tokens=2)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor, policies
 from acckv.cache.cache import compressed_layers
-from acckv.config import PolicyName
 from acckv.models import find_adapter
 from tests.families import FAMILIES, Family, Tokenizer
 from tests.pairwise import by_turns
@@ -27,7 +26,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 #: Its end occurs in it before, so that prompt lookup guesses from the first step on.
 ECHO = (20, 21, 22, 23, 20, 21)
-POLICIES = [name for name in get_args(PolicyName) if name != "full"]
+POLICIES = [name for name in policies.POLICIES if name != "full"]
 ATTENTION, WHEN = ["sdpa", "eager"], ["context", "prompt"]
 
 Built = tuple[Family, Any]
@@ -79,7 +78,7 @@ def test_generation_equals_masked_full_attention(built: Built, mode: str, when: 
     """Heads keep different entries."""
     family, model = built
     inputs, reference = family.clip(model, ECHO), Reference(model)
-    compressor = KVCompressor(CompressionConfig(policy="keydiff", when=when, ratio=0.4))
+    compressor = KVCompressor("keydiff", when=when, ratio=0.4)
     with compressor(model) as session:
         tokens, logits = generate(model, inputs, **MODES[mode])
     reference.read(inputs, session.last_cache)
@@ -98,10 +97,10 @@ def test_ratio_one_is_the_plain_model_and_nothing_stays(sdpa: Built, when: Any) 
     inputs = family.clip(model)
     expected, expected_logits = generate(model, plain(inputs), **GREEDY)
     before = fingerprint(model)
-    with KVCompressor(CompressionConfig(when=when, ratio=1.0))(model, Tokenizer()):
+    with KVCompressor(when=when, ratio=1.0)(model, Tokenizer()):
         tokens, logits = generate(model, inputs, **GREEDY)
     assert torch.equal(tokens, expected) and torch.equal(logits, expected_logits)
-    with KVCompressor(CompressionConfig(when=when, ratio=0.2))(model, Tokenizer()):
+    with KVCompressor(when=when, ratio=0.2)(model, Tokenizer()):
         generate(model, inputs, **GREEDY)
     assert fingerprint(model) == before
     again, again_logits = generate(model, plain(inputs), **GREEDY)
@@ -119,7 +118,7 @@ def test_a_prompt_itself_sees_everything(built: Built, argument: str) -> None:
     inputs = family.clip(model)
     with torch.no_grad():
         expected = model(**plain(inputs), use_cache=False).logits
-        with KVCompressor(CompressionConfig(policy="keydiff", when="prompt", ratio=0.2))(model):
+        with KVCompressor("keydiff", when="prompt", ratio=0.2)(model):
             cache = DynamicCache(config=model.config.get_text_config())
             found = model(**inputs, **{argument: cache}).logits
     assert compressed_layers(cache)[0].physical < found.shape[1] - 8
@@ -139,7 +138,7 @@ def test_left_padded_batch_equals_single_rows(built: Built, policy: str, when: A
         family.clip(model, (25,), seed=2, frames=3, sounds=4, intro=(2, 10, 11, 12, 13, 14)),
         family.clip(model, (26, 27, 28, 29, 30), seed=3, frames=1, sounds=8, intro=(2,)),
     ]
-    with KVCompressor(CompressionConfig(policy=policy, when=when, ratio=0.35))(model, Tokenizer()):
+    with KVCompressor(policy, when=when, ratio=0.35)(model, Tokenizer()):
         single = [generate(model, row, **GREEDY) for row in rows]
         tokens, logits = generate(model, family.collate(rows), **GREEDY)
     for row, (expected_tokens, expected) in enumerate(single):
@@ -162,7 +161,7 @@ def test_half_precision(sdpa: Built, dtype: Any) -> None:
     for seed in range(4):
         inputs, half = family.clip(model, seed=seed), Reference(model)
         wide = {name: x.float() if torch.is_tensor(x) and x.dtype == dtype else x for name, x in inputs.items()}
-        with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.4))(model) as session:
+        with KVCompressor("keydiff", ratio=0.4)(model) as session:
             _, logits = generate(model, inputs, **one)
         half.read(inputs, session.last_cache)
         with Reference(exact, half.evictions).hiding() as full:
@@ -178,7 +177,7 @@ def test_half_precision(sdpa: Built, dtype: Any) -> None:
 @pytest.mark.parametrize("policy", ["streaming_llm", "acckv"])
 def test_budget_is_exact_over_the_layers_that_it_counts(sdpa: Built, policy: str, ratio: float) -> None:
     family, model = sdpa
-    with KVCompressor(CompressionConfig(policy=policy, ratio=ratio))(model, Tokenizer()) as session:
+    with KVCompressor(policy, ratio=ratio)(model, Tokenizer()) as session:
         cache = session.compress(**family.context(model))
     layers = compressed_layers(cache)
     assert len(layers) == family.layers
@@ -192,7 +191,7 @@ def test_evicting_while_prefilling_keeps_what_a_shared_prefill_keeps(sdpa: Built
     """Every policy on every family: layer by layer, from embeddings kept apart, and all layers together."""
     family, model = sdpa
     inputs = family.clip(model) if when == "prompt" else family.context(model)
-    with KVCompressor(CompressionConfig(policy=policy, when=when, ratio=0.3))(model, Tokenizer()) as session:
+    with KVCompressor(policy, when=when, ratio=0.3)(model, Tokenizer()) as session:
         prefill = session.prefill(**inputs)
         expected, own = session.compress(prefill), session.compress(**inputs)
         again = session.compress(session.prefill(type(prefill.embedded).stack(prefill.embedded.unstack())))

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.errors import InputError
 from acckv.method.rotary import RotaryLayout, rotate, unrotate
 from tests.families import FAMILIES, TEXT
@@ -28,7 +28,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "Ernie4_5": {"head_dim": 16},
     "SmolLM3": {"num_hidden_layers": 4},  # none in each fourth layer
 }
-EXPECTED = KVCompressor(CompressionConfig(policy="expected_attention", ratio=0.4))
+EXPECTED = KVCompressor("expected_attention", ratio=0.4)
 
 
 def decoder(name: str) -> Any:

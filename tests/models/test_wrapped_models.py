@@ -10,14 +10,14 @@ import torch
 import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor
 from acckv.models import find_adapter
 from acckv.runtime.lora import LoraWeights, lora_config
 from tests.families import FAMILIES
 from tests.reference import Reference
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
-KEYDIFF = CompressionConfig(policy="keydiff", ratio=0.3)
+KEYDIFF: dict[str, Any] = {"policy": "keydiff", "ratio": 0.3}
 
 
 def tokens_and_logits(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,7 +31,7 @@ def test_the_adapter_of_a_wrapped_model_goes_on_acting() -> None:
     inputs = family.clip(plain)
     wrapped = get_peft_model(plain, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     reference = Reference(wrapped)
-    with KVCompressor(KEYDIFF)(wrapped) as session:
+    with KVCompressor(**KEYDIFF)(wrapped) as session:
         tokens, logits = tokens_and_logits(wrapped, inputs)
         reference.read(inputs, session.last_cache)
         again, _ = tokens_and_logits(session.model, inputs)
@@ -48,7 +48,7 @@ def test_lora_of_ones_own_beside_that_of_an_export_is_refused() -> None:
     """Both would act at once, and the export was calibrated without; merged into the weights it is part of the base."""
     model = FAMILIES["videollama2"].build()
     config = lora_config(find_adapter(model), 2, 4, ("q_proj",), "base")
-    compressor = KVCompressor(KEYDIFF, lora=LoraWeights(config, {}))
+    compressor = KVCompressor(**KEYDIFF, lora=LoraWeights(config, {}))
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(InputError, match="already carries a peft adapter; merge or unload it first"):
         compressor(wrapped).__enter__()
@@ -61,7 +61,7 @@ def test_prompt_learning_is_refused() -> None:
     model = FAMILIES["videollama2"].build()
     wrapped = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(InputError, match="PROMPT_TUNING adds entries to the cache that no modality names"):
-        KVCompressor(KEYDIFF)(wrapped)
+        KVCompressor(**KEYDIFF)(wrapped)
 
 
 def full_omni(name: str, thinker: Any) -> Any:
@@ -86,10 +86,10 @@ def test_the_thinker_of_a_full_model_is_compressed(name: str) -> None:
     inputs = family.clip(thinker)
     full = full_omni(name, thinker)
     only_text = {"generation_mode": "text"} if name == "qwen2_5_omni" else {"return_audio": False}
-    with KVCompressor(KEYDIFF)(thinker) as session:
+    with KVCompressor(**KEYDIFF)(thinker) as session:
         expected = thinker.generate(**inputs, **GREEDY)
         held = [layer.physical for layer in session.last_cache.layers]
-    with KVCompressor(KEYDIFF)(full) as session:
+    with KVCompressor(**KEYDIFF)(full) as session:
         answer = full.generate(
             **inputs, **only_text, thinker_max_new_tokens=5, thinker_do_sample=False, thinker_eos_token_id=None
         )

@@ -20,13 +20,14 @@ from lmms_eval.models.registry_v2 import ModelRegistryV2
 from lmms_eval.tasks import TaskManager
 from rich.console import Console
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.data.media import read_media
 from acckv.errors import InputError
 from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter, load_model
 from acckv.plugins.lmms_eval import Acckv, AcckvSimple
 from acckv.plugins.lmms_manifest import manifest
+from acckv.policies import AccKV
 from benchmarks.lmms_eval.prepare import FOLDER, prepare
 from lightning_modules.evaluation.datamodule import EvaluationData
 from lightning_modules.evaluation.options import EvaluationOptions
@@ -47,8 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in weights.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    config = CompressionConfig.preset("context", probe_queries=4)
-    KVCompressor(config, weights, base={"name": "tiny", **sizes}).save_pretrained(folder / "export")
+    compressor = KVCompressor(AccKV.preset("context"), weights=weights, base={"name": "tiny", **sizes})
+    compressor.save_pretrained(folder / "export")
     return folder
 
 

@@ -12,7 +12,8 @@ import PIL.Image
 import pytest
 import torch
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
+from acckv.config import CompressionConfig
 from acckv.data.encoding import encode
 from acckv.data.media import read_media
 from acckv.data.synthetic.clips import video_folder, write_clips
@@ -26,9 +27,9 @@ from tests.paths import FIXTURES
 QUESTIONS = ["What colour was the circle?", "Which sound came after the beep?", "List the shapes in order."]
 GREEDY = Generation(max_new_tokens=8)
 COMPRESSORS = [
-    CompressionConfig(policy="full"),
-    CompressionConfig(policy="keydiff", ratio=0.2),
-    CompressionConfig(policy="snapkv", ratio=0.2, when="prompt"),
+    KVCompressor("full"),
+    KVCompressor("keydiff", ratio=0.2),
+    KVCompressor("snapkv", ratio=0.2, when="prompt"),
 ]
 
 
@@ -162,28 +163,32 @@ def test_an_answer_ends_at_the_first_of_the_texts_that_end_it() -> None:
 # ------------------------------------------------------------------ answers
 
 
-def plain(tiny: tuple[Any, Any], config: CompressionConfig, clip: Clip, question: str, **options: Any) -> Any:
+def plain(tiny: tuple[Any, Any], compressor: KVCompressor, clip: Clip, question: str, **options: Any) -> Any:
     """`generate` as the README shows it: the new tokens' text, their ids, and the logits before each."""
     model, processor = tiny
     inputs = encode(processor, [read_media(clip[0].path)], [question])
-    with KVCompressor(config)(model, processor):
+    with compressor(model, processor):
         out = model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **options)
     ids = out.sequences[0, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip(), ids, torch.cat(out.logits)
 
 
-@pytest.mark.parametrize("config", COMPRESSORS[1:], ids=lambda config: f"{config.policy}-{config.when}")
-def test_answers_are_those_of_generate(tiny: tuple[Any, Any], clips: list[Clip], config: CompressionConfig) -> None:
-    answerer = Answerer(*tiny, KVCompressor(config))
-    expected = [[plain(tiny, config, clip, question, max_new_tokens=8)[0] for question in QUESTIONS] for clip in clips]
+@pytest.mark.parametrize(
+    "compressor", COMPRESSORS[1:], ids=lambda compressor: f"{compressor.name}-{compressor.config.when}"
+)
+def test_answers_are_those_of_generate(tiny: tuple[Any, Any], clips: list[Clip], compressor: KVCompressor) -> None:
+    answerer = Answerer(*tiny, compressor)
+    expected = [
+        [plain(tiny, compressor, clip, question, max_new_tokens=8)[0] for question in QUESTIONS] for clip in clips
+    ]
     assert [answerer.answer(clip, QUESTIONS, GREEDY) for clip in clips] == expected
     assert [answerer.answer(clips[0], [question], GREEDY)[0] for question in QUESTIONS] == expected[0]
     assert len({answer for answers in expected for answer in answers}) > 2
-    assert answerer.sizes.ratio == pytest.approx(config.ratio, abs=0.01)
+    assert answerer.sizes.ratio == pytest.approx(compressor.config.ratio, abs=0.01)
 
 
 def test_a_clip_is_compressed_once(tiny: tuple[Any, Any], clips: list[Clip]) -> None:
-    answerer = Answerer(*tiny, KVCompressor(COMPRESSORS[1]))
+    answerer = Answerer(*tiny, COMPRESSORS[1])
     answerer.answer(clips[0], QUESTIONS[:2], GREEDY)
     once = answerer.sizes
     answerer.answer(clips[0], QUESTIONS[2:], GREEDY)
@@ -194,27 +199,29 @@ def test_a_clip_is_compressed_once(tiny: tuple[Any, Any], clips: list[Clip]) -> 
 
 
 def test_beams_and_samples_are_those_of_generate(tiny: tuple[Any, Any], clips: list[Clip]) -> None:
-    config, question = COMPRESSORS[1], QUESTIONS[2]
-    answerer = Answerer(*tiny, KVCompressor(config))
+    compressor, question = COMPRESSORS[1], QUESTIONS[2]
+    answerer = Answerer(*tiny, compressor)
     beams = Generation(max_new_tokens=8, num_beams=3)
     assert (
         answerer.answer(clips[0], [question], beams)[0]
-        == plain(tiny, config, clips[0], question, max_new_tokens=8, num_beams=3, do_sample=False)[0]
+        == plain(tiny, compressor, clips[0], question, max_new_tokens=8, num_beams=3, do_sample=False)[0]
     )
     hot = Generation(max_new_tokens=8, do_sample=True, temperature=3.0)
     torch.manual_seed(0)
     sampled = answerer.answer(clips[0], [question], hot)[0]
     torch.manual_seed(0)
-    assert sampled == plain(tiny, config, clips[0], question, max_new_tokens=8, do_sample=True, temperature=3.0)[0]
+    assert sampled == plain(tiny, compressor, clips[0], question, max_new_tokens=8, do_sample=True, temperature=3.0)[0]
     assert sampled != answerer.answer(clips[0], [question], GREEDY)[0]
 
 
-@pytest.mark.parametrize("config", COMPRESSORS[1:], ids=lambda config: f"{config.policy}-{config.when}")
+@pytest.mark.parametrize(
+    "compressor", COMPRESSORS[1:], ids=lambda compressor: f"{compressor.name}-{compressor.config.when}"
+)
 def test_losses_are_those_of_generated_tokens(
-    tiny: tuple[Any, Any], clips: list[Clip], config: CompressionConfig
+    tiny: tuple[Any, Any], clips: list[Clip], compressor: KVCompressor
 ) -> None:
-    answerer = Answerer(*tiny, KVCompressor(config))
-    answer, ids, logits = plain(tiny, config, clips[0], QUESTIONS[2], max_new_tokens=5)
+    answerer = Answerer(*tiny, compressor)
+    answer, ids, logits = plain(tiny, compressor, clips[0], QUESTIONS[2], max_new_tokens=5)
     loss = float(torch.nn.functional.cross_entropy(logits, ids))
     found = answerer.losses(clips[0], QUESTIONS[2], ["red", answer, "ring low"])
     assert found[1] == (pytest.approx(loss, abs=1e-4), True)
@@ -225,7 +232,7 @@ def test_losses_are_those_of_generated_tokens(
 
 def test_text_alone_is_answered_by_the_plain_model(tiny: tuple[Any, Any]) -> None:
     model, processor = tiny
-    answerer = Answerer(model, processor, KVCompressor(COMPRESSORS[1]))
+    answerer = Answerer(model, processor, COMPRESSORS[1])
     prompt = processor.apply_chat_template(user(text(QUESTIONS[2])), add_generation_prompt=True, tokenize=False)
     inputs = processor(text=[prompt], return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
@@ -236,7 +243,7 @@ def test_text_alone_is_answered_by_the_plain_model(tiny: tuple[Any, Any]) -> Non
 
 
 def test_sound_can_be_left_out(tiny: tuple[Any, Any], clips: list[Clip]) -> None:
-    heard, mute = (Answerer(*tiny, KVCompressor(COMPRESSORS[0]), sound=sound) for sound in (True, False))
+    heard, mute = (Answerer(*tiny, COMPRESSORS[0], sound=sound) for sound in (True, False))
     heard.answer(clips[0], QUESTIONS, GREEDY)
     answers = mute.answer(clips[0], QUESTIONS, GREEDY)
     clip = replace(read_media(clips[0][0].path), audio=None)
@@ -248,17 +255,19 @@ def test_sound_can_be_left_out(tiny: tuple[Any, Any], clips: list[Clip]) -> None
     assert sum(mute.sizes.full) < sum(heard.sizes.full)
 
 
-@pytest.mark.parametrize("config", COMPRESSORS[1:], ids=lambda config: f"{config.policy}-{config.when}")
-def test_a_picture_and_a_sound_are_one_clip(tiny: tuple[Any, Any], config: CompressionConfig) -> None:
+@pytest.mark.parametrize(
+    "compressor", COMPRESSORS[1:], ids=lambda compressor: f"{compressor.name}-{compressor.config.when}"
+)
+def test_a_picture_and_a_sound_are_one_clip(tiny: tuple[Any, Any], compressor: KVCompressor) -> None:
     folder = FIXTURES / "omnibench/mm_data"
     picture, sound = folder / "image/1_24.png", folder / "audio/1_24.mp3"
     model, processor = tiny
     inputs = encode(processor, [read_media(picture, audio=sound)], [QUESTIONS[2]])
-    with KVCompressor(config)(model, processor):
+    with compressor(model, processor):
         ids = model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
     expected = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
     for sound_of_videos in (True, False):  # this sound is not a video's
-        answerer = Answerer(*tiny, KVCompressor(config), sound=sound_of_videos)
+        answerer = Answerer(*tiny, compressor, sound=sound_of_videos)
         assert answerer.answer((ClipRef(sound), ClipRef(picture)), [QUESTIONS[2]], GREEDY) == [expected]
 
 
@@ -268,7 +277,7 @@ def test_a_picture_and_a_sound_are_one_clip(tiny: tuple[Any, Any], config: Compr
 def test_the_compressor_that_is_named(tmp_path: Path) -> None:
     assert build_compressor().planners.keeps_all() and build_compressor(when="prompt").config.when == "prompt"
     named = build_compressor(policy="keydiff", ratio=0.1, when="prompt", budget=None)
-    assert named.config == CompressionConfig(policy="keydiff", ratio=0.1, when="prompt")
+    assert (named.name, named.config) == ("keydiff", CompressionConfig(0.1, when="prompt"))
     named.save_pretrained(tmp_path / "export")
     loaded = build_compressor(str(tmp_path / "export"), ratio=0.3)
     assert loaded.config == replace(named.config, ratio=0.3)

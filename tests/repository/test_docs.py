@@ -22,14 +22,14 @@ import numpy as np
 import pytest
 import torch
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.benchmarks import BENCHMARKS
 from acckv.data.encoding import encode
 from acckv.data.media import read_media
 from acckv.method.weights import WEIGHT_GROUPS, CalibratedWeights
 from acckv.models import FAMILIES as MODEL_FAMILIES
 from acckv.models import find_adapter, load_model
-from acckv.policies import POLICIES
+from acckv.policies import POLICIES, AccKV
 from benchmarks.headline import NAMED, RESULTS, curves
 from tests.data.media_files import write_video
 from tests.families import FAMILIES
@@ -50,7 +50,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     model, processor = load_model("tiny")
     sizes = find_adapter(model).dimensions
     weights = CalibratedWeights(sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], 4)
-    compressor = KVCompressor(CompressionConfig.preset("context"), weights, base={"name": "tiny", **sizes})
+    compressor = KVCompressor(AccKV.preset("context"), weights=weights, base={"name": "tiny", **sizes})
     compressor.save_pretrained("runs/calib/export")
     decoder = FAMILIES["videollama2"].build()
     return {

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +14,11 @@ from accelerate import dispatch_model
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.cache.cache import CompressedCache, compressed_layers
-from acckv.config import PolicyName, When
+from acckv.config import When
 from acckv.method.weights import CalibratedWeights
+from acckv.policies import POLICIES
 from acckv.runtime.prefill import Prefill
 from lightning_modules.calibration.module import CalibrationModule
 from tests.calibration.test_training import after, calibrated
@@ -89,12 +90,12 @@ def spread(model: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("policy", "when"),
-    [*((policy, "context") for policy in get_args(PolicyName)), ("acckv", "prompt")],
+    [*((policy, "context") for policy in POLICIES), ("acckv", "prompt")],
 )
-def test_every_policy(family: Family, model: Any, policy: PolicyName, when: When) -> None:
+def test_every_policy(family: Family, model: Any, policy: str, when: When) -> None:
     """Layers on two devices, and clips of different length in one batch, whose padding is on a device too."""
     inputs = batch(family, model)
-    compressor = KVCompressor(CompressionConfig(policy=policy, ratio=0.3, when=when))
+    compressor = KVCompressor(policy, ratio=0.3, when=when)
     expected = generated(model, inputs, compressor)
     with SimulatedAccelerator():
         found = generated(spread(model), on_device(inputs), compressor)
@@ -126,7 +127,7 @@ def test_an_export(family: Family, model: Any, export: Path, placed: Callable[[A
 def test_draws_are_the_same_whatever_device_is_the_default(family: Family, model: Any) -> None:
     """As within Lightning, and after `torch.set_default_device`."""
     module = CalibrationModule(lora_rank=0)
-    with KVCompressor(CompressionConfig(policy="random"))(model) as session:
+    with KVCompressor("random")(model) as session:
         prefill = session.prefill(**family.context(model))
     seen, labels, policy = prefill.observations[0], prefill.labels, session.planners.policy
     expected = [policy.score(0, seen, labels).score, torch.tensor([module.draw_ratio(step) for step in range(9)])]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.cache.cache import compressed_layers
 from acckv.errors import InputError
 from tests.families import FAMILIES, TEXT, Family
@@ -25,7 +25,7 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 
 def compressor(**options: Any) -> KVCompressor:
-    return KVCompressor(CompressionConfig(**{"policy": "keydiff", "ratio": 0.3, **options}))
+    return KVCompressor(**{"policy": "keydiff", "ratio": 0.3, **options})
 
 
 def plain(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from tests.families import FAMILIES
 
 QUICK = ["videollama2"]
@@ -28,7 +28,7 @@ def test_compiled_decoding(name: str) -> None:
         graphs += 1
         return graph.forward
 
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.4))(model) as session, torch.no_grad():
+    with KVCompressor("keydiff", ratio=0.4)(model) as session, torch.no_grad():
         cache = session.compress(**family.context(model))
 
         def decode(call: Any, steps: int) -> Tensor:

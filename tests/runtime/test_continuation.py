@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor
 from acckv.cache.cache import CompressedCache, compressed_layers
 from acckv.models.batching import rope_positions
 from acckv.runtime.context_reconstruction import moved_positions
@@ -38,7 +38,7 @@ def omni(request: pytest.FixtureRequest) -> Built:
 
 
 def compressor(ratio: float = 1.0, policy: Any = "keydiff", when: Any = "context") -> KVCompressor:
-    return KVCompressor(CompressionConfig(policy=policy, ratio=ratio, when=when))
+    return KVCompressor(policy, ratio=ratio, when=when)
 
 
 def generated(model: Any, inputs: dict[str, Any], **options: Any) -> Tensor:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.cache.cache import CompressedCache, branch_layers, compressed_layers
 from acckv.method.plan import LayerPlan
+from acckv.policies import AccKV
 from tests import tiny_omni
 from tests.reference import Reference
 
@@ -43,7 +44,7 @@ def keep_sets(draw: st.DrawFn) -> list[Tensor]:
 @settings(max_examples=25, deadline=None)
 def test_eviction_equals_masking_equals_simulation(model: Any, kept: list[Tensor]) -> None:
     inputs = tiny_omni.context()
-    compressor = KVCompressor(CompressionConfig(policy="keydiff"))
+    compressor = KVCompressor("keydiff")
     with compressor(model) as session:
         prefill = session.prefill(**inputs)
         media = prefill.labels.media
@@ -90,7 +91,7 @@ def test_simulated_plan_equals_compressed_cache(model: Any, preset: str, ratio: 
         name: torch.cat([value, second[name]]) if isinstance(value, Tensor) else value for name, value in first.items()
     }
     question = QUESTION.expand(2, -1)
-    compressor = KVCompressor(CompressionConfig.preset(preset, ratio=ratio))
+    compressor = KVCompressor(AccKV.preset(preset), ratio=ratio)
     with compressor(model, tiny_omni.Tokenizer()) as session, torch.no_grad():
         prefill = session.prefill(**inputs)
         cache = session.compress(prefill)

@@ -72,8 +72,9 @@ def test_a_stream(policy: str, options: dict[str, Any]) -> None:
     """A further chunk, over one that is kept whole: each layer holds other entries, which it is asked for once."""
     loaded = tiny_omni.build(LAYERS)
     compress = compressor(policy, loaded)
-    config = replace(compress.config, share_heads=True, **options)
-    compress = KVCompressor(config, compress.weights, compress.lora, "after", compress.base)
+    shared = replace(compress.policy, share_heads=True)
+    parts = {"weights": compress.weights, "lora": compress.lora, "base": compress.base}
+    compress = KVCompressor(shared, **options, **parts)
     with SimulatedAccelerator() as accelerator:
         place(loaded)
         chunk = on_device(tiny_omni.context())

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.data.batching import Question, pack_questions
+from acckv.policies import AccKV
 from tests.calibration.test_training import after
 from tests.families import FAMILIES, Tokenizer
 
@@ -35,7 +36,7 @@ def test_a_prefill_makes_the_last_logits_alone(name: str) -> None:
     with torch.no_grad():
         plain = {name: value for name, value in inputs.items() if name != "modality_ids"}
         expected = model(**plain, use_cache=False).logits[:, -1]
-    snapkv = KVCompressor(CompressionConfig(policy="snapkv"))(model, Tokenizer())
+    snapkv = KVCompressor("snapkv")(model, Tokenizer())
     with snapkv as session, torch.no_grad(), positions_of_head(model) as seen:
         prefill = session.prefill(**inputs)
         assert session.prefill(prefill.embedded).logits is None
@@ -50,7 +51,7 @@ def test_a_simulation_makes_the_logits_that_are_read(name: str) -> None:
     family = FAMILIES[name]
     model = family.build()
     rows = [family.context(model), family.context(model, seed=1)]
-    with KVCompressor(CompressionConfig.preset("context", ratio=0.4))(model, Tokenizer()) as session:
+    with KVCompressor(AccKV.preset("context"), ratio=0.4)(model, Tokenizer()) as session:
         prefill = session.prefill(**family.collate(rows))
         plans = session.plan(prefill, temperature=0.5)
         inputs = after(session, prefill)

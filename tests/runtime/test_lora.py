@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.errors import InputError
 from acckv.export import LowRatio
 from acckv.models import find_adapter
@@ -19,7 +19,7 @@ from acckv.runtime.merged_lora import MergedLora, merged_weight
 from tests import tiny_omni
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-CONFIG = CompressionConfig(policy="keydiff", ratio=0.3)
+SETTING: dict[str, Any] = {"policy": "keydiff", "ratio": 0.3}
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 QUESTION = torch.tensor([[20, 21, 22]])
 
@@ -39,7 +39,7 @@ def compressor(model: Any, scope: Any = "after") -> KVCompressor:
     """Of two sets where the scope allows it: ratios below 0.2 have their own."""
     base = {"name": "tiny", **find_adapter(model).dimensions}
     low = LowRatio(0.2, None, weights(model, 2)) if scope == "after" else None
-    return KVCompressor(CONFIG, None, weights(model, 1), scope, base, None, low)
+    return KVCompressor(**SETTING, lora=weights(model, 1), lora_scope=scope, base=base, low_ratio=low)
 
 
 def logits(model: Any, compress: KVCompressor, ratio: float, **options: Any) -> list[Tensor]:
@@ -53,7 +53,7 @@ def logits(model: Any, compress: KVCompressor, ratio: float, **options: Any) -> 
 def test_merged_equals_separate(scope: str, ratio: float) -> None:
     """At ratios of either set; the same tokens, and logits to what float32 sums in another order differ by."""
     model = tiny_omni.build()
-    plain = KVCompressor(CONFIG)
+    plain = KVCompressor(**SETTING)
     found = [logits(model, compressor(model, scope), ratio, lora_mode=mode) for mode in ("merged", "separate")]
     base = logits(model, plain, ratio)
     for one, other in zip(*found, strict=True):
@@ -143,7 +143,7 @@ def test_fresh_lora_is_there_to_be_trained() -> None:
     """And gradients reach it: no value is copied behind the back of autograd."""
     model = tiny_omni.build()
     fresh = LoraWeights(weights(model, 1).config, {})
-    compress = KVCompressor(CONFIG, None, fresh)
+    compress = KVCompressor(**SETTING, lora=fresh)
     with compress(model) as session:
         assert session.attached is not None
         session.attached.keep_low_ratio()
@@ -203,7 +203,7 @@ def test_a_module_that_layers_share_is_not_merged() -> None:
     model = tiny_omni.build()
     layers = find_adapter(model).decoder.layers
     layers[2].self_attn.q_proj = layers[1].self_attn.q_proj
-    shared = KVCompressor(CONFIG, None, weights(model, 1, ("q_proj",)))
+    shared = KVCompressor(**SETTING, lora=weights(model, 1, ("q_proj",)))
     with shared(model) as session:
         assert session.attached is not None
     with pytest.raises(InputError, match="lora_mode: is 'merged', but layers of the decoder share a module"):

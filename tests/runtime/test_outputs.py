@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor
 from acckv.cache.cache import compressed_layers
 from tests.families import FAMILIES, Tokenizer
 
@@ -25,7 +25,7 @@ def rows_of(family: Any, model: Any) -> list[dict[str, Any]]:
 
 
 def compressor(when: str, policy: str = "keydiff") -> KVCompressor:
-    return KVCompressor(CompressionConfig(policy=policy, ratio=0.4, when=when))  # type: ignore[arg-type]
+    return KVCompressor(policy, ratio=0.4, when=when)
 
 
 def plain_inputs(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor, nn
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor
 from acckv.models import find_adapter, load_model
 from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
 from lightning_modules.calibration.datamodule import AVDataModule
@@ -110,7 +110,7 @@ def test_compression_of_a_quantised_base_is_that_of_its_dequantised_twin() -> No
     torch.manual_seed(0)
     tensors = {name: 0.1 * torch.randn_like(tensor) for name, tensor in attached.tensors().items()}
     attached.remove()
-    compressor = KVCompressor(CompressionConfig(policy="keydiff", ratio=0.3), lora=LoraWeights(config, tensors))
+    compressor = KVCompressor("keydiff", ratio=0.3, lora=LoraWeights(config, tensors))
     logits = []
     for model in (quantised, plain):
         with compressor(model):
@@ -142,10 +142,10 @@ def test_what_peft_cannot_adapt_is_refused_and_left_as_it_was(kind: str) -> None
     with pytest.raises(InputError, match=message) as caught:
         lora_config(find_adapter(model), 2, 4, ("q_proj",), "base")
     with pytest.raises(InputError, match="peft cannot adapt"):
-        KVCompressor(CompressionConfig(policy="keydiff"), lora=LoraWeights(config, {}))(model).__enter__()
+        KVCompressor("keydiff", lora=LoraWeights(config, {}))(model).__enter__()
     assert "\n" not in str(caught.value)
     assert {name: type(module) for name, module in model.named_modules()} == before
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.3))(model) as session:
+    with KVCompressor("keydiff", ratio=0.3)(model) as session:
         model.generate(**family.clip(model), max_new_tokens=2)
         assert session.last_cache.kept_entries().sum() == int(0.3 * 3 * 14)
 

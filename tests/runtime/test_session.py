@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor, policies
 from acckv.cache.cache import compressed_layers
-from acckv.config import PolicyName
 from tests import tiny_omni
 from tests.pairwise import by_turns
 
-POLICIES = [name for name in get_args(PolicyName) if name != "full"]
+POLICIES = [name for name in policies.POLICIES if name != "full"]
 ATTENTION, WHEN = ["sdpa", "eager"], ["context", "prompt"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
@@ -46,7 +45,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
 def test_ratio_one_is_the_plain_model(model: Any, policy: str, when: Any) -> None:
     plain = model.generate(**tiny_omni.prompt(), **GREEDY)
     before = fingerprint(model)
-    with KVCompressor(CompressionConfig(policy=policy, when=when, ratio=1.0))(model, tiny_omni.Tokenizer()):
+    with KVCompressor(policy, when=when, ratio=1.0)(model, tiny_omni.Tokenizer()):
         inside = model.generate(**tiny_omni.prompt(), **GREEDY)
     assert torch.equal(plain, inside)
     assert fingerprint(model) == before
@@ -56,7 +55,7 @@ def test_ratio_one_is_the_plain_model(model: Any, policy: str, when: Any) -> Non
 @pytest.mark.parametrize(("when", "policy", "ratio"), by_turns(WHEN, POLICIES, [0.5, 0.13, 0.0]))
 def test_budget_is_exact_and_nothing_stays(sdpa: Any, policy: str, when: Any, ratio: float) -> None:
     before = fingerprint(sdpa)
-    with KVCompressor(CompressionConfig(policy=policy, when=when, ratio=ratio))(sdpa, tiny_omni.Tokenizer()) as session:
+    with KVCompressor(policy, when=when, ratio=ratio)(sdpa, tiny_omni.Tokenizer()) as session:
         sdpa.generate(**tiny_omni.prompt(), **GREEDY)
         assert session.last_cache is not None
         kept = session.last_cache.kept_entries()
@@ -71,7 +70,7 @@ def test_budget_is_exact_and_nothing_stays(sdpa: Any, policy: str, when: Any, ra
 def test_absolute_budget(sdpa: Any) -> None:
     """`budget` entries a layer on average, whatever `ratio` says; never more than there are."""
     for budget, kept in ((5, 5), (100, tiny_omni.VIDEO_TOKENS + tiny_omni.AUDIO_TOKENS)):
-        with KVCompressor(CompressionConfig(policy="keydiff", ratio=1.0, budget=budget))(sdpa) as session:
+        with KVCompressor("keydiff", ratio=1.0, budget=budget)(sdpa) as session:
             assert session.compress(**tiny_omni.context()).kept_entries().sum(-1).tolist() == [kept] * 3
 
 
@@ -85,7 +84,7 @@ def test_an_error_inside_leaves_nothing(sdpa: Any) -> None:
 @pytest.mark.parametrize(("model", "policy"), by_turns(ATTENTION, POLICIES), indirect=["model"])
 def test_generate_equals_compress_then_answer(model: Any, policy: str) -> None:
     question = torch.tensor([[20, 21, 22]])
-    with KVCompressor(CompressionConfig(policy=policy, ratio=0.3))(model, tiny_omni.Tokenizer()) as session:
+    with KVCompressor(policy, ratio=0.3)(model, tiny_omni.Tokenizer()) as session:
         whole = model.generate(**tiny_omni.prompt(), **GREEDY)
         cache = session.compress(**tiny_omni.context())
         held = cache.kv_bytes()
@@ -100,8 +99,7 @@ def test_prefill_serves_policies_and_ratios(sdpa: Any) -> None:
     """One shared prefill gives what each policy's own would."""
     for policy in POLICIES:
         for ratio in (0.4, 0.1):
-            config = CompressionConfig(policy=policy, ratio=ratio)
-            with KVCompressor(config)(sdpa, tiny_omni.Tokenizer()) as session:
+            with KVCompressor(policy, ratio=ratio)(sdpa, tiny_omni.Tokenizer()) as session:
                 shared = session.compress(session.prefill(**tiny_omni.context()))
                 own = session.compress(**tiny_omni.context())
             for one, other in zip(compressed_layers(shared), compressed_layers(own), strict=True):
@@ -132,7 +130,7 @@ def test_left_padded_batch_equals_single_rows(model: Any, policy: str, when: Any
         tiny_omni.prompt((25,), seed=2, intro=(2, 10, 11, 12, 13, 14)),
         tiny_omni.prompt((26, 27, 28, 29, 30, 31, 32), seed=3, intro=(2,)),
     ]
-    compressor = KVCompressor(CompressionConfig(policy=policy, when=when, ratio=0.35))
+    compressor = KVCompressor(policy, when=when, ratio=0.35)
     with compressor(model, tiny_omni.Tokenizer()):
         single = [model.generate(**row, **GREEDY)[0, -6:].tolist() for row in rows]
         batch = model.generate(**left_padded(rows), **GREEDY)[:, -6:].tolist()
@@ -142,7 +140,7 @@ def test_left_padded_batch_equals_single_rows(model: Any, policy: str, when: Any
 @pytest.mark.parametrize("policy", ["snapkv", "acckv"])
 def test_beams_samples_and_several_returns(sdpa: Any, policy: str) -> None:
     """Beam search reorders the cache: each beam's sequence must score as when it is replayed alone."""
-    with KVCompressor(CompressionConfig(policy=policy, ratio=0.3))(sdpa, tiny_omni.Tokenizer()) as session:
+    with KVCompressor(policy, ratio=0.3)(sdpa, tiny_omni.Tokenizer()) as session:
         beams = sdpa.generate(
             **tiny_omni.prompt(),
             max_new_tokens=6,
@@ -178,7 +176,7 @@ def test_several_questions_in_one_call(sdpa: Any) -> None:
     questions = [[20, 21, 22], [23], [24, 25], [26, 27, 28]]
     ids = torch.tensor([[0] * (3 - len(question)) + question for question in questions])
     mask = torch.tensor([[0] * (3 - len(question)) + [1] * len(question) for question in questions])
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.3))(sdpa) as session:
+    with KVCompressor("keydiff", ratio=0.3)(sdpa) as session:
         together = session.answer(session.compress(**left_padded(clips)), ids, mask, **GREEDY).tolist()
         alone = [
             session.answer(session.compress(**clips[index // 2]), torch.tensor([question]), **GREEDY)[0].tolist()
@@ -188,21 +186,21 @@ def test_several_questions_in_one_call(sdpa: Any) -> None:
 
 
 def test_errors_name_the_remedy(sdpa: Any) -> None:
-    with pytest.raises(InputError, match="pass the processor"), KVCompressor(CompressionConfig())(sdpa):
+    with pytest.raises(InputError, match="pass the processor"), KVCompressor()(sdpa):
         sdpa.generate(**tiny_omni.prompt(), **GREEDY)
-    session = KVCompressor(CompressionConfig(policy="keydiff"))(sdpa)
+    session = KVCompressor("keydiff")(sdpa)
     with pytest.raises(InputError, match="is closed"):
         session.prefill(**tiny_omni.context())
     with pytest.raises(InputError, match="supported model types"):
         KVCompressor()(torch.nn.Linear(2, 2))
-    with KVCompressor(CompressionConfig(policy="keydiff"))(sdpa), pytest.raises(InputError, match="dynamic cache"):
+    with KVCompressor("keydiff")(sdpa), pytest.raises(InputError, match="dynamic cache"):
         sdpa.generate(**tiny_omni.prompt(), **GREEDY, cache_implementation="static")
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.5, float("nan")])
 def test_no_ratio_outside_0_to_1(sdpa: Any, ratio: float) -> None:
     """As in the config, wherever one may stand in its place."""
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.5))(sdpa) as session:
+    with KVCompressor("keydiff", ratio=0.5)(sdpa) as session:
         prefill = session.prefill(**tiny_omni.context())
         for call in (
             lambda: session.compress(prefill, ratio),
@@ -223,14 +221,14 @@ def test_no_ratio_outside_0_to_1(sdpa: Any, ratio: float) -> None:
     ],
 )
 def test_questions_that_generate_would_misread(sdpa: Any, ids: list[Any], mask: Any, message: str) -> None:
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.5))(sdpa) as session:
+    with KVCompressor("keydiff", ratio=0.5)(sdpa) as session:
         cache = session.compress(**tiny_omni.context())
         with pytest.raises(InputError, match=message):
             session.answer(cache, torch.tensor(ids, dtype=torch.long), None if mask is None else torch.tensor(mask))
 
 
 def test_a_chunk_goes_on_row_by_row(sdpa: Any) -> None:
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.5))(sdpa) as session:
+    with KVCompressor("keydiff", ratio=0.5)(sdpa) as session:
         cache = session.compress(**tiny_omni.context())
         with pytest.raises(InputError, match="input_ids: 2 rows cannot go on from 1"):
             session.extend({"input_ids": torch.tensor([[20, 21], [22, 23]])}, cache)
@@ -239,7 +237,7 @@ def test_a_chunk_goes_on_row_by_row(sdpa: Any) -> None:
 @pytest.mark.parametrize(("recorded", "policy"), [("none", "h2o"), ("text", "snapkv"), ("none", "expected_attention")])
 def test_a_prefill_that_recorded_too_little(sdpa: Any, recorded: Any, policy: Any) -> None:
     """Scores of rows that are not there would rank by nothing."""
-    with KVCompressor(CompressionConfig(policy=policy, ratio=0.4))(sdpa, tiny_omni.Tokenizer()) as session:
+    with KVCompressor(policy, ratio=0.4)(sdpa, tiny_omni.Tokenizer()) as session:
         prefill = session.prefill(rows=recorded, **tiny_omni.context())
         with pytest.raises(InputError, match="prefill: recorded other rows than this policy reads"):
             session.compress(prefill)
@@ -252,7 +250,7 @@ def test_a_prefill_that_recorded_too_little(sdpa: Any, recorded: Any, policy: An
 def test_no_option_and_no_mask_of_media_is_passed_over(sdpa: Any) -> None:
     """A model takes any keyword; one that nobody reads would change nothing, without a word."""
     mask = {"attention_mask": torch.ones(1, 1, 9, 9)}
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.5))(sdpa) as session:
+    with KVCompressor("keydiff", ratio=0.5)(sdpa) as session:
         for call in (session.compress, session.prefill, lambda **options: session.extend(options)):
             with pytest.raises(InputError, match="rato: is neither an option here nor an input of Qwen2_5Omni"):
                 call(**tiny_omni.context(), rato=0.3)
@@ -263,7 +261,7 @@ def test_no_option_and_no_mask_of_media_is_passed_over(sdpa: Any) -> None:
 
 
 def test_options_out_of_range_are_refused(sdpa: Any) -> None:
-    compressor = KVCompressor(CompressionConfig(policy="keydiff", ratio=0.3))
+    compressor = KVCompressor("keydiff", ratio=0.3)
     with pytest.raises(InputError, match="lora_mode: 'fold' is not one of auto, merged, separate"):
         compressor(sdpa, lora_mode="fold")
     with compressor(sdpa) as session:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor
+from acckv.policies import AccKV
 from tests import tiny_omni
 from tests.families import Tokenizer
 from tests.test_compressor import calibrated
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
-KEYDIFF = KVCompressor(CompressionConfig(policy="keydiff", ratio=0.3))
+KEYDIFF = KVCompressor("keydiff", ratio=0.3)
 
 
 def test_one_session_a_model() -> None:
@@ -28,14 +29,14 @@ def test_one_session_a_model() -> None:
     model = tiny_omni.build()
     with KEYDIFF(model) as session:
         expected = model.generate(**tiny_omni.prompt(), **GREEDY)
-        for other in (session, KVCompressor(CompressionConfig(policy="knorm"))(model)):
+        for other in (session, KVCompressor("knorm")(model)):
             with pytest.raises(InputError, match="model: is in an open session already"), other:
                 raise AssertionError
         around = type(model)(model.config)
         around.model = model.model  # another head on the same decoder
         with pytest.raises(InputError, match="model: is in an open session already"), KEYDIFF(around):
             raise AssertionError
-        lora = calibrated(tiny_omni.build(), CompressionConfig.preset("context"), rank=2)
+        lora = calibrated(tiny_omni.build(), AccKV.preset("context"), rank=2)
         with pytest.raises(InputError, match="model: is in an open session already"), lora(model, Tokenizer()):
             raise AssertionError
         assert torch.equal(model.generate(**tiny_omni.prompt(), **GREEDY), expected)
@@ -47,7 +48,7 @@ def test_one_session_a_model() -> None:
 def test_sessions_of_several_models_close_in_any_order(attention: str, order: tuple[int, ...]) -> None:
     before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
     models = [tiny_omni.build(attention=attention) for _ in range(3)]
-    compressors = [KVCompressor(CompressionConfig(policy="keydiff", ratio=ratio)) for ratio in (0.1, 0.3, 0.6)]
+    compressors = [KVCompressor("keydiff", ratio=ratio) for ratio in (0.1, 0.3, 0.6)]
 
     def logits(model: Any) -> Tensor:
         options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
@@ -114,7 +115,7 @@ def test_a_model_with_merged_lora_is_neither_saved_nor_loaded(tmp_path: Path) ->
     """Its weights are not its own in the session; layers beside them are."""
     model = tiny_omni.build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    compressor = calibrated(tiny_omni.build(), CompressionConfig.preset("context"), noise=1.0, rank=2)
+    compressor = calibrated(tiny_omni.build(), AccKV.preset("context"), noise=1.0, rank=2)
     with compressor(model, tiny_omni.Tokenizer(), lora_mode="merged"):
         for save in (lambda: model.save_pretrained(tmp_path), lambda: torch.save(model.state_dict(), tmp_path / "w")):
             with pytest.raises(InputError, match="LoRA merged into them while its session is open; save or load"):

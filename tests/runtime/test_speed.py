@@ -6,7 +6,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from acckv import CompressionConfig, KVCompressor
-from acckv.config import PolicyName
+from acckv import KVCompressor, policies
 from acckv.models import find_adapter
 from acckv.runtime import policy_inputs
 from benchmarks import speed_memory
 from benchmarks.speed_report import MARKS
 from tests.families import FAMILIES, Tokenizer
 
-POLICIES = [name for name in get_args(PolicyName) if name != "full"]
+POLICIES = [name for name in policies.POLICIES if name != "full"]
 TEXT, RATIO = 8, 0.1
 
 
@@ -71,7 +70,7 @@ def test_no_tensor_of_tokens_by_tokens(policy: str, monkeypatch: pytest.MonkeyPa
         policy_inputs, "reconstruction_attention", partial(policy_inputs.reconstruction_attention, chunk=128)
     )
     tokens = 2048
-    compressor = KVCompressor(CompressionConfig(policy=policy, ratio=RATIO))
+    compressor = KVCompressor(policy, ratio=RATIO)
     with compressor(decoder(), Tokenizer()) as session, LargestTensor() as largest:
         cache = session.extend(clip(tokens))
     assert largest.elements < tokens * tokens / 2, largest.shape
@@ -81,7 +80,7 @@ def test_no_tensor_of_tokens_by_tokens(policy: str, monkeypatch: pytest.MonkeyPa
 
 def test_such_a_tensor_would_be_seen() -> None:
     """Eager attention makes one."""
-    compressor = KVCompressor(CompressionConfig(policy="keydiff", ratio=RATIO))
+    compressor = KVCompressor("keydiff", ratio=RATIO)
     with compressor(decoder("eager")) as session, LargestTensor() as largest:
         session.extend(clip(1024))
     assert largest.elements >= 1024 * 1024
@@ -106,7 +105,7 @@ def test_no_mask_where_none_is_needed(name: str, policy: str, monkeypatch: pytes
         return original(module, query, key, value, attention_mask, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", watched)
-    with KVCompressor(CompressionConfig(policy=policy, ratio=0.4))(model, Tokenizer()) as session:
+    with KVCompressor(policy, ratio=0.4)(model, Tokenizer()) as session:
         cache = session.compress(**family.context(model))
         prefilled = len(masks)
         session.answer(cache, torch.tensor([[20]]), max_new_tokens=3, do_sample=False)

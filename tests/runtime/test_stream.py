@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor
 from acckv.cache.cache import CompressedCache, compressed_layers
 from acckv.cache.layer import CompressedLayer
 from acckv.policies.keydiff import KeyDiff
@@ -72,7 +72,7 @@ def test_a_stream_equals_one_masked_forward(built: Built, policy: str) -> None:
     family, model = built
     chunks = stream(family, model, 5)
     cache, reference = None, Reference(model)
-    with KVCompressor(CompressionConfig(policy=policy, budget=BUDGET))(model) as session:
+    with KVCompressor(policy, budget=BUDGET)(model) as session:
         for number, chunk in enumerate(chunks):
             cache = session.extend(chunk, cache)
             reference.read(family.join(chunks[: number + 1]), cache)
@@ -88,7 +88,7 @@ def test_a_stream_equals_one_masked_forward(built: Built, policy: str) -> None:
 def test_a_long_stream_stays_flat(decoder: Built, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """200 chunks: never more than budget, text and one chunk in any layer."""
     family, model = decoder
-    compressor = KVCompressor(CompressionConfig(policy=policy, budget=BUDGET))
+    compressor = KVCompressor(policy, budget=BUDGET)
     with compressor(model, Tokenizer()) as session:
         chunks = stream(family, model, 2)
         cache = run(session, chunks)
@@ -105,7 +105,7 @@ def test_the_markers_of_a_stream_age_with_it() -> None:
     """Every chunk of this family has begin and end tokens: kept as text they would pile up."""
     family = FAMILIES["qwen2_5_omni"]
     model = family.build()
-    with KVCompressor(CompressionConfig(policy="keydiff", budget=BUDGET))(model) as session:
+    with KVCompressor("keydiff", budget=BUDGET)(model) as session:
         chunks = stream(family, model, 8)
         kept = run(session, chunks)
         aged = run(session, chunks, keep_text=False)
@@ -115,7 +115,7 @@ def test_the_markers_of_a_stream_age_with_it() -> None:
 
 def test_a_ratio_keeps_its_share_of_every_chunk(decoder: Built) -> None:
     family, model = decoder
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=0.1))(model) as session:
+    with KVCompressor("keydiff", ratio=0.1)(model) as session:
         for count in (1, 2, 5, 9):
             kept = run(session, stream(family, model, count)).kept_entries().sum()
             assert kept == int(0.1 * family.layers * CHUNK * count + 1e-9)
@@ -129,7 +129,7 @@ def test_a_stream_in_a_batch(decoder: Built) -> None:
         for row in (0, 1)
     ]
     question = torch.tensor([[20, 21]])
-    with KVCompressor(CompressionConfig(policy="acckv", budget=BUDGET))(model, Tokenizer()) as session:
+    with KVCompressor("acckv", budget=BUDGET)(model, Tokenizer()) as session:
         batch = run(session, [family.collate([rows[0][n], rows[1][n]]) for n in range(4)])
         together = session.answer(batch, question.expand(2, -1), max_new_tokens=5, do_sample=False)
         for row, chunks in enumerate(rows):
@@ -148,7 +148,7 @@ def test_prefill_peaks_at_one_full_layer(built: Built, name: str, monkeypatch: p
     """Each layer is evicted before the next one runs, and the result is that of a shared prefill."""
     family, model = built
     inputs, ratio = family.context(model, frames=6, sounds=16), 0.2
-    compressor = KVCompressor(CompressionConfig(policy=name, ratio=ratio))
+    compressor = KVCompressor(name, ratio=ratio)
     with compressor(model, Tokenizer()) as session:
         expected = session.compress(session.prefill(**inputs))
         peak = Peak(monkeypatch)
@@ -163,16 +163,16 @@ def test_prefill_peaks_at_one_full_layer(built: Built, name: str, monkeypatch: p
 def test_policies_across_layers_wait_for_the_last(decoder: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     family, model = decoder
     inputs = family.context(model, frames=6, sounds=16)
-    compressor = KVCompressor(CompressionConfig(policy="keydiff", ratio=0.2))
+    compressor = KVCompressor("keydiff", ratio=0.2)
     with compressor(model) as session:
         expected = session.compress(**inputs)
-        compressor.planners.default.policy = Ranked(compressor.config)
+        compressor.planners.default.policy = Ranked()
         peak = Peak(monkeypatch)
         cache = session.compress(**inputs)
     assert peak.together == family.layers * cache.get_seq_length()
     for one, other in zip(compressed_layers(cache), compressed_layers(expected), strict=True):
         assert torch.equal(one.keys, other.keys)
-    compressor = KVCompressor(CompressionConfig(policy="keydiff", budget=BUDGET))
-    compressor.planners.default.policy = Ranked(compressor.config)
+    compressor = KVCompressor("keydiff", budget=BUDGET)
+    compressor.planners.default.policy = Ranked()
     with compressor(model) as session, pytest.raises(InputError, match="cannot go on within an absolute budget"):
         run(session, stream(family, model, 2))

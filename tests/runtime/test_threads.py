@@ -15,14 +15,15 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor
+from acckv.policies import AccKV
 from acckv.runtime.simulation import disable_checkpointing, enable_checkpointing
 from tests import tiny_omni
 from tests.families import FAMILIES, Tokenizer
 from tests.test_compressor import calibrated, with_low_ratio
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
-KEYDIFF = KVCompressor(CompressionConfig(policy="keydiff", ratio=0.3))
+KEYDIFF = KVCompressor("keydiff", ratio=0.3)
 QUESTION = torch.tensor([[20, 21, 22]])
 
 
@@ -74,8 +75,8 @@ def test_requests_of_several_threads(name: str, quick_switches: None) -> None:
 def test_threads_with_lora_of_two_ratios(quick_switches: None) -> None:
     """LoRA is off while one prompt runs, and of another ratio for another cache."""
     model = tiny_omni.build()
-    config = CompressionConfig.preset("context")
-    wide, low = calibrated(model, config, noise=1.0, rank=2), calibrated(model, config, noise=0.3, rank=2)
+    preset = AccKV.preset("context")
+    wide, low = calibrated(model, preset, noise=1.0, rank=2), calibrated(model, preset, noise=0.3, rank=2)
     with with_low_ratio(wide, low, 0.3)(model, tiny_omni.Tokenizer()) as session:
 
         def at(ratio: float) -> list[int]:
@@ -218,8 +219,8 @@ def test_an_interrupted_request_leaves_nothing(place: str, kind: type[BaseExcept
         if calls == (4 if place == "step" else 1):
             raise kind
 
-    config = CompressionConfig.preset("context", ratio=0.3)
-    with calibrated(tiny_omni.build(), config, noise=1.0, rank=2)(model, tiny_omni.Tokenizer()) as session:
+    compressor = calibrated(tiny_omni.build(), AccKV.preset("context"), noise=1.0, rank=2, ratio=0.3)
+    with compressor(model, tiny_omni.Tokenizer()) as session:
         expected = model.generate(**tiny_omni.prompt(), **GREEDY)
         handle = module.register_forward_hook(interrupt)
         with pytest.raises(kind):

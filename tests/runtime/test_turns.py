@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor
 from acckv.cache.cache import CompressedCache, compressed_layers
 from tests.families import FAMILIES, Family, Tokenizer
 from tests.reference import Reference
@@ -59,7 +59,7 @@ def test_a_conversation_equals_one_masked_forward(built: Built, policy: str) -> 
         family.text(model, (24, 25)),
     ]
     reference = Reference(model)
-    with KVCompressor(CompressionConfig(policy=policy, ratio=RATIO))(model) as session:
+    with KVCompressor(policy, ratio=RATIO)(model) as session:
         cache = session.compress(**turns[0])
         reference.read(turns[0], cache)
         held = [layer.physical for layer in compressed_layers(cache)]
@@ -116,7 +116,7 @@ def test_a_later_clip_under_plain_generate(built: Built, when: Any) -> None:
                 reference.read(family.join(turns), cache)
         return logits
 
-    with KVCompressor(CompressionConfig(policy="keydiff", when=when, ratio=RATIO))(model) as session:
+    with KVCompressor("keydiff", when=when, ratio=RATIO)(model) as session:
         found = converse(model, in_session=True)
         assert session.last_cache is not None
         assert session.last_cache.kept_entries().sum() == int(RATIO * family.layers * (FIRST + SECOND))
@@ -131,7 +131,7 @@ def test_a_later_clip_under_plain_generate(built: Built, when: Any) -> None:
 def test_a_later_clip_is_merged_into_itself(built: Built, policy: str) -> None:
     """Policies that merge keep their budget in a later turn, and leave what was kept before as it is."""
     family, model = built
-    with KVCompressor(CompressionConfig(policy=policy, ratio=RATIO))(model, Tokenizer()) as session:
+    with KVCompressor(policy, ratio=RATIO)(model, Tokenizer()) as session:
         first = session.compress(**family.context(model))
         cache = session.extend(family.context(model, seed=7, frames=1, sounds=3, intro=(23,)), first)
     assert cache.kept_entries().sum() == int(RATIO * family.layers * (FIRST + SECOND))
@@ -142,7 +142,7 @@ def test_a_later_clip_is_merged_into_itself(built: Built, policy: str) -> None:
 
 def test_repetition_needs_the_whole_context(built: Built) -> None:
     family, model = built
-    with KVCompressor(CompressionConfig(policy="kvzip", ratio=RATIO))(model, Tokenizer()) as session:
+    with KVCompressor("kvzip", ratio=RATIO)(model, Tokenizer()) as session:
         cache = session.compress(**family.context(model))
         with pytest.raises(InputError, match="kvzip repeats a whole context"):
             session.extend(family.context(model), cache)
@@ -150,7 +150,7 @@ def test_repetition_needs_the_whole_context(built: Built) -> None:
 
 def test_questions_branch_without_copying(built: Built) -> None:
     family, model = built
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=RATIO))(model) as session:
+    with KVCompressor("keydiff", ratio=RATIO)(model) as session:
         cache = session.compress(**family.context(model))
 
         def places() -> list[int]:
@@ -173,7 +173,7 @@ def test_another_clip_in_between_leaves_a_conversation_alone(built: Built) -> No
     """The model's own record of positions (rope_deltas) belongs to the last forward; a cache keeps its own."""
     family, model = built
     question = torch.tensor([[20, 21, 22]])
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=RATIO))(model) as session:
+    with KVCompressor("keydiff", ratio=RATIO)(model) as session:
         cache = session.compress(**family.context(model))
         expected = session.answer(cache, question, max_new_tokens=5, do_sample=False)
         model.generate(**family.clip(model, frames=3, sounds=1, seed=3), max_new_tokens=2)
@@ -184,7 +184,7 @@ def test_last_cache_of_generate_goes_on(built: Built) -> None:
     """What generate compressed can be asked again, its own answer included."""
     family, model = built
     clip = family.clip(model)
-    with KVCompressor(CompressionConfig(policy="keydiff", when="prompt", ratio=RATIO))(model) as session:
+    with KVCompressor("keydiff", when="prompt", ratio=RATIO)(model) as session:
         tokens = model.generate(**clip, max_new_tokens=4, do_sample=False)[0, -4:].tolist()
         assert session.last_cache is not None
         found = continued(family, model, session, session.last_cache, (tokens[-1], 30))
@@ -198,7 +198,7 @@ def test_text_first_then_a_clip(built: Built) -> None:
     family, model = built
     greeting, clip = family.text(model, (2, 50, 51, 52)), family.clip(model, intro=(23,))
     both = family.join([greeting, clip])
-    compressor = KVCompressor(CompressionConfig(policy="keydiff", when="prompt", ratio=RATIO))
+    compressor = KVCompressor("keydiff", when="prompt", ratio=RATIO)
     with compressor(model) as session, torch.no_grad():
         cache: Any = DynamicCache(config=model.config.get_text_config())
         one = {name: value for name, value in greeting.items() if name != "mm_token_type_ids"}
@@ -221,7 +221,7 @@ def test_clips_of_different_length_in_a_later_turn(built: Built) -> None:
         [family.context(model, seed=1), family.context(model, seed=2, frames=1, sounds=3, intro=(23,))],
         [family.context(model, seed=3, frames=1), family.context(model, seed=4, frames=2, sounds=5, intro=(24, 25))],
     ]
-    with KVCompressor(CompressionConfig(ratio=RATIO))(model, Tokenizer()) as session:
+    with KVCompressor(ratio=RATIO)(model, Tokenizer()) as session:
         first = session.compress(**family.collate([row[0] for row in rows]))
         second = family.collate([row[1] for row in rows])
         if session.adapter.has_windows:

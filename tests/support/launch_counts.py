@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from acckv import CompressionConfig, KVCompressor
-from acckv.config import PolicyName
-from acckv.method.weights import CalibratedWeights
+from acckv import KVCompressor
 from acckv.models import find_adapter, load_model
+from acckv.policies import POLICIES, AccKV, make_policy
 from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
 from tests.families import Tokenizer
 from tests.support.simulated_accelerator import SimulatedAccelerator, on_device, place
@@ -59,19 +58,21 @@ def clips(model: Any, lengths: tuple[int, ...] = (90,), question: int = QUESTION
 def compressor(name: str, model: Any, targets: tuple[str, ...] = TARGETS) -> KVCompressor:
     """By a policy's name; 'context' is AccKV's preset, 'calibrated' an export's weights and LoRA of rank 16 on it."""
     preset = {"context": "context", "calibrated": "context", "calibrated paper": "paper"}.get(name)
-    config = CompressionConfig.preset(preset, ratio=RATIO) if preset else CompressionConfig(policy=name, ratio=RATIO)  # type: ignore[arg-type]
+    policy = AccKV.preset(preset) if preset else make_policy(name)
     if name not in CALIBRATED:
-        return KVCompressor(config)
+        return KVCompressor(policy, ratio=RATIO)
     adapter = find_adapter(model)
     sizes = adapter.dimensions
-    weights = CalibratedWeights(*sizes_of(sizes), config.probe_queries)
+    weights = policy.new_weights(*sizes_of(sizes))
     settings = lora_config(adapter, 16, 32.0, targets, "tiny")
     attached = AttachedLora(adapter, settings)
     tensors = {name: 0.1 * torch.randn_like(tensor) for name, tensor in attached.tensors().items()}
     attached.remove()
     for parameter in weights.requires_grad_(False).parameters():
         parameter.normal_(0, 0.1)
-    return KVCompressor(config, weights, LoraWeights(settings, tensors), "after", {"name": "tiny", **sizes}).eval()
+    return KVCompressor(
+        policy, ratio=RATIO, weights=weights, lora=LoraWeights(settings, tensors), base={"name": "tiny", **sizes}
+    ).eval()
 
 
 def sizes_of(sizes: dict[str, int]) -> tuple[int, int, int, int]:
@@ -107,7 +108,7 @@ def main() -> None:
     plain = counted(None, loaded, inputs)
     print(f"plain: prefill {plain.prefill}, step {plain.step:g}\n")
     print("| policy | prefill, launches a layer | syncs a prompt | step, launches | syncs |\n|---|---|---|---|---|")
-    for name in [*(name for name in get_args(PolicyName) if name != "full"), "context", *CALIBRATED]:
+    for name in [*(name for name in POLICIES if name != "full"), "context", *CALIBRATED]:
         loaded = model()
         found = counted(compressor(name, loaded), loaded, inputs)
         added = (found.prefill - plain.prefill) / layers

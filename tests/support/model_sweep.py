@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from acckv import CompressionConfig, InputError, KVCompressor
+from acckv import InputError, KVCompressor
 from acckv.cache.layer import CompressedLayer
 from tests.reference import Evictions, NotReached, Reference, cache_of, missing
 from tests.support.tiny_configs import tiny_config
@@ -111,15 +111,15 @@ def build(name: str) -> Any:
 
 def compare(model: Any) -> str:
     """Which layers are compressed; an error if they are not, or not rightly."""
-    model = KVCompressor(CompressionConfig(policy="keydiff"))(model).model
+    model = KVCompressor("keydiff")(model).model
     kinds = torch.tensor([LABELS])
     inputs, (tokens, logits, full) = plain(model)
-    with KVCompressor(CompressionConfig(policy="keydiff", ratio=1.0))(model):
+    with KVCompressor("keydiff", ratio=1.0)(model):
         same, whole, _ = generate(model, inputs, modality_ids=kinds)
     if not (torch.equal(tokens, same) and torch.equal(logits, whole)):
         raise Wrong(f"ratio 1 is off by {float((logits - whole).abs().max()):.1e}")
     for when, boundary in (("context", END_OF_MEDIA), ("prompt", len(LABELS))):
-        with KVCompressor(CompressionConfig(policy="keydiff", ratio=RATIO, when=when))(model) as session:  # type: ignore[arg-type]
+        with KVCompressor("keydiff", ratio=RATIO, when=when)(model) as session:
             new, found, _ = generate(model, inputs, modality_ids=kinds)
             cache: Any = session.last_cache
         if cache is None:
