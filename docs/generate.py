@@ -11,7 +11,7 @@ import ast
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import Field, fields
 from html import escape
 from pathlib import Path
 
@@ -26,14 +26,14 @@ def policies() -> str:
     """A table of all policies of this package, then each with its options and how it differs from its paper."""
     from acckv.policies import POLICIES, Policy
 
-    common = {item.name for item in fields(Policy)} if is_dataclass(Policy) else set()
+    common = {item.name for item in fields(Policy)}
     own = {name: policy for name, policy in POLICIES.items() if policy.__module__.startswith("acckv.")}
     lines = ["| policy | keeps | reads |", "|---|---|---|"]
     for name, policy in own.items():
         lines.append(f"| [`{name}`](#{name}) | {_title(policy)} | {_reads(policy)} |")
     for name, policy in own.items():
         lines += ["", f"## {name}", "", f"**{_title(policy)}**", "", _text(policy)]
-        options = [item for item in fields(policy) if item.name not in common] if is_dataclass(policy) else []
+        options = [item for item in fields(policy) if "help" in item.metadata and item.name not in common]
         if options:
             lines += ["", "| option | default | |", "|---|---|---|", *map(_option, options)]
     return "\n".join(lines) + "\n"
