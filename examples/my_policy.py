@@ -26,7 +26,7 @@ class ValueAware(Policy):
     window_size: int = field(default=32, metadata={"help": "Observed queries at the end of the prompt.", "low": 1})
     power: float = field(default=1.0, metadata={"help": "Of the norm; 0 leaves it out.", "low": 0.0, "high": 4.0})
 
-    rows = "window"
+    queries = "window"
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
         """The score ``[batch, kv_heads, tokens]`` of every entry; higher is kept first."""

@@ -1,7 +1,7 @@
 """AccKV step 1, attention redistribution, and the other scores that the policies share.
 
-Pure functions of tensors. ``B`` batch, ``H`` query heads, ``K`` KV heads, ``R`` observed rows, ``N`` prompt entries,
-``D`` head size. Memory is rows x tokens, worked off in chunks of rows: nothing is ever tokens x tokens.
+Pure functions of tensors. ``B`` batch, ``H`` query heads, ``K`` KV heads, ``R`` observed queries, ``N`` prompt entries,
+``D`` head size. Memory is queries x tokens, worked off in chunks of queries: nothing is ever tokens x tokens.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from acckv.method.modality import VARIANCE_FLOOR, ModalityMap
 from acckv.method.rotary import Rotation
 
-#: Rows whose attention is held at once, and logits: what fits a processor's cache is worked off fastest.
-ROW_CHUNK, LOGITS = 256, 1 << 21
+#: Queries whose attention is held at once, and logits: what fits a processor's cache is worked off fastest.
+QUERY_CHUNK, LOGITS = 256, 1 << 21
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Observation:
     """Queries, keys and values of one layer as its attention saw them: all that a score may be computed from.
 
     Args:
-        queries: ``[B, H, R, D]`` of the observed rows, after position embedding.
+        queries: ``[B, H, R, D]`` of the observed queries, after position embedding.
         keys: ``[B, K, N, D]`` of the prompt, after position embedding.
         values: ``[B, K, N, Dv]``.
-        row_positions: int64 ``[B, R]``, on the CPU: index of each row in the sequence (a probe row's is N or more).
-        row_valid: bool ``[B, R]``, on the CPU: which rows count.
+        query_positions: int64 ``[B, R]``, on the CPU: index of each in the sequence (a probe query's is N or more).
+        query_valid: bool ``[B, R]``, on the CPU: those that count.
         real: bool ``[B, N]``, on the CPU: entries that are no padding.
         scaling: factor of the dot product (Gemma 4's is 1, so it is never derived from D).
         rotation: the prompt's rotary embedding, for policies that take it off.
@@ -40,8 +40,8 @@ class Observation:
     queries: Tensor
     keys: Tensor
     values: Tensor
-    row_positions: Tensor
-    row_valid: Tensor
+    query_positions: Tensor
+    query_valid: Tensor
     real: Tensor
     scaling: float
     rotation: Rotation | None = None
@@ -52,45 +52,45 @@ class Observation:
         """float32 ``[B, K, N]``: one over the length of each key."""
         return inverse_norm(self.keys.float())
 
-    def rows(self, mask: Tensor) -> Observation:
-        """The same observation with only the rows of `mask` (bool ``[B, R]``) counting, others cut where possible."""
-        valid = self.row_valid & mask.to(self.row_valid.device)
+    def select(self, mask: Tensor) -> Observation:
+        """Observation in which only the queries of `mask`, bool ``[B, R]``, count; others are cut where possible."""
+        valid = self.query_valid & mask.to(self.query_valid.device)
         used = valid.any(dim=0).nonzero().flatten().tolist()
         first, last = (used[0], used[-1] + 1) if used else (0, 0)
         return replace(
             self,
             queries=self.queries[:, :, first:last],
-            row_positions=self.row_positions[:, first:last],
-            row_valid=valid[:, first:last],
+            query_positions=self.query_positions[:, first:last],
+            query_valid=valid[:, first:last],
         )
 
 
-def attention_rows(observation: Observation, chunk: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Softmax attention of the observed rows over the prompt, a chunk of rows at a time.
+def attention_of_queries(observation: Observation, chunk: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Softmax attention of the observed queries over the prompt, a chunk of them at a time.
 
-    Padding is masked before the softmax; rows that do not count give zeros.
+    Padding is masked before the softmax; queries that do not count give zeros.
 
     Args:
-        chunk: rows at once; None takes as many as :data:`LOGITS` allows, at most :data:`ROW_CHUNK`.
+        chunk: queries at once; None takes as many as :data:`LOGITS` allows, at most :data:`QUERY_CHUNK`.
 
     Yields:
-        the slice of rows and their attention ``[B, K, G, rows, N]``, with G query heads to a KV head.
+        the slice of queries and their attention ``[B, K, G, chunk, N]``, with G query heads to a KV head.
     """
-    batch, heads, rows, size = observation.queries.shape
+    batch, heads, count, size = observation.queries.shape
     kv_heads, entries = observation.keys.shape[1:3]
     groups = heads // kv_heads
-    chunk = chunk or min(max(LOGITS // max(batch * heads * entries, 1), 1), ROW_CHUNK)
-    queries = observation.queries.view(batch, kv_heads, groups, rows, size)
+    chunk = chunk or min(max(LOGITS // max(batch * heads * entries, 1), 1), QUERY_CHUNK)
+    queries = observation.queries.view(batch, kv_heads, groups, count, size)
     keys = observation.keys.transpose(-1, -2)
     # Most often every row sees all but the last few entries, and no mask is needed.
-    hidden = 0 if not bool(observation.real.all()) else int(observation.row_positions.min()) + 1 if rows else entries
+    hidden = 0 if not bool(observation.real.all()) else int(observation.query_positions.min()) + 1 if count else entries
     if hidden < entries:
         columns = torch.arange(hidden, entries, device=keys.device)
-        positions, real = observation.row_positions.to(keys.device), observation.real[:, hidden:].to(keys.device)
-    counted = None if bool(observation.row_valid.all()) else observation.row_valid.to(keys.device)
-    for start in range(0, rows, chunk):
-        part = slice(start, min(start + chunk, rows))
-        # Rows of all query heads of a KV head in one product: broadcasting would copy the keys for each.
+        positions, real = observation.query_positions.to(keys.device), observation.real[:, hidden:].to(keys.device)
+    counted = None if bool(observation.query_valid.all()) else observation.query_valid.to(keys.device)
+    for start in range(0, count, chunk):
+        part = slice(start, min(start + chunk, count))
+        # Queries of all query heads of a KV head in one product: broadcasting would copy the keys for each.
         folded = queries[:, :, :, part].reshape(batch, kv_heads, -1, size)
         logits = (folded @ keys).view(batch, kv_heads, groups, -1, entries).float() * observation.scaling
         if hidden < entries:
@@ -103,36 +103,36 @@ def attention_rows(observation: Observation, chunk: int | None = None) -> Iterat
 
 
 def redistribution_weights(
-    row_positions: Tensor, real: Tensor, gamma: Tensor | float, device: torch.device
+    query_positions: Tensor, real: Tensor, gamma: Tensor | float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Weights ``((i + 1) / (N - j)) ** gamma`` of docs/method.md, step 1, as a row and a column factor.
 
-    ``i + 1`` undoes the dilution of row i, ``N - j`` divides by the number of rows that can see column j.
+    ``i + 1`` undoes the dilution of query i, ``N - j`` divides by the number of queries that can see column j.
     Padding on the left counts in neither, so that a padded row equals the row alone; its columns get 0.
 
     Args:
-        row_positions, real: of an :class:`Observation`.
+        query_positions, real: of an :class:`Observation`.
 
     Returns:
         row factor ``[B, R]`` and column factor ``[B, N]``, on the device.
     """
     entries = real.shape[1]
-    row = (row_positions + 1 - (~real).sum(-1, keepdim=True)).clamp_min(1).float()
+    row = (query_positions + 1 - (~real).sum(-1, keepdim=True)).clamp_min(1).float()
     column = torch.arange(entries, 0, -1).float().expand(real.shape)
     return row.to(device) ** gamma, column.to(device) ** -gamma * real.to(device)
 
 
 def heavy_hitter_score(observation: Observation, gamma: Tensor | float = 0.0) -> Tensor:
-    """Attention that each entry receives from the observed rows (docs/method.md, step 1; gamma 0 is plain H2O).
+    """Attention that each entry receives from the observed queries (docs/method.md, step 1; gamma 0 is plain H2O).
 
     Returns:
-        float32 ``[B, K, N]``: sum over rows, mean over the query heads of a KV head; 0 for padding.
+        float32 ``[B, K, N]``: sum over queries, mean over the query heads of a KV head; 0 for padding.
     """
     batch, kv_heads, entries = observation.keys.shape[:3]
     device = observation.keys.device
-    row, column = redistribution_weights(observation.row_positions, observation.real, gamma, device)
+    row, column = redistribution_weights(observation.query_positions, observation.real, gamma, device)
     total = observation.keys.new_zeros(batch, kv_heads, entries, dtype=torch.float32)
-    for part, weights in attention_rows(observation):
+    for part, weights in attention_of_queries(observation):
         groups = weights.shape[2]
         factor = (row[:, None, None, part] / groups).expand(-1, kv_heads, groups, -1)
         total = total + (factor.reshape(batch, kv_heads, 1, -1) @ weights.flatten(2, 3))[:, :, 0]
@@ -142,7 +142,7 @@ def heavy_hitter_score(observation: Observation, gamma: Tensor | float = 0.0) ->
 def peak_attention(observation: Observation) -> Tensor:
     """The most attention that each entry receives from any observed row and query head: float32 ``[B, K, N]``."""
     peak = observation.keys.new_zeros(*observation.keys.shape[:3], dtype=torch.float32)
-    for _, weights in attention_rows(observation):
+    for _, weights in attention_of_queries(observation):
         peak = torch.maximum(peak, weights.amax(dim=(2, 3)))
     return peak
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acckv.method.modality import Modality, ModalityMap
-from acckv.policies.base import Rows
+from acckv.policies.base import Queries
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def scatter_columns(parts: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
     return hidden
 
 
-def observed_queries(labels: ModalityMap, rows: Rows, width: int) -> Tensor:
+def observed_queries(labels: ModalityMap, queries: Queries, width: int) -> Tensor:
     """bool ``[batch, tokens]``, on the CPU: the queries of a prompt that a policy observes (see
     :class:`acckv.policies.base.Policy`).
 
@@ -192,10 +192,10 @@ def observed_queries(labels: ModalityMap, rows: Rows, width: int) -> Tensor:
     """
     labels = labels.host
     index = torch.arange(labels.labels.shape[1])
-    if rows in ("none", "reconstruction"):
+    if queries in ("none", "reconstruction"):
         return torch.zeros_like(labels.text)
-    if rows == "window":
+    if queries == "window":
         return labels.real & (index >= index.shape[0] - width)
-    if rows == "text":
+    if queries == "text":
         return labels.text & (index >= labels.media_end()[:, None])
     return labels.real

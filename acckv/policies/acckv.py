@@ -23,7 +23,7 @@ from acckv.method.scoring import (
     standardised_sum,
 )
 from acckv.method.weights import CalibratedWeights, LayerWeights
-from acckv.policies.base import Policy, Rows
+from acckv.policies.base import Policy, Queries
 from acckv.policies.registry import register_policy
 
 Signal = Literal["attention", "key_diversity"]
@@ -105,7 +105,7 @@ class AccKV(Policy):
         return self.signal == "attention" or self.focusing
 
     @property
-    def rows(self) -> Rows:  # type: ignore[override]
+    def queries(self) -> Queries:  # type: ignore[override]
         return "text" if self.observes_attention else "none"
 
     def new_weights(self, layers: int, kv_heads: int, query_heads: int, head_size: int) -> CalibratedWeights:

@@ -17,7 +17,7 @@ from acckv.method.plan import LayerPlan, LayerScore, plan_layer
 from acckv.method.scoring import Observation
 from acckv.method.weights import CalibratedWeights
 
-Rows = Literal["none", "window", "text", "all", "reconstruction"]
+Queries = Literal["none", "window", "text", "all", "reconstruction"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Policy(ABC):
 
     Attributes:
         name: as it is registered.
-        rows: the queries whose attention it reads. 'window' are the last `window_size` of the prompt. 'text' are those
+        queries: those whose attention it reads. 'window' are the last `window_size` of the prompt. 'text' are those
             of the text after the media, or of a probe prompt where no text has been seen yet (`when: context`).
             'reconstruction' are queries of no prompt but of the context fed in again (see
             :mod:`acckv.runtime.context_reconstruction`).
@@ -49,7 +49,7 @@ class Policy(ABC):
     )
 
     name: ClassVar[str]
-    rows: ClassVar[Rows] = "none"
+    queries: ClassVar[Queries] = "none"
     keeps_all: ClassVar[bool | None] = None
     cross_layer: ClassVar[bool] = False
     window_size = 1

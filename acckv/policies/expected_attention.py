@@ -39,7 +39,7 @@ class ExpectedAttention(Policy):
         },
     )
 
-    rows = "all"
+    queries = "all"
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
         keys, scaling = observation.keys.float(), observation.scaling
@@ -59,15 +59,15 @@ class ExpectedAttention(Policy):
 def _future_queries(observation: Observation, place: Tensor, n_sink: int) -> tuple[Tensor, Tensor]:
     """Mean ``[B, K, G, D]`` and covariance ``[B, K, G, D, D]`` of the queries at positions to come."""
     if observation.rotation is None:
-        raise InputError("needs the rotary embedding of its rows", field="observation")
+        raise InputError("needs the rotary embedding of its queries", field="observation")
     rotation: Rotation = observation.rotation
     layout = rotation.layout
-    batch, _, rows, size = observation.queries.shape
+    batch, _, count, size = observation.queries.shape
     kv_heads = observation.keys.shape[1]
-    at = observation.row_positions.to(rotation.cos.device)[..., None].expand(-1, -1, size)
+    at = observation.query_positions.to(rotation.cos.device)[..., None].expand(-1, -1, size)
     cos, sin = (part.gather(1, at)[:, None] for part in (rotation.cos, rotation.sin))
-    queries = unrotate(observation.queries.float(), cos, sin, layout).view(batch, kv_heads, -1, rows, size)
-    counted = observation.row_valid & (place.gather(1, observation.row_positions) > n_sink)
+    queries = unrotate(observation.queries.float(), cos, sin, layout).view(batch, kv_heads, -1, count, size)
+    counted = observation.query_valid & (place.gather(1, observation.query_positions) > n_sink)
     weight = (counted / counted.sum(-1, keepdim=True).clamp_min(1)).to(queries.device)[:, None, None, :, None]
     mean = (queries * weight).sum(dim=3)
     centred = (queries - mean[:, :, :, None]) * weight.sqrt()

@@ -33,7 +33,7 @@ class FastV(Policy):
         metadata={"help": "First layers that are not pruned (K); the last of them ranks the entries.", "low": 1},
     )
 
-    rows = "window"
+    queries = "window"
     cross_layer = True
 
     def scores(self, observations: list[Observation], labels: ModalityMap) -> list[LayerScore]:
@@ -42,9 +42,9 @@ class FastV(Policy):
         return [self.score(layer, seen, labels.to(seen.keys.device))] * len(observations)
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
-        last = torch.zeros_like(observation.row_valid)
+        last = torch.zeros_like(observation.query_valid)
         last[:, -1:] = True
-        return LayerScore(heavy_hitter_score(observation.rows(last)).mean(dim=1, keepdim=True), None)
+        return LayerScore(heavy_hitter_score(observation.select(last)).mean(dim=1, keepdim=True), None)
 
     def layer_shares(
         self, scores: Sequence[LayerScore | None], labels: ModalityMap, total: Tensor, ratio: float

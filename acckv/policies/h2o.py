@@ -20,7 +20,7 @@ class H2O(Policy):
     the paper's recent tokens are text here, which is kept anyway.
     """
 
-    rows = "all"
+    queries = "all"
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
         return LayerScore(self.shared(heavy_hitter_score(observation)), None)

@@ -28,7 +28,7 @@ class KVzip(Policy):
     the budget of each layer, and the KV heads of a layer keep equally many, so that its storage stays rectangular.
     """
 
-    rows = "reconstruction"
+    queries = "reconstruction"
     cross_layer = True
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from acckv.method.modality import ModalityMap
 from acckv.method.plan import LayerPlan, LayerScore, MergedInto
-from acckv.method.scoring import ROW_CHUNK, Observation
+from acckv.method.scoring import QUERY_CHUNK, Observation
 from acckv.policies.h2o import H2O
 from acckv.policies.registry import register_policy
 
@@ -63,8 +63,8 @@ def pivotal_merging(keys: Tensor, values: Tensor, kept: Tensor, lost: Tensor) ->
     pivots = [source.gather(2, index[..., None].expand(-1, -1, -1, source.shape[-1])).float() for source in sources]
     directions = F.normalize(pivots[0], dim=-1).transpose(-1, -2)
     sums, count = [torch.zeros_like(pivot) for pivot in pivots], torch.zeros_like(index, dtype=torch.float32)
-    for start in range(0, keys.shape[2], ROW_CHUNK):
-        part = slice(start, start + ROW_CHUNK)
+    for start in range(0, keys.shape[2], QUERY_CHUNK):
+        part = slice(start, start + QUERY_CHUNK)
         similarity = F.normalize(keys[:, :, part].float(), dim=-1) @ directions
         nearest = similarity.masked_fill(~real[:, :, None], -torch.inf).argmax(-1)
         gone = (lost[:, :, part] & real.any(-1, keepdim=True)).float()

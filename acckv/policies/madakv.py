@@ -38,7 +38,7 @@ class MadaKV(Policy):
         metadata={"help": "Share of a modality's attention that a layer asks for; 0 to 1.", "low": 0, "high": 1},
     )
 
-    rows = "window"
+    queries = "window"
     cross_layer = True
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:

@@ -30,7 +30,7 @@ class SnapKV(Policy):
         default=5, metadata={"help": "Width of the max-pooling over scores; odd, in entries.", "low": 1}
     )
 
-    rows = "window"
+    queries = "window"
 
     def __post_init__(self) -> None:
         super().__post_init__()

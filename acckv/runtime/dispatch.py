@@ -137,9 +137,9 @@ class Dispatcher:
         if self.planners.keeps_all(request.ratio) or not run.new_tokens.has_media:
             return None, None
         policy = self.planners.policy
-        by_probe = policy.rows == "text" and self.planners.config.when == "context"
+        by_probe = policy.queries == "text" and self.planners.config.when == "context"
         probe = self._probe_ids(run) if by_probe else None
-        mask = observed_queries(run.context_labels, "none" if by_probe else policy.rows, policy.window_size)
+        mask = observed_queries(run.context_labels, "none" if by_probe else policy.queries, policy.window_size)
         eviction = LayerEviction(
             self.planners, run.cache, run.observer(mask, probe), run.embedded_context, self.policy_inputs, request.ratio
         )
@@ -148,10 +148,10 @@ class Dispatcher:
 
     def _recorder(self, run: PromptRun, request: Request) -> tuple[LayerListener, Tensor | None]:
         """The listener that records the context, and the probe prompt where one is wanted."""
-        rows = request.rows
-        wanted = rows == "text" or (rows == "all" and self.probe.processor is not None)
+        queries = request.queries
+        wanted = queries == "text" or (queries == "all" and self.probe.processor is not None)
         probe = self._probe_ids(run) if wanted and self.planners.config.when == "context" else None
-        mask = observed_queries(run.new_tokens.labels, rows, self.planners.policy.window_size)
+        mask = observed_queries(run.new_tokens.labels, queries, self.planners.policy.window_size)
         request.embedded = run.embedded
         request.recorder = Recorder(run.observer(mask, probe), run.cache)
         return request.recorder, probe

@@ -78,7 +78,7 @@ class LayerEviction:
     def _check(self, policy: Policy) -> None:
         if not any(self.before):
             return
-        if policy.rows == "reconstruction":
+        if policy.queries == "reconstruction":
             raise InputError(f"{policy.name} repeats a whole context and cannot go on from a compressed one")
         if policy.cross_layer and self.competing:
             raise InputError(
@@ -170,7 +170,7 @@ class LayerEviction:
             seen,
             keys=seen.keys[:, :, first:],
             values=seen.values[:, :, first:],
-            row_positions=seen.row_positions - first,
+            query_positions=seen.query_positions - first,
             real=seen.real[:, first:],
             rotation=rotation and rotation.to(seen.keys.device),
         )

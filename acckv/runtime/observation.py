@@ -19,17 +19,17 @@ from acckv.models.base import AttentionLayer, ModelAdapter
 
 @dataclass(frozen=True)
 class Observer:
-    """A prefill of `labels` tokens behind what a cache holds, followed by the rows of a probe prompt or none.
+    """A prefill of `labels` tokens behind what a cache holds, followed by the queries of a probe prompt or none.
 
     Args:
         labels: modality map ``[B, F]`` of the tokens that stay.
-        rows: bool ``[B, F]``, on the CPU: which of their rows a policy reads.
+        queries: bool ``[B, F]``, on the CPU: those of their queries that a policy reads.
         past: bool ``[B, seen]``, which of the tokens seen before are no padding.
-        probe: rows of the probe prompt after them.
+        probe: queries of the probe prompt after them.
     """
 
     labels: ModalityMap
-    rows: Tensor
+    queries: Tensor
     past: Tensor
     probe: int = 0
 
@@ -64,14 +64,14 @@ class Observer:
         return torch.cat([held, after.expand(-1, heads, -1), new.expand(-1, heads, -1)], dim=-1)
 
     def observe(self, real: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Observation:
-        """The rows of the prompt that the policy reads.
+        """The queries of the prompt that the policy reads.
 
         Args:
             real: bool ``[B, N]``, on the CPU, of the entries held and new; keys and values may be longer by a probe
                 prompt's.
         """
         entries = real.shape[1]
-        positions = torch.arange(entries - self.width, entries).expand_as(self.rows)
+        positions = torch.arange(entries - self.width, entries).expand_as(self.queries)
         seen = Observation(
             query[:, :, : self.width],
             key[:, :, :entries],
@@ -81,10 +81,10 @@ class Observer:
             real,
             scaling,
         )
-        return seen.rows(self.rows)
+        return seen.select(self.queries)
 
     def observe_probe(self, real: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Observation:
-        """The rows of the probe prompt."""
+        """The queries of the probe prompt."""
         entries = real.shape[1]
         steps = torch.arange(entries, entries + self.probe)
         positions = steps.expand(real.shape[0], -1)

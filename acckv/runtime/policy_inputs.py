@@ -116,7 +116,7 @@ class PolicyInputs:
         Args:
             reconstruction: filled if it is empty and the policy asks for it.
         """
-        if self.policy.rows == "reconstruction":
+        if self.policy.queries == "reconstruction":
             if not reconstruction:
                 reconstruction += self.reconstruction(layers, embedded)
             return [replace(seen, reconstruction=peak) for seen, peak in zip(observations, reconstruction, strict=True)]

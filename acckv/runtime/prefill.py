@@ -26,8 +26,8 @@ class Prefill:
     Attributes:
         cache: the full cache, not compressed yet.
         labels: modality of every entry.
-        observations: by compressed layer, rows of the prompt.
-        probes: by compressed layer, rows of the probe prompt, or None where none was run.
+        observations: by compressed layer, queries of the prompt.
+        probes: by compressed layer, queries of the probe prompt, or None where none was run.
         next_position: ``[B, 1]``, where text after the prompt goes on.
         adapted: whether LoRA acted on the prompt (scope 'all').
         embedded: what went into the decoder; another prefill can start from it.
@@ -105,15 +105,15 @@ class Prefill:
             """Rows ``[1, K, tokens, ...]``."""
             return torch.cat([F.pad(t, (0, 0) * (t.ndim - 3) + (length - t.shape[2], 0)) for t in tensors])
 
-        def observed(layers: tuple[Observation, ...]) -> Observation:
-            count = max(seen.row_valid.shape[1] for seen in layers)
-            pads = [(count - seen.row_valid.shape[1], 0) for seen in layers]
-            positions = [seen.row_positions + length - seen.real.shape[1] for seen in layers]
+        def stacked(layers: tuple[Observation, ...]) -> Observation:
+            count = max(seen.query_valid.shape[1] for seen in layers)
+            pads = [(count - seen.query_valid.shape[1], 0) for seen in layers]
+            positions = [seen.query_positions + length - seen.real.shape[1] for seen in layers]
             return replace(
                 layers[0],
                 queries=torch.cat([F.pad(s.queries, (0, 0, *pad)) for s, pad in zip(layers, pads, strict=True)]),
-                row_positions=torch.cat([F.pad(place, pad) for place, pad in zip(positions, pads, strict=True)]),
-                row_valid=torch.cat([F.pad(s.row_valid, pad) for s, pad in zip(layers, pads, strict=True)]),
+                query_positions=torch.cat([F.pad(place, pad) for place, pad in zip(positions, pads, strict=True)]),
+                query_valid=torch.cat([F.pad(s.query_valid, pad) for s, pad in zip(layers, pads, strict=True)]),
                 real=embedded.labels.host.real,
             )
 
@@ -127,8 +127,8 @@ class Prefill:
             rows[0],
             cache=_full_cache(held, embedded.labels, next_position),
             labels=embedded.labels,
-            observations=[observed(slot) for slot in zip(*(row.observations for row in rows), strict=True)],
-            probes=[observed(slot) for slot in zip(*probes, strict=True)] if probes else None,
+            observations=[stacked(slot) for slot in zip(*(row.observations for row in rows), strict=True)],
+            probes=[stacked(slot) for slot in zip(*probes, strict=True)] if probes else None,
             next_position=next_position,
             embedded=embedded,
             reconstruction=[padded(list(slot)) for slot in zip(*(row.reconstruction for row in rows), strict=True)],
@@ -151,25 +151,25 @@ class Prefill:
         return replace(self, observations=all_shared(self.observations), probes=probes)
 
     def watched(self, policy: Policy, when: When) -> list[Observation]:
-        """The rows that a policy reads, out of all that were recorded.
+        """The queries that a policy reads, out of all that were recorded.
 
         Raises:
             InputError: some were not.
         """
-        if policy.rows == "text" and when == "context":
+        if policy.queries == "text" and when == "context":
             if self.probes is None:
                 raise InputError(
-                    "recorded no probe prompt: open the session with a processor, and run its prefill with rows='all' "
-                    "or 'text'",
+                    "recorded no probe prompt: open the session with a processor, and run its prefill with "
+                    "queries='all' or 'text'",
                     field="prefill",
                 )
             return self.probes
-        mask = observed_queries(self.labels, policy.rows, policy.window_size)
-        # Recorded rows end where the prompt ends.
-        recorded = self.observations[0].row_valid
+        mask = observed_queries(self.labels, policy.queries, policy.window_size)
+        # Recorded queries end where the prompt ends.
+        recorded = self.observations[0].query_valid
         if bool((mask & ~F.pad(recorded, (mask.shape[1] - recorded.shape[1], 0))).any()):
-            raise InputError("recorded other rows than this policy reads; run it with rows='all'", field="prefill")
-        return [seen.rows(mask[:, mask.shape[1] - seen.row_valid.shape[1] :]) for seen in self.observations]
+            raise InputError("lacks queries that this policy reads; run it with queries='all'", field="prefill")
+        return [seen.select(mask[:, mask.shape[1] - seen.query_valid.shape[1] :]) for seen in self.observations]
 
 
 def _full_cache(held: list[tuple[Tensor, Tensor]], labels: ModalityMap, next_position: Tensor) -> CompressedCache:
@@ -185,11 +185,11 @@ def _full_cache(held: list[tuple[Tensor, Tensor]], labels: ModalityMap, next_pos
 def _row(seen: Observation, row: slice, length: int) -> Observation:
     """One row of an observation, `length` entries long; positions count from its first real token."""
     shift = seen.real.shape[1] - length
-    rows = slice(max(seen.row_valid.shape[1] - length, 0), None)  # none of the padding's
+    kept = slice(max(seen.query_valid.shape[1] - length, 0), None)  # none of the padding's
     return replace(
         seen,
-        queries=seen.queries[row, :, rows].clone(),
-        row_positions=seen.row_positions[row, rows] - shift,
-        row_valid=seen.row_valid[row, rows],
+        queries=seen.queries[row, :, kept].clone(),
+        query_positions=seen.query_positions[row, kept] - shift,
+        query_valid=seen.query_valid[row, kept],
         real=seen.real[row, shift:],
     )

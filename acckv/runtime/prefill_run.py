@@ -120,9 +120,9 @@ class PromptRun:
         others = {name: tensor.detach() for name, tensor in others.items()}
         return DecoderInputs(arguments["inputs_embeds"].detach(), arguments["position_ids"], labels, others)
 
-    def observer(self, rows: Tensor, probe_ids: Tensor | None) -> Observer:
-        """The observer of the context, whose rows `rows` ``[batch, tokens]`` are read, and of a probe prompt."""
-        return Observer(self.context_labels, rows, self.past, 0 if probe_ids is None else probe_ids.shape[1])
+    def observer(self, queries: Tensor, probe_ids: Tensor | None) -> Observer:
+        """The observer of the context, whose `queries` (bool ``[batch, tokens]``) are read, and of a probe prompt."""
+        return Observer(self.context_labels, queries, self.past, 0 if probe_ids is None else probe_ids.shape[1])
 
     def run(
         self,
@@ -139,7 +139,7 @@ class PromptRun:
         """
         keep = self.arguments.get("logits_to_keep", 0)
         lengths = (self.continuation >= 0).sum(-1)
-        # Layers that share entries skip rows whose output nobody reads.
+        # Layers that share entries skip queries whose output nobody reads.
         in_continuation = isinstance(keep, int) and 0 < keep <= int(lengths.min())
         needs_context = not in_continuation or wants_records(self.arguments, self.adapter.decoder.config)
         runs, output = [], None

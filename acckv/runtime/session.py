@@ -17,7 +17,7 @@ from acckv.method.plan import LayerPlan
 from acckv.models import Family, find_adapter
 from acckv.models.batching import DecoderInputs, next_position
 from acckv.planner import Planners
-from acckv.policies.base import Rows
+from acckv.policies.base import Queries
 from acckv.runtime.attention import attention_of_masks, hook_attention
 from acckv.runtime.continuation import generated_copies, question_inputs
 from acckv.runtime.dispatch import Dispatcher
@@ -104,19 +104,19 @@ class Session:
 
     @served
     def prefill(
-        self, embedded: DecoderInputs | None = None, rows: Rows = "all", gradients: bool = False, **inputs: Any
+        self, embedded: DecoderInputs | None = None, queries: Queries = "all", gradients: bool = False, **inputs: Any
     ) -> Prefill:
         """Run the model over `inputs` with the full cache, observing; nothing is compressed.
 
         Args:
             embedded: of an earlier prefill, instead of `inputs`: the encoders need not run again.
-            rows: rows to record; 'all' serves every policy (the probe prompt's too, where a processor was given).
+            queries: those to record; 'all' serves every policy (the probe prompt's too, where a processor was given).
             gradients: keep the graph, to train LoRA of scope 'all'.
             inputs: as for the model, media included; with `when: context` up to the end of the media.
         """
-        if rows not in get_args(Rows):
-            raise InputError(f"{rows!r} is not one of {', '.join(get_args(Rows))}", field="rows")
-        cache, request = fresh_cache(self.adapter), Request("record", rows=rows)
+        if queries not in get_args(Queries):
+            raise InputError(f"{queries!r} is not one of {', '.join(get_args(Queries))}", field="queries")
+        cache, request = fresh_cache(self.adapter), Request("record", queries=queries)
         logits = None
         if embedded is None:
             inputs = self.adapter.placed(inputs)
@@ -250,7 +250,7 @@ class Session:
             raise InputError(f"{temperature!r} is not above 0; None selects as it is shipped", field="temperature")
         policy = self.planners.policy
         seen = prefill.watched(policy, self.planners.config.when)
-        repeats = policy.rows == "reconstruction"
+        repeats = policy.queries == "reconstruction"
         with self.dispatcher.prompt_adapters() if repeats else nullcontext():  # the one that runs the model
             layers, policy_inputs = prefill.cache.layers, self.dispatcher.policy_inputs
             observations = policy_inputs.complete(seen, layers, prefill.embedded, prefill.reconstruction)

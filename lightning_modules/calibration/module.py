@@ -209,7 +209,7 @@ class CalibrationModule(LightningModule):
         training, teacher = torch.is_grad_enabled(), self.teacher
         prefill, targets = teacher.targets(batch)
         if session.adapts_prompt:
-            prefill = session.prefill(prefill.embedded, session.planners.policy.rows, gradients=training)
+            prefill = session.prefill(prefill.embedded, session.planners.policy.queries, gradients=training)
         with torch.autocast(self.device.type, enabled=False):  # sessions select in full precision
             plans = None if session.planners.keeps_all(ratio) else session.plan(prefill, ratio, temperature)
         matched = teacher.layers if training and ratio >= options.feature_loss_min_ratio else []

@@ -49,7 +49,7 @@ class Teacher:
 
     def prefill_in(self, session: Session, batch: CalibrationBatch) -> Prefill:
         """A prefill of the batch's contexts in any session: the one that is kept, unless LoRA adapts the prompt."""
-        kept, observed = self._kept(batch), session.planners.policy.rows
+        kept, observed = self._kept(batch), session.planners.policy.queries
         if isinstance(kept, Prefill):
             return session.prefill(kept.embedded, observed) if session.adapts_prompt else kept
         return session.prefill(kept, observed, **batch.inputs)
@@ -66,7 +66,7 @@ class Teacher:
         kept, cache = self._kept(batch), self.cache
         if isinstance(kept, Prefill):
             return kept
-        prefill = self.session.prefill(kept, self.session.planners.policy.rows, **batch.inputs)
+        prefill = self.session.prefill(kept, self.session.planners.policy.queries, **batch.inputs)
         if cache.keep == "prefill":
             cache.put("prefills", batch.clips, [row.to(HOST) for row in prefill.rows()])
         elif kept is None and cache.keep == "embeddings":

@@ -65,8 +65,8 @@ def test_the_policy_scores_by_attention_times_the_size_of_the_value() -> None:
         queries=torch.randn(1, 1, queries, 4),
         keys=torch.randn(1, 1, entries, 4),
         values=torch.randn(1, 1, entries, 4),
-        row_positions=torch.tensor([[4, 5]]),
-        row_valid=torch.ones(1, queries, dtype=torch.bool),
+        query_positions=torch.tensor([[4, 5]]),
+        query_valid=torch.ones(1, queries, dtype=torch.bool),
         real=torch.ones(1, entries, dtype=torch.bool),
         scaling=0.5,
     )

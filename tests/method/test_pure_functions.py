@@ -46,8 +46,8 @@ def slow_heavy_hitter(seen: Observation, gamma: float) -> Tensor:
         for h in range(heads):
             k = h // (heads // kv_heads)
             for r in range(rows):
-                i = int(seen.row_positions[b, r])
-                if not seen.row_valid[b, r]:
+                i = int(seen.query_positions[b, r])
+                if not seen.query_valid[b, r]:
                     continue
                 visible = [j for j in range(i + 1) if j < entries and bool(seen.real[b, j])]
                 logits = [float(seen.queries[b, h, r] @ seen.keys[b, k, j]) * seen.scaling for j in visible]
@@ -67,11 +67,11 @@ def test_heavy_hitter_score(gamma: float, seed: int) -> None:
 
 
 def test_rows_are_worked_off_in_chunks() -> None:
-    from acckv.method.scoring import attention_rows
+    from acckv.method.scoring import attention_of_queries
 
     seen = observation(3)
-    whole = next(iter(attention_rows(seen, chunk=100)))[1]
-    parts = torch.cat([weights for _, weights in attention_rows(seen, chunk=2)], dim=3)
+    whole = next(iter(attention_of_queries(seen, chunk=100)))[1]
+    parts = torch.cat([weights for _, weights in attention_of_queries(seen, chunk=2)], dim=3)
     assert torch.allclose(whole, parts, atol=1e-7)
 
 

@@ -74,7 +74,7 @@ def alone(seen: Observation) -> Observation:
         seen.keys[1:, :, PADDING:],
         seen.values[1:, :, PADDING:],
         torch.arange(width)[None],
-        seen.row_valid[1:, PADDING:],
+        seen.query_valid[1:, PADDING:],
         seen.real[1:, PADDING:],
         seen.scaling,
         rotation,
@@ -84,16 +84,16 @@ def alone(seen: Observation) -> Observation:
 
 def watched(seen: Observation, policy: str, window: int) -> Observation:
     """The rows that a session would hand to the policy."""
-    if POLICIES[policy].rows != "window":
+    if POLICIES[policy].queries != "window":
         return seen
-    last = torch.arange(seen.row_valid.shape[1]) >= seen.row_valid.shape[1] - window
-    return seen.rows(last.expand_as(seen.row_valid))
+    last = torch.arange(seen.query_valid.shape[1]) >= seen.query_valid.shape[1] - window
+    return seen.select(last.expand_as(seen.query_valid))
 
 
 def attention(seen: Observation, b: int, h: int, i: int) -> list[float]:
     """Softmax of row i over all entries, in floats."""
     key_head = h // (HEADS // KV_HEADS)
-    row = int((seen.row_positions[b] == i).nonzero())
+    row = int((seen.query_positions[b] == i).nonzero())
     logits = {
         j: seen.scaling
         * sum(float(q) * float(k) for q, k in zip(seen.queries[b, h, row], seen.keys[b, key_head, j], strict=True))

@@ -58,8 +58,8 @@ def test_kvzip_watches_a_repetition(eager: Any, chunk: int) -> None:
     clips = [tiny_omni.context(1), tiny_omni.context(2, intro=(2, 10, 11, 12, 13))]
     prompt = [36, 33, 38]
     with compressor_of("kvzip")(eager, tiny_omni.Tokenizer()) as session, torch.no_grad():
-        rows = [session.prefill(rows="none", **clip).embedded for clip in clips]
-        batch = session.prefill(DecoderInputs.stack(rows), rows="none")
+        rows = [session.prefill(queries="none", **clip).embedded for clip in clips]
+        batch = session.prefill(DecoderInputs.stack(rows), queries="none")
         ids = torch.tensor([prompt] * 2)
         positions = session.adapter.text_positions(batch.next_position + torch.arange(3))
         asked = DecoderInputs(eager.get_input_embeddings()(ids), positions, ModalityMap(torch.zeros_like(ids)))

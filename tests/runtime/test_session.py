@@ -238,11 +238,11 @@ def test_a_chunk_goes_on_row_by_row(sdpa: Any) -> None:
 def test_a_prefill_that_recorded_too_little(sdpa: Any, recorded: Any, policy: Any) -> None:
     """Scores of rows that are not there would rank by nothing."""
     with KVCompressor(policy, ratio=0.4)(sdpa, tiny_omni.Tokenizer()) as session:
-        prefill = session.prefill(rows=recorded, **tiny_omni.context())
-        with pytest.raises(InputError, match="prefill: recorded other rows than this policy reads"):
+        prefill = session.prefill(queries=recorded, **tiny_omni.context())
+        with pytest.raises(InputError, match="prefill: lacks queries that this policy reads"):
             session.compress(prefill)
         whole = session.compress(session.prefill(**tiny_omni.context()))
-        alone = session.compress(session.prefill(rows=session.planners.policy.rows, **tiny_omni.context()))
+        alone = session.compress(session.prefill(queries=session.planners.policy.queries, **tiny_omni.context()))
     for one, other in zip(compressed_layers(whole), compressed_layers(alone), strict=True):
         assert torch.equal(one.keys, other.keys)
 
@@ -266,7 +266,7 @@ def test_options_out_of_range_are_refused(sdpa: Any) -> None:
         compressor(sdpa, lora_mode="fold")
     with compressor(sdpa) as session:
         with pytest.raises(InputError, match="'some' is not one of none, window"):
-            session.prefill(rows="some", **tiny_omni.context())
+            session.prefill(queries="some", **tiny_omni.context())
         prefill = session.prefill(**tiny_omni.context())
         with pytest.raises(InputError, match="temperature: -1 is not above 0"):
             session.plan(prefill, temperature=-1)

@@ -93,7 +93,7 @@ def test_a_long_stream_stays_flat(decoder: Built, policy: str, monkeypatch: pyte
         chunks = stream(family, model, 2)
         cache = run(session, chunks)
         held, peak = cache.kv_bytes(), Peak(monkeypatch)
-        probe = 3 if session.planners.policy.rows == "text" else 0  # forgotten before the next layer runs
+        probe = 3 if session.planners.policy.queries == "text" else 0  # forgotten before the next layer runs
         for _ in range(198 if policy == "keydiff" else 30):
             cache = session.extend(chunks[1], cache)
     assert cache.kv_bytes() == held
