@@ -24,7 +24,7 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class PackedQuestions:
+class PaddedQuestions:
     """Questions about each clip of a batch, tokenised for one generate call.
 
     Attributes:
@@ -37,7 +37,7 @@ class PackedQuestions:
     counts: list[int]
 
     @classmethod
-    def pack(cls, processor: Any, questions: Sequence[Sequence[str]]) -> PackedQuestions:
+    def pack(cls, processor: Any, questions: Sequence[Sequence[str]]) -> PaddedQuestions:
         """The questions of each clip, at least one in all."""
         counts = [len(own) for own in questions]
         filler = next(question for own in questions for question in own)
@@ -50,7 +50,7 @@ def answer_questions(
     session: Session,
     processor: Any,
     cache: CompressedCache,
-    questions: PackedQuestions | Sequence[Sequence[str]],
+    questions: PaddedQuestions | Sequence[Sequence[str]],
     max_new_tokens: int,
     **options: Any,
 ) -> list[list[Generated]]:
@@ -61,7 +61,7 @@ def answer_questions(
         max_new_tokens: longest answer.
         options: of ``model.generate``, in place of greedy search.
     """
-    packed = questions if isinstance(questions, PackedQuestions) else PackedQuestions.pack(processor, questions)
+    packed = questions if isinstance(questions, PaddedQuestions) else PaddedQuestions.pack(processor, questions)
     generation = _greedy(processor, max_new_tokens) | options
     new = session.answer(cache, packed.input_ids, packed.attention_mask, **generation)
     texts = decode(session.model, processor, new, max_new_tokens)

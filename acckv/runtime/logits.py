@@ -44,6 +44,6 @@ def last_position(hidden: Tensor) -> Tensor:
     return hidden[:, -1:]
 
 
-def at_places(places: Tensor) -> Choose:
+def at_index(index: Tensor) -> Choose:
     """Chooses by index into the positions of all rows behind one another (int64 ``[wanted]``), as one row."""
-    return lambda hidden: hidden.flatten(0, 1).index_select(0, places.to(hidden.device))[None]
+    return lambda hidden: hidden.flatten(0, 1).index_select(0, index.to(hidden.device))[None]

@@ -98,7 +98,7 @@ class PromptRun:
         self.context_labels = gather_labels(new_tokens.labels, self.context)
         if self.adapter.has_windows and new_tokens.seen and self.context_labels.is_padded:
             raise InputError(
-                "brings clips of different length into a later new_tokens of a batch; with sliding-window layers, "
+                "brings clips of different length into a later turn of a batch; with sliding-window layers, "
                 "go on with one row at a time",
                 field="input_ids",
             )

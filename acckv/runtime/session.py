@@ -22,7 +22,7 @@ from acckv.runtime.attention import attention_of_masks, hook_attention
 from acckv.runtime.continuation import generated_copies, question_inputs
 from acckv.runtime.dispatch import Dispatcher
 from acckv.runtime.hooks import served
-from acckv.runtime.logits import at_places, chosen_logits, last_position
+from acckv.runtime.logits import at_index, chosen_logits, last_position
 from acckv.runtime.lora import AttachedLora, LoraSets
 from acckv.runtime.merged_lora import LoraMode, attach
 from acckv.runtime.new_tokens import NewTokens, embedded_tokens, new_mask, read_new_tokens
@@ -259,7 +259,7 @@ class Session:
 
     @served
     def simulate(
-        self, prefill: Prefill, plans: list[LayerPlan] | None, places: Tensor | None = None, **inputs: Any
+        self, prefill: Prefill, plans: list[LayerPlan] | None, logits_at: Tensor | None = None, **inputs: Any
     ) -> Tensor:
         """Logits of tokens that follow a prefill, reading it through gates instead of an evicted cache.
 
@@ -269,7 +269,7 @@ class Session:
 
         Args:
             plans: None reads the full cache (the teacher).
-            places: int64 ``[wanted]``, tokens whose logits are wanted, counted through all rows; None wants them all.
+            logits_at: int64 ``[wanted]``, tokens whose logits are wanted, counted through all rows; None: all.
             inputs: input_ids, attention_mask (4-D additive, or 2-D) and position_ids of the new tokens.
 
         Returns:
@@ -284,7 +284,7 @@ class Session:
         simulation = Simulation(layers, plans)
         with self._serving(Request("simulate", simulation=simulation)):
             run = partial(self.model, cache=LengthCache(layers), use_cache=True, **inputs)
-            logits = run().logits if places is None else chosen_logits(self.model, at_places(places), run)[0]
+            logits = run().logits if logits_at is None else chosen_logits(self.model, at_index(logits_at), run)[0]
         if not simulation.reached:
             raise InputError("keeps keyword arguments from its attention, so it cannot be simulated", field="model")
         return logits

@@ -90,7 +90,7 @@ def answer_logits(
     return session.simulate(
         prefill,
         plans,
-        places=questions.counted,
+        logits_at=questions.counted,
         input_ids=questions.ids,
         attention_mask=questions.mask(prefill.labels, session.model.dtype),
         position_ids=session.adapter.text_positions(prefill.next_position + questions.offset),

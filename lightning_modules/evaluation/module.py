@@ -14,7 +14,7 @@ from acckv.benchmarks.judging import Judge
 from acckv.data.encoding import encode
 from acckv.data.records import Record
 from acckv.errors import InputError
-from acckv.evaluation.answering import Generated, PackedQuestions, answer_prompts, answer_questions
+from acckv.evaluation.answering import Generated, PaddedQuestions, answer_prompts, answer_questions
 from acckv.evaluation.journal import Batch
 from acckv.evaluation.results import FULL, Answer, Setting
 from acckv.evaluation.sizes import Sizes
@@ -170,8 +170,8 @@ class EvaluationModule(LightningModule):
             if any(records):
                 yield limit, records
 
-    def _pack(self, records: list[list[Record]]) -> PackedQuestions:
-        return PackedQuestions.pack(self.processor, [[self.asking.prompt(record) for record in own] for own in records])
+    def _pack(self, records: list[list[Record]]) -> PaddedQuestions:
+        return PaddedQuestions.pack(self.processor, [[self.asking.prompt(record) for record in own] for own in records])
 
     def _is_full(self, setting: Setting) -> bool:
         """Whether a setting evicts nothing and adapts nothing: it is the full cache, which has answered already."""

@@ -57,7 +57,7 @@ def test_a_simulation_makes_the_logits_that_are_read(name: str) -> None:
         inputs = after(session, prefill)
         whole = session.simulate(prefill, plans, **inputs)
         with positions_of_head(model) as seen:
-            chosen = session.simulate(prefill, plans, places=torch.tensor([1, 2, 3]), **inputs)
+            chosen = session.simulate(prefill, plans, logits_at=torch.tensor([1, 2, 3]), **inputs)
     assert seen == [3]
     assert torch.allclose(chosen, whole.flatten(0, 1)[1:4], atol=1e-5)
 
