@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from acckv import CompressionConfig, KVCompressor
+from acckv import KVCompressor
 from acckv.data.encoding import encode, encode_context
 from acckv.data.media import read_media
 from acckv.evaluation.answering import answer_prompts, answer_questions
@@ -45,7 +45,7 @@ def clips(files: list[Path]) -> list[Media]:
 
 
 def compressor(when: Any = "context") -> KVCompressor:
-    return KVCompressor(CompressionConfig(policy="keydiff", ratio=0.2, when=when))
+    return KVCompressor("keydiff", ratio=0.2, when=when)
 
 
 def test_uneven_questions_about_two_clips_are_answered_as_alone(clips: list[Media]) -> None:

@@ -20,7 +20,8 @@ from acckv.config import When
 from acckv.method.weights import CalibratedWeights
 from acckv.policies import POLICIES
 from acckv.runtime.prefill import Prefill
-from lightning_modules.calibration.module import CalibrationModule
+from lightning_modules.calibration.config import CalibrationConfig
+from lightning_modules.calibration.schedule import Schedule
 from tests.calibration.test_training import after, calibrated
 from tests.families import FAMILIES, Family, Tokenizer
 from tests.support.simulated_accelerator import DEVICE, SECOND_DEVICE, SimulatedAccelerator, on_cpu, on_device, place
@@ -126,14 +127,14 @@ def test_an_export(family: Family, model: Any, export: Path, placed: Callable[[A
 
 def test_draws_are_the_same_whatever_device_is_the_default(family: Family, model: Any) -> None:
     """As within Lightning, and after `torch.set_default_device`."""
-    module = CalibrationModule(lora_rank=0)
+    schedule = Schedule(CalibrationConfig(), 100)
     with KVCompressor("random")(model) as session:
         prefill = session.prefill(**family.context(model))
     seen, labels, policy = prefill.observations[0], prefill.labels, session.planners.policy
-    expected = [policy.score(0, seen, labels).score, torch.tensor([module.draw_ratio(step) for step in range(9)])]
+    expected = [policy.score(0, seen, labels).score, torch.tensor([schedule.ratio(step) for step in range(9)])]
     with SimulatedAccelerator(), torch.device("sim"):
         here = replace(seen, keys=on_device(seen.keys))
-        found = [policy.score(0, here, labels).score, torch.tensor([module.draw_ratio(step) for step in range(9)])]
+        found = [policy.score(0, here, labels).score, torch.tensor([schedule.ratio(step) for step in range(9)])]
         assert_same([on_cpu(part) for part in found], expected)
 
 
