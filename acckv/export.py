@@ -176,8 +176,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise InputError("must hold a JSON object", source=file)
     if config.get("format", FORMAT) != FORMAT:
         raise InputError(
-            f"version {config['format']!r} is unknown; this acckv reads {FORMAT}: export the run again with "
-            "`train.py export`, or calibrate anew",
+            f"version {config['format']!r} is unknown; this acckv reads {FORMAT}: calibrate anew",
             source=file,
             field="format",
         )

@@ -65,11 +65,11 @@ class Planner:
 
     def total(self, labels: ModalityMap, layers: int, ratio: float | None = None) -> Tensor:
         """int64 ``[B]``: entries that all layers together keep of a prompt."""
-        counts = labels.counts()
-        if self.policy.keeps_all:
-            return total_budget(1.0, None, layers, counts)
         absolute = self.config.budget if ratio is None else None
-        return total_budget(self.ratio_of(labels, layers, ratio), absolute, layers, counts)
+        ratio = self.config.ratio if ratio is None else ratio
+        if self.policy.keeps_all:
+            ratio, absolute = 1.0, None
+        return total_budget(ratio, absolute, layers, labels.counts())
 
     def layer_budgets(
         self,
@@ -138,11 +138,12 @@ class Planner:
         total, ratio = self.total(labels, layers, ratio), self.ratio_of(labels, layers, ratio)
         scores = self.scores(observations, labels)
         if temperature is not None:
-            split = self._soft_budgets(scores, labels, total, ratio)
-            return [
-                self._plan_softly(layer, scores[layer], seen, labels, split[:, layer], temperature)
-                for layer, seen in enumerate(observations)
-            ]
+            split, plans = self._soft_budgets(scores, labels, total, ratio), []
+            for layer, seen in enumerate(observations):
+                device = seen.keys.device
+                score, budget = scores[layer].to(device), split[:, layer].to(device)
+                plans.append(self.policy.plan(layer, score, seen, labels.to(device), budget, temperature))
+            return plans
         device = scores[0].score.device
         available = labels.counts().sum(-1, keepdim=True).expand(-1, layers)
         budgets = self.layer_budgets([score.to(device) for score in scores], labels, total, available, ratio)
@@ -174,20 +175,6 @@ class Planner:
         split = self.split(layer, score, budget, labels, ratio).cpu()
         score = LayerScore(score.score.to(device), score.modality_shares)
         return self.policy.plan(layer, score, observation, labels, split)
-
-    def _plan_softly(
-        self,
-        layer: int,
-        score: LayerScore,
-        observation: Observation,
-        labels: ModalityMap,
-        split: Tensor,
-        temperature: float,
-    ) -> LayerPlan:
-        """The plan of one layer in training: gates between 0 and 1 that sum to the budget."""
-        device = observation.keys.device
-        labels, score, split = labels.to(device), score.to(device), split.to(device)
-        return self.policy.plan(layer, score, observation, labels, split, temperature)
 
 
 def effective_ratio(total: Tensor, counts: Tensor, layers: int) -> float:

@@ -70,39 +70,26 @@ class Observer:
             real: bool ``[B, N]``, on the CPU, of the entries held and new; keys and values may be longer by a probe
                 prompt's.
         """
-        entries = real.shape[1]
-        positions = torch.arange(entries - self.width, entries).expand_as(self.queries)
-        seen = Observation(
-            query[:, :, : self.width],
-            key[:, :, :entries],
-            value[:, :, :entries],
-            positions,
-            torch.ones_like(positions, dtype=torch.bool),
-            real,
-            scaling,
-        )
-        return seen.select(self.queries)
+        first = real.shape[1] - self.width
+        return _observation(query[:, :, : self.width], first, key, value, real, scaling).select(self.queries)
 
     def observe_probe(self, real: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Observation:
         """The queries of the probe prompt."""
-        entries = real.shape[1]
-        steps = torch.arange(entries, entries + self.probe)
-        positions = steps.expand(real.shape[0], -1)
-        return Observation(
-            query[:, :, self.width :],
-            key[:, :, :entries],
-            value[:, :, :entries],
-            positions,
-            torch.ones_like(positions, dtype=torch.bool),
-            real,
-            scaling,
-        )
+        return _observation(query[:, :, self.width :], real.shape[1], key, value, real, scaling)
 
     def forget_probe(self, cache: Cache, layer: AttentionLayer) -> None:
         """Take the probe prompt's entries back out of a layer that owns entries."""
         if self.probe and layer.owner:
             held: Any = cache.layers[layer.cache_index]
             held.crop(-self.probe)
+
+
+def _observation(queries: Tensor, first: int, key: Tensor, value: Tensor, real: Tensor, scaling: float) -> Observation:
+    """An observation of all `queries`, of which the first stands at index `first` of the sequence."""
+    entries = real.shape[1]
+    positions = torch.arange(first, first + queries.shape[2]).expand(real.shape[0], -1)
+    counted = torch.ones_like(positions, dtype=torch.bool)
+    return Observation(queries, key[:, :, :entries], value[:, :, :entries], positions, counted, real, scaling)
 
 
 class LayerListener(Protocol):
