@@ -26,21 +26,17 @@ __all__ = [
     "Benchmark",
     "Mode",
     "Verdict",
-    "av_odyssey",
-    "avhbench",
-    "avqa",
-    "avsd",
-    "custom",
-    "daily_omni",
     "find_benchmark",
     "judge",
     "judge_protocol",
     "load_benchmark",
-    "music_avqa",
-    "mvbench",
-    "omnibench",
     "register_benchmark",
     "score",
-    "video_mme",
-    "worldsense",
 ]
+
+_OWN = (
+    *(av_odyssey, avhbench, avqa, avsd, custom, daily_omni),
+    *(music_avqa, mvbench, omnibench, video_mme, worldsense),
+)
+for _file in _OWN:
+    register_benchmark(_file.BENCHMARK)

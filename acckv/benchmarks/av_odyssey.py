@@ -13,9 +13,8 @@ from pathlib import Path
 
 from acckv.benchmarks.base import Benchmark, Mode, Verdict
 from acckv.benchmarks.letters import av_odyssey_letter, robust_letter
-from acckv.benchmarks.options import bare_options, in_groups, letter_of, lettered
+from acckv.benchmarks.options import bare_options, choice_record, in_groups, lettered
 from acckv.benchmarks.packed_media import PackedMedia
-from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 from acckv.io.fields import Fields
 from acckv.io.parquet import read_parquet
@@ -43,9 +42,9 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
 
 
 def _record(packed: PackedMedia, fields: Fields, groups: tuple[str, ...]) -> Record:
-    options = bare_options(fields, "options")
     media = _media(packed, fields)
-    names = re.findall(r"\[(?:img|video|audio)\d+\]", " ".join([fields.string("question"), *options]))
+    texts = [fields.string("question"), *bare_options(fields, "options")]
+    names = re.findall(r"\[(?:img|video|audio)\d+\]", " ".join(texts))
     for name in names:
         if name not in media:
             raise fields.error("question", f"names {name}, which the record does not have")
@@ -55,15 +54,12 @@ def _record(packed: PackedMedia, fields: Fields, groups: tuple[str, ...]) -> Rec
     video, audio = sights[:1] or sounds[:1], sounds[:1] if sights else []
     if not video:
         raise fields.error("audio_1", "the record has no media")
-    return Record(
-        id=fields.string("question_id"),
-        video=media[video[0]],
+    return choice_record(
+        fields,
+        fields.string("question_id"),
+        media[video[0]],
+        groups,
         audio=media[audio[0]] if audio else None,
-        question=fields.string("question"),
-        options=options,
-        answer=letter_of(fields, "answer", options),
-        groups=groups,
-        protocol="choice",
         attachments=tuple(media[name] for name in order if name not in (*video, *audio)),
     )
 
@@ -95,13 +91,11 @@ def judge(record: Record, answer: str, mode: Mode) -> Verdict:
     return Verdict(float(taken == record.answer), found is not None)
 
 
-register_benchmark(
-    Benchmark(
-        name="av_odyssey",
-        title="AV-Odyssey",
-        source="Gong et al., 2024, https://huggingface.co/datasets/AV-Odyssey/AV_Odyssey_Bench",
-        load=load,
-        judge=judge,
-        prompt=prompt,
-    )
+BENCHMARK = Benchmark(
+    name="av_odyssey",
+    title="AV-Odyssey",
+    source="Gong et al., 2024, https://huggingface.co/datasets/AV-Odyssey/AV_Odyssey_Bench",
+    load=load,
+    judge=judge,
+    prompt=prompt,
 )

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from acckv.benchmarks.base import Benchmark
 from acckv.benchmarks.layout import first_file, video_folder
+from acckv.benchmarks.options import in_subset
 from acckv.benchmarks.protocols import judge_protocol
-from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 from acckv.io.fields import Fields, read_objects
 
@@ -33,8 +33,7 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     """The questions in file order; `subset` is a task."""
     file = first_file(root, "QA.json", "qa.json", "avhbench_QA.json")
     videos = video_folder(root, "videos", "video")
-    records = [_record(fields, number, videos) for number, fields in enumerate(read_objects(file))]
-    return [record for record in records if subset is None or subset in record.groups]
+    return in_subset((_record(fields, number, videos) for number, fields in enumerate(read_objects(file))), subset)
 
 
 def _record(fields: Fields, number: int, videos: Path) -> Record:
@@ -61,14 +60,12 @@ def _record(fields: Fields, number: int, videos: Path) -> Record:
     )
 
 
-register_benchmark(
-    Benchmark(
-        name="avhbench",
-        title="AVHBench",
-        source="Sung-Bin et al., ICLR 2025, https://github.com/kaist-ami/AVHBench",
-        load=load,
-        judge=judge_protocol,
-        subsets=TASKS,
-        max_new_tokens=64,
-    )
+BENCHMARK = Benchmark(
+    name="avhbench",
+    title="AVHBench",
+    source="Sung-Bin et al., ICLR 2025, https://github.com/kaist-ami/AVHBench",
+    load=load,
+    judge=judge_protocol,
+    subsets=TASKS,
+    max_new_tokens=64,
 )

@@ -18,9 +18,8 @@ from pathlib import Path
 from acckv.benchmarks.base import Benchmark
 from acckv.benchmarks.layout import first_file, video_folder
 from acckv.benchmarks.letters import LETTERS
-from acckv.benchmarks.options import lettered
+from acckv.benchmarks.options import in_subset, lettered
 from acckv.benchmarks.protocols import judge_choice
-from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 from acckv.io.fields import Fields, read_objects
 
@@ -32,8 +31,7 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     """The questions of a split; `subset` is a question type such as `Come From`."""
     file = first_file(root, f"{split}_qa.json", f"data/annotation/{split}_qa.json")
     videos = video_folder(root, "videos", "video", "data/video")
-    records = [_record(fields, videos) for fields in read_objects(file)]
-    return [record for record in records if subset is None or subset in record.groups]
+    return in_subset((_record(fields, videos) for fields in read_objects(file)), subset)
 
 
 def _record(fields: Fields, videos: Path) -> Record:
@@ -72,16 +70,14 @@ def prompt(record: Record) -> str:
     )
 
 
-register_benchmark(
-    Benchmark(
-        name="avqa",
-        title="AVQA",
-        source="Yang et al., ACM Multimedia 2022, https://mn.cs.tsinghua.edu.cn/avqa",
-        load=load,
-        judge=judge_choice,
-        prompt=prompt,
-        splits=("val", "train"),
-        subsets=TYPES,
-        max_new_tokens=8,
-    )
+BENCHMARK = Benchmark(
+    name="avqa",
+    title="AVQA",
+    source="Yang et al., ACM Multimedia 2022, https://mn.cs.tsinghua.edu.cn/avqa",
+    load=load,
+    judge=judge_choice,
+    prompt=prompt,
+    splits=("val", "train"),
+    subsets=TYPES,
+    max_new_tokens=8,
 )

@@ -24,7 +24,6 @@ from pathlib import Path
 from acckv.benchmarks.base import Benchmark
 from acckv.benchmarks.layout import video_folder
 from acckv.benchmarks.protocols import judge_text
-from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.io.fields import Fields
@@ -142,16 +141,14 @@ def _record(image: str, turns: list[Fields], number: int, videos: Path, known: R
     )
 
 
-register_benchmark(
-    Benchmark(
-        name="avsd",
-        title="AVSD",
-        source="Alamri et al., CVPR 2019; DSTC7, DSTC8 and DSTC10, https://github.com/dialogtekgeek",
-        load=load,
-        judge=judge_text,
-        prompt=prompt,
-        splits=("test", "valid", "train"),
-        subsets=EDITIONS,
-        max_new_tokens=48,
-    )
+BENCHMARK = Benchmark(
+    name="avsd",
+    title="AVSD",
+    source="Alamri et al., CVPR 2019; DSTC7, DSTC8 and DSTC10, https://github.com/dialogtekgeek",
+    load=load,
+    judge=judge_text,
+    prompt=prompt,
+    splits=("test", "valid", "train"),
+    subsets=EDITIONS,
+    max_new_tokens=48,
 )

@@ -29,7 +29,6 @@ from acckv.benchmarks.layout import first_file
 from acckv.benchmarks.letters import LETTERS, exact_letter
 from acckv.benchmarks.options import lettered
 from acckv.benchmarks.protocols import judge_protocol
-from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Protocol, Record
 from acckv.io.fields import Fields, read_objects
 
@@ -42,15 +41,13 @@ FIELDS = (
 def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
     """The questions in file order; `subset` is a group."""
     file = root / f"{split}.jsonl" if split != "test" else first_file(root, "questions.jsonl", "test.jsonl")
-    records: list[Record] = []
-    seen: set[str] = set()
+    records: dict[str, Record] = {}
     for number, fields in enumerate(read_objects(file)):
         record = _record(fields, number, root)
-        if record.id in seen:
+        if record.id in records:
             raise fields.error("id", f"{record.id} appears twice")
-        seen.add(record.id)
-        records.append(record)
-    return [record for record in records if subset is None or subset in record.groups]
+        records[record.id] = record
+    return [record for record in records.values() if subset is None or subset in record.groups]
 
 
 def prompt(record: Record) -> str:
@@ -123,15 +120,13 @@ def _answer(fields: Fields, protocol: Protocol, options: tuple[str, ...] | None)
     return letter
 
 
-register_benchmark(
-    Benchmark(
-        name="custom",
-        title="custom",
-        source="your own questions.jsonl, see acckv/benchmarks/custom.py",
-        load=load,
-        judge=judge_protocol,
-        prompt=prompt,
-        splits=("test", "validation", "train"),
-        max_new_tokens=64,
-    )
+BENCHMARK = Benchmark(
+    name="custom",
+    title="custom",
+    source="your own questions.jsonl, see acckv/benchmarks/custom.py",
+    load=load,
+    judge=judge_protocol,
+    prompt=prompt,
+    splits=("test", "validation", "train"),
+    max_new_tokens=64,
 )

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from acckv.benchmarks.base import Benchmark
 from acckv.benchmarks.letters import leading_letter
-from acckv.benchmarks.options import bare_options, in_subset, judge_letters, letter_of, lettered
-from acckv.benchmarks.registry import register_benchmark
+from acckv.benchmarks.options import choice_record, groups_of, in_subset, judge_letters, lettered
 from acckv.data.records import Record
 from acckv.io.fields import Fields, read_objects
+
+GROUPS = {"type": "Type", "category": "video_category", "duration": "video_duration"}
 
 
 def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
@@ -25,21 +26,9 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
 
 
 def _record(root: Path, index: int, fields: Fields) -> Record:
-    name, options = fields.string("video_id"), bare_options(fields, "Choice")
-    return Record(
-        id=str(index),
-        video=root / "Videos" / name / f"{name}_video.mp4",
-        audio=None,
-        question=fields.string("Question"),
-        options=options,
-        answer=letter_of(fields, "Answer", options),
-        groups=(
-            f"type/{fields.string('Type')}",
-            f"category/{fields.string('video_category')}",
-            f"duration/{fields.string('video_duration')}",
-        ),
-        protocol="choice",
-    )
+    name = fields.string("video_id")
+    video = root / "Videos" / name / f"{name}_video.mp4"
+    return choice_record(fields, str(index), video, groups_of(fields, GROUPS), ("Question", "Choice", "Answer"))
 
 
 def prompt(record: Record) -> str:
@@ -53,14 +42,12 @@ def prompt(record: Record) -> str:
     )
 
 
-register_benchmark(
-    Benchmark(
-        name="daily_omni",
-        title="Daily-Omni",
-        source="Zhou et al., 2025, https://github.com/Lliar-liar/Daily-Omni",
-        load=load,
-        judge=judge_letters(lambda answer, record: leading_letter(answer)),
-        prompt=prompt,
-        max_new_tokens=10,
-    )
+BENCHMARK = Benchmark(
+    name="daily_omni",
+    title="Daily-Omni",
+    source="Zhou et al., 2025, https://github.com/Lliar-liar/Daily-Omni",
+    load=load,
+    judge=judge_letters(lambda answer, record: leading_letter(answer)),
+    prompt=prompt,
+    max_new_tokens=10,
 )

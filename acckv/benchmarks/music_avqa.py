@@ -14,8 +14,8 @@ from pathlib import Path
 from acckv.benchmarks.base import Benchmark
 from acckv.benchmarks.layout import first_file, video_folder
 from acckv.benchmarks.music_avqa_questions import VOCABULARY, read_questions
+from acckv.benchmarks.options import in_subset
 from acckv.benchmarks.protocols import judge_word
-from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 
 MODALITIES = {
@@ -40,19 +40,17 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
             raise fields.error("type", f"{record.groups[-1]!r} is none of the nine types")
         seen[record.id] += 1
         records.append(record if seen[record.id] == 1 else replace(record, id=f"{record.id}-{seen[record.id]}"))
-    return [record for record in records if subset is None or subset in record.groups]
+    return in_subset(records, subset)
 
 
-register_benchmark(
-    Benchmark(
-        name="music_avqa",
-        title="MUSIC-AVQA",
-        source="Li et al., CVPR 2022, https://gewu-lab.github.io/MUSIC-AVQA",
-        load=load,
-        judge=judge_word,
-        prompt=lambda record: f"{record.question}\nAnswer with a single word or phrase.",
-        splits=("test", "val", "train"),
-        subsets=GROUPS,
-        max_new_tokens=8,
-    )
+BENCHMARK = Benchmark(
+    name="music_avqa",
+    title="MUSIC-AVQA",
+    source="Li et al., CVPR 2022, https://gewu-lab.github.io/MUSIC-AVQA",
+    load=load,
+    judge=judge_word,
+    prompt=lambda record: f"{record.question}\nAnswer with a single word or phrase.",
+    splits=("test", "val", "train"),
+    subsets=GROUPS,
+    max_new_tokens=8,
 )

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from acckv.benchmarks.base import Benchmark, Mode, Verdict
 from acckv.benchmarks.letters import LETTERS, first_word_matches, robust_letter
-from acckv.benchmarks.options import bare_options, lettered
-from acckv.benchmarks.registry import register_benchmark
+from acckv.benchmarks.options import choice_record, lettered
 from acckv.data.records import Record
 from acckv.io.fields import Fields, read_objects
 
@@ -55,25 +54,18 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
 
 
 def _record(root: Path, subtask: str, index: int, fields: Fields) -> Record:
-    options, answer = bare_options(fields, "candidates"), fields.string("answer")
-    candidates = fields.strings("candidates")
-    if answer not in candidates:
-        raise fields.error("answer", f"{answer!r} is not one of the candidates")
     video, cut = _video(root, subtask, fields.string("video"))
     start, end = (None, None) if cut else _seconds(fields)
-    return Record(
-        id=f"{subtask}/{index}",
-        video=video,
-        audio=None,
-        question=fields.string("question"),
-        options=options,
-        # As in the original, the last of equal candidates.
-        answer=LETTERS[len(candidates) - 1 - candidates[::-1].index(answer)],
-        groups=(f"subtask/{subtask}",),
-        protocol="choice",
-        start=start,
-        end=end,
-    )
+    id, names = f"{subtask}/{index}", ("question", "candidates", "answer")
+    return choice_record(fields, id, video, (f"subtask/{subtask}",), names, _right, start=start, end=end)
+
+
+def _right(fields: Fields) -> str:
+    """As in the original, the last of equal candidates."""
+    answer, candidates = fields.string("answer"), fields.strings("candidates")
+    if answer not in candidates:
+        raise fields.error("answer", f"{answer!r} is not one of the candidates")
+    return LETTERS[len(candidates) - 1 - candidates[::-1].index(answer)]
 
 
 def _seconds(fields: Fields) -> tuple[float, float]:
@@ -111,14 +103,12 @@ def judge(record: Record, answer: str, mode: Mode) -> Verdict:
     return Verdict(float(found == record.answer), found is not None)
 
 
-register_benchmark(
-    Benchmark(
-        name="mvbench",
-        title="MVBench",
-        source="Li et al., CVPR 2024, https://huggingface.co/datasets/OpenGVLab/MVBench",
-        load=load,
-        judge=judge,
-        prompt=prompt,
-        subsets=tuple(FOLDERS),
-    )
+BENCHMARK = Benchmark(
+    name="mvbench",
+    title="MVBench",
+    source="Li et al., CVPR 2024, https://huggingface.co/datasets/OpenGVLab/MVBench",
+    load=load,
+    judge=judge,
+    prompt=prompt,
+    subsets=tuple(FOLDERS),
 )

@@ -18,9 +18,8 @@ from pathlib import Path
 
 from acckv.benchmarks.base import Benchmark
 from acckv.benchmarks.letters import LETTERS, omnibench_letter
-from acckv.benchmarks.options import bare_options, in_subset, judge_letters, lettered
+from acckv.benchmarks.options import choice_record, in_subset, judge_letters, lettered
 from acckv.benchmarks.packed_media import PackedMedia
-from acckv.benchmarks.registry import register_benchmark
 from acckv.data.records import Record
 from acckv.io.fields import Fields, read_objects
 from acckv.io.parquet import read_parquet
@@ -49,21 +48,16 @@ def _packed_record(packed: PackedMedia, fields: Fields) -> Record:
 
 
 def _record(fields: Fields, image: Path, audio: Path) -> Record:
-    options = bare_options(fields, "options")
-    answer, texts = fields.string("answer").split(), [text.split() for text in fields.strings("options")]
-    if answer not in texts:
-        raise fields.error("answer", f"{fields.string('answer')!r} is not one of the options")
-    return Record(
-        id=str(fields.integer("index")),
-        video=image,
-        audio=audio,
-        question=fields.string("question"),
-        options=options,
-        # The original looks for a letter in the answer's text, which fails for short texts and finds A in "A man ..".
-        answer=LETTERS[texts.index(answer)],
-        groups=(f"task/{fields.string('task type').strip()}", f"audio/{fields.string('audio type').strip().lower()}"),
-        protocol="choice",
-    )
+    groups = f"task/{fields.string('task type').strip()}", f"audio/{fields.string('audio type').strip().lower()}"
+    return choice_record(fields, str(fields.integer("index")), image, groups, right=_right, audio=audio)
+
+
+def _right(fields: Fields) -> str:
+    # The original looks for a letter in the answer's text, which fails for short texts and finds A in "A man ..".
+    answer, texts = fields.string("answer"), [text.split() for text in fields.strings("options")]
+    if answer.split() not in texts:
+        raise fields.error("answer", f"{answer!r} is not one of the options")
+    return LETTERS[texts.index(answer.split())]
 
 
 def prompt(record: Record) -> str:
@@ -75,14 +69,12 @@ def prompt(record: Record) -> str:
     )
 
 
-register_benchmark(
-    Benchmark(
-        name="omnibench",
-        title="OmniBench",
-        source="Li et al., 2024, https://github.com/multimodal-art-projection/OmniBench",
-        load=load,
-        judge=judge_letters(lambda answer, record: omnibench_letter(answer, record.options or ())),
-        prompt=prompt,
-        max_new_tokens=64,
-    )
+BENCHMARK = Benchmark(
+    name="omnibench",
+    title="OmniBench",
+    source="Li et al., 2024, https://github.com/multimodal-art-projection/OmniBench",
+    load=load,
+    judge=judge_letters(lambda answer, record: omnibench_letter(answer, record.options or ())),
+    prompt=prompt,
+    max_new_tokens=64,
 )

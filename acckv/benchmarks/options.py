@@ -1,14 +1,52 @@
-"""Options, groups and verdicts of multiple-choice questions."""
+"""Options, records, groups and verdicts of multiple-choice questions."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from acckv.benchmarks.base import Mode, Verdict
 from acckv.benchmarks.letters import LETTERS, robust_letter
 from acckv.data.records import Record
 from acckv.io.fields import Fields
+
+
+def choice_record(
+    fields: Fields,
+    id: str,
+    video: Path,
+    groups: Iterable[str],
+    names: tuple[str, str, str] = ("question", "options", "answer"),
+    right: Callable[[Fields], str] | None = None,
+    **others: Any,
+) -> Record:
+    """The record of a question.
+
+    Args:
+        names: of the fields with the question, its options, and the letter of the right one.
+        right: gives that letter, where it is in no field.
+        others: further attributes of the record.
+    """
+    question, listed, answer = names
+    options = bare_options(fields, listed)
+    return Record(
+        id=id,
+        video=video,
+        audio=others.pop("audio", None),
+        question=fields.string(question),
+        options=options,
+        answer=right(fields) if right else fields.choice(answer, LETTERS[: len(options)]),
+        groups=tuple(groups),
+        protocol="choice",
+        **others,
+    )
+
+
+def groups_of(fields: Fields, names: Mapping[str, str]) -> list[str]:
+    """Groups such as "duration/short", from the name of each kind of group to the field with its value."""
+    return [f"{kind}/{fields.string(field)}" for kind, field in names.items()]
 
 
 def bare_options(fields: Fields, field: str) -> tuple[str, ...]:
@@ -24,11 +62,6 @@ def bare_options(fields: Fields, field: str) -> tuple[str, ...]:
     if all(marks):
         options = [option[mark.end() :] for mark, option in zip(marks, options, strict=True) if mark]
     return tuple(options)
-
-
-def letter_of(fields: Fields, field: str, options: Sequence[str]) -> str:
-    """The letter of the right option, given by its letter."""
-    return fields.choice(field, LETTERS[: len(options)])
 
 
 def lettered(options: Sequence[str] | None, form: str = "{}. {}") -> list[str]:

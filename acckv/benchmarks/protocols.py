@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from acckv.benchmarks.base import Mode, Verdict
 from acckv.benchmarks.letters import exact_letter
-from acckv.benchmarks.music_avqa_questions import official_match, robust_answer, robust_match
+from acckv.benchmarks.music_avqa_questions import VOCABULARY, official_match, robust_answer, robust_match
 from acckv.benchmarks.options import judge_letters
 from acckv.data.records import Record
 from acckv.metrics.captions import caption_tokens, rouge_l
@@ -24,14 +26,16 @@ def judge_protocol(record: Record, answer: str, mode: Mode) -> Verdict:
     return judges[record.protocol](record, answer, mode)
 
 
-def judge_word(record: Record, answer: str, mode: Mode) -> Verdict:
+def judge_word(record: Record, answer: str, mode: Mode, vocabulary: Collection[str] = VOCABULARY) -> Verdict:
     """Official: equal up to case and trailing blanks and full stops. Robust: the first word of the vocabulary.
 
-    The vocabulary is that of MUSIC-AVQA and the right answer.
+    The right answer belongs to the vocabulary, whose default is that of MUSIC-AVQA.
     """
-    match = official_match if mode == "official" else robust_match
-    right = match(answer, record.answer)
-    return Verdict(float(right), right or robust_answer(answer) is not None)
+    if mode == "official":
+        right = official_match(answer, record.answer)
+    else:
+        right = robust_match(answer, record.answer, vocabulary)
+    return Verdict(float(right), right or robust_answer(answer, vocabulary) is not None)
 
 
 def judge_description(record: Record, answer: str, mode: Mode) -> Verdict:

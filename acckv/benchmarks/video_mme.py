@@ -10,8 +10,7 @@ from pathlib import Path
 
 from acckv.benchmarks.base import Benchmark, Mode, Verdict
 from acckv.benchmarks.letters import VIDEO_MME_PREFIXES, first_capital
-from acckv.benchmarks.options import bare_options, in_subset, judge_letters, letter_of, lettered
-from acckv.benchmarks.registry import register_benchmark
+from acckv.benchmarks.options import choice_record, groups_of, in_subset, judge_letters, lettered
 from acckv.data.records import Record
 from acckv.io.fields import Fields
 from acckv.io.parquet import read_parquet
@@ -20,6 +19,7 @@ TASK = (
     "Select the best answer to the following multiple-choice question based on the video. "
     "Respond with only the letter (A, B, C, or D) of the correct option."
 )
+GROUPS = {"duration": "duration", "domain": "domain", "category": "sub_category", "task": "task_type"}
 _judge = judge_letters(lambda answer, record: first_capital(answer, VIDEO_MME_PREFIXES))
 
 
@@ -30,22 +30,8 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
 
 
 def _record(root: Path, fields: Fields) -> Record:
-    options = bare_options(fields, "options")
-    return Record(
-        id=fields.string("question_id"),
-        video=_video(root / "data", fields.string("videoID")),
-        audio=None,
-        question=fields.string("question"),
-        options=options,
-        answer=letter_of(fields, "answer", options),
-        groups=(
-            f"duration/{fields.string('duration')}",
-            f"domain/{fields.string('domain')}",
-            f"category/{fields.string('sub_category')}",
-            f"task/{fields.string('task_type')}",
-        ),
-        protocol="choice",
-    )
+    video = _video(root / "data", fields.string("videoID"))
+    return choice_record(fields, fields.string("question_id"), video, groups_of(fields, GROUPS))
 
 
 def _video(folder: Path, name: str) -> Path:
@@ -64,14 +50,12 @@ def judge(record: Record, answer: str, mode: Mode) -> Verdict:
     return replace(verdict, counted=verdict.parsed) if mode == "official" else verdict
 
 
-register_benchmark(
-    Benchmark(
-        name="video_mme",
-        title="Video-MME",
-        source="Fu et al., CVPR 2025, https://huggingface.co/datasets/lmms-lab/Video-MME",
-        load=load,
-        judge=judge,
-        prompt=prompt,
-        splits=("test",),
-    )
+BENCHMARK = Benchmark(
+    name="video_mme",
+    title="Video-MME",
+    source="Fu et al., CVPR 2025, https://huggingface.co/datasets/lmms-lab/Video-MME",
+    load=load,
+    judge=judge,
+    prompt=prompt,
+    splits=("test",),
 )

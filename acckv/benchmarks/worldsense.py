@@ -16,8 +16,7 @@ from pathlib import Path
 from acckv.benchmarks.base import Benchmark
 from acckv.benchmarks.layout import video_folder
 from acckv.benchmarks.letters import WORLDSENSE_PREFIXES, first_capital
-from acckv.benchmarks.options import bare_options, in_subset, judge_letters, letter_of, lettered
-from acckv.benchmarks.registry import register_benchmark
+from acckv.benchmarks.options import choice_record, groups_of, in_subset, judge_letters, lettered
 from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.io.fields import Fields
@@ -55,24 +54,13 @@ def load(root: Path, split: str | None, subset: str | None) -> list[Record]:
 
 def _record(folder: Path, name: str, video: Fields, task: str) -> Record:
     fields = Fields(video.file, f"{video.name}, {task}", video.values[task])
-    options = bare_options(fields, "candidates")
-    return Record(
-        id=f"{name}/{task}",
-        video=folder / f"{name}.mp4",
-        audio=None,
-        question=fields.string("question"),
-        options=options,
-        answer=letter_of(fields, "answer", options),
-        groups=(
-            f"task domain/{fields.string('task_domain')}",
-            f"task type/{fields.string('task_type')}",
-            f"domain/{video.string('domain')}",
-            f"category/{video.string('sub_category')}",
-            f"duration/{video.string('duration')}",
-            *(f"audio/{kind}" for kind in video.strings("audio_class")),
-        ),
-        protocol="choice",
+    groups = (
+        *groups_of(fields, {"task domain": "task_domain", "task type": "task_type"}),
+        *groups_of(video, {"domain": "domain", "category": "sub_category", "duration": "duration"}),
+        *(f"audio/{kind}" for kind in video.strings("audio_class")),
     )
+    names = ("question", "candidates", "answer")
+    return choice_record(fields, f"{name}/{task}", folder / f"{name}.mp4", groups, names)
 
 
 def prompt(record: Record) -> str:
@@ -81,13 +69,11 @@ def prompt(record: Record) -> str:
     return f"{SYSTEM}\n{TASK}\nQuestion: {question}\nAnswer: "
 
 
-register_benchmark(
-    Benchmark(
-        name="worldsense",
-        title="WorldSense",
-        source="Hong et al., ICLR 2026, https://huggingface.co/datasets/honglyhly/WorldSense",
-        load=load,
-        judge=judge_letters(lambda answer, record: first_capital(answer, WORLDSENSE_PREFIXES)),
-        prompt=prompt,
-    )
+BENCHMARK = Benchmark(
+    name="worldsense",
+    title="WorldSense",
+    source="Hong et al., ICLR 2026, https://huggingface.co/datasets/honglyhly/WorldSense",
+    load=load,
+    judge=judge_letters(lambda answer, record: first_capital(answer, WORLDSENSE_PREFIXES)),
+    prompt=prompt,
 )

@@ -9,8 +9,8 @@ from operator import add
 
 import torch
 
-from acckv.benchmarks.answers import UNPARSED
 from acckv.benchmarks.corpus import corpus_scores
+from acckv.benchmarks.judging import UNPARSED
 from acckv.errors import InputError
 from acckv.evaluation.journal import Batch
 from acckv.evaluation.results import Answer, Failure, GroupScore, Results, Row, Setting

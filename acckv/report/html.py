@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from acckv.benchmarks.answers import UNPARSED
+from acckv.benchmarks.judging import UNPARSED
 from acckv.errors import InputError
 from acckv.evaluation.results import (
     CALIBRATED,

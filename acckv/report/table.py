@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from acckv.benchmarks.answers import UNPARSED
 from acckv.benchmarks.corpus import CIDER
+from acckv.benchmarks.judging import UNPARSED
 from acckv.evaluation.results import (
     AUDIO_EVICTED,
     CALIBRATED,

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from acckv import KVCompressor
 from acckv.benchmarks import Benchmark, Mode, find_benchmark
-from acckv.benchmarks.answers import answer_vocabulary
+from acckv.benchmarks.judging import answer_vocabulary
 from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.evaluation.answer_limits import LEAST, WORDS, answer_limits, longest_references

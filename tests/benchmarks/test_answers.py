@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from acckv.benchmarks.answers import DESCRIPTIONS, SINGLE, question_groups, score_answer
+from acckv.benchmarks.judging import DESCRIPTIONS, SINGLE, Judge
 from acckv.data.records import Protocol, Record
 
 
@@ -27,6 +27,7 @@ def test_an_answer_is_scored_by_its_protocol(
 ) -> None:
     options = ("cat", "dog") if protocol == "choice" else None
     record = Record("1", Path("a.mp4"), None, "?", options, right, ("kind",), protocol)
-    found = score_answer(record, said, {"left", "right"})
+    judge = Judge(None, {"left", "right"}, "robust")
+    found = judge(record, said)
     assert (found.official, found.score, found.parsed) == (official, robust, parsed)
-    assert question_groups(record) == (group, "kind")
+    assert judge.groups(record) == (group, "kind")

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from acckv import KVCompressor
-from acckv.benchmarks.answers import answer_vocabulary, question_groups, score_answer
+from acckv.benchmarks.judging import Judge, answer_vocabulary
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
 from acckv.data.encoding import encode
 from acckv.data.media import read_media
@@ -171,16 +171,16 @@ def test_kept_entries_are_exact(evaluated, tiny) -> None:
 def test_accuracies_are_those_of_the_predictions(evaluated, question_file) -> None:
     output, results, _ = evaluated
     records = {record.id: record for record in load_music_avqa(question_file, question_file.parent / "videos")}
-    vocabulary = answer_vocabulary(records.values())
+    judge = Judge(None, answer_vocabulary(records.values()), "robust")
     cells = _by_cell(output)
     for row in results.rows:
         lines = cells[row.policy, row.ratio]
-        scores = {key: score_answer(records[key], line["prediction"], vocabulary) for key, line in lines.items()}
+        scores = {key: judge(records[key], line["prediction"]) for key, line in lines.items()}
         assert {key: score.score for key, score in scores.items()} == {k: line["score"] for k, line in lines.items()}
         assert row.accuracy == pytest.approx(sum(s.score for s in scores.values()) / len(scores), abs=1e-6)
         assert row.ci95[0] <= row.accuracy <= row.ci95[1]
         for name, group in row.groups.items():
-            inside = [scores[key].score for key in scores if name in question_groups(records[key])]
+            inside = [scores[key].score for key in scores if name in judge.groups(records[key])]
             if inside:
                 assert group.n == len(inside)
                 assert group.accuracy == pytest.approx(sum(inside) / len(inside), abs=1e-6)
