@@ -12,16 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv import InputError, KVCompressor
+from lightning_modules.calibration.config import Divergence
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.losses import divergence, feature_loss
 from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.calibration.schedule import Schedule
-from tests.calibration.runs import fit, moved_weights, trained
+from tests.calibration.runs import clip_data, fit, moved_weights, quiet_trainer, trained
+from tests.learned import lora_of
 from tests.paths import ROOT
 
 
@@ -57,19 +59,9 @@ def test_a_run_that_fails_leaves_nothing_behind(cache: Path, tmp_path: Path) -> 
     """The session is closed; a checkpoint of the moment holds LoRA all the same."""
     shadowed = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
     module = CalibrationModule()
-    trainer = Trainer(
-        max_steps=4,
-        callbacks=[OnExceptionCheckpoint(tmp_path), Fail()],
-        logger=False,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-    )
-    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, questions_per_clip=1, cache_dir=str(cache))
+    trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[OnExceptionCheckpoint(tmp_path), Fail()])
     with pytest.raises(RuntimeError, match="the disk is full"):
-        trainer.fit(module, data)
+        trainer.fit(module, clip_data(cache, questions_per_clip=1))
     assert dict(ALL_ATTENTION_FUNCTIONS._local_mapping) == shadowed
     assert module.live.attached is None and not any(".lora_" in name for name, _ in module.named_modules())
     with pytest.raises(InputError, match="session: is closed"):
@@ -110,9 +102,10 @@ def test_losses() -> None:
     """Both divergences against their sums, and the difference of layers as a share."""
     teacher, student, weight = torch.randn(5, 7), torch.randn(5, 7), torch.rand(5)
     p, q = teacher.softmax(-1), student.softmax(-1)
-    for kind, one, other in (("forward", p, q), ("reverse", q, p)):
+    pairs: dict[Divergence, tuple[torch.Tensor, torch.Tensor]] = {"forward": (p, q), "reverse": (q, p)}
+    for kind, (one, other) in pairs.items():
         expected = ((one * (one / other).log()).sum(-1) * weight).sum() / weight.sum()
-        assert divergence(teacher, student, weight, kind) == pytest.approx(float(expected), abs=1e-5)  # type: ignore[arg-type]
+        assert divergence(teacher, student, weight, kind) == pytest.approx(float(expected), abs=1e-5)
     layers = torch.randn(2, 5, 4)
     twice = torch.stack([2 * layers[0], layers[1]])
     assert feature_loss(layers, twice, torch.tensor(3.0)) == pytest.approx(0.5)
@@ -157,9 +150,9 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
         ]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run(command("whole"), check=True, **run)  # type: ignore[call-overload]
-    process = subprocess.Popen(command("cut"), **run)  # type: ignore[call-overload]
+    run: dict[str, Any] = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command("whole"), check=True, **run)
+    process = subprocess.Popen(command("cut"), **run)
     last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 240
     while not last.exists() and time.monotonic() < deadline and process.poll() is None:
@@ -169,9 +162,9 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert last.exists() and not (tmp_path / "cut" / "export").exists()
     reached = torch.load(last, weights_only=True)["global_step"]
     assert 0 < reached < 12
-    subprocess.run(command("cut", f"--ckpt_path={last}"), check=True, **run)  # type: ignore[call-overload]
+    subprocess.run(command("cut", f"--ckpt_path={last}"), check=True, **run)
     exports = [KVCompressor.from_pretrained(tmp_path / name / "export") for name in ("whole", "cut")]
     for name, value in exports[0].state_dict().items():
         assert torch.equal(value, exports[1].state_dict()[name]), name
-    for name, value in exports[0].lora.tensors.items():
-        assert torch.equal(value, exports[1].lora.tensors[name]), name
+    for name, value in lora_of(exports[0]).items():
+        assert torch.equal(value, lora_of(exports[1])[name]), name

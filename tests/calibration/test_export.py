@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 from acckv import KVCompressor
+from acckv.evaluation.journal import Journal
 from acckv.evaluation.results import CALIBRATED
-from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.export import different_tensors
 from lightning_modules.calibration.report import EvaluateExport
 from lightning_modules.cli.errors import INTERRUPTED, run_cli
 from lightning_modules.evaluation import run as evaluation_run
 from lightning_modules.evaluation.options import EvaluationOptions
-from tests.calibration.runs import fit
+from tests.calibration.runs import clip_data, fit
+from tests.learned import lora_of
 
 
 def test_a_wrongly_written_low_ratio_stage_is_noticed(
@@ -37,7 +38,8 @@ def test_a_wrongly_written_low_ratio_stage_is_noticed(
         fit(cache, tmp_path, low_ratio_share=0.5)
     loaded = KVCompressor.from_pretrained(tmp_path / "export")
     assert different_tensors(loaded, loaded) == []
-    loaded.lora.tensors = {name: tensor for name, tensor in loaded.lora.tensors.items() if "layers.0" not in name}
+    for name in [name for name in lora_of(loaded) if "layers.0" in name]:
+        del lora_of(loaded)[name]
     missing = different_tensors(loaded, KVCompressor.from_pretrained(tmp_path / "export"))
     assert missing and all("layers.0" in name and not name.startswith("low_ratio") for name in missing)
 
@@ -49,8 +51,8 @@ def test_the_closing_evaluation_asks_the_model_in_memory(
     evaluation = EvaluateExport(1, (CALIBRATED,), (0.1,), str(tmp_path / "eval"))
     with monkeypatch.context() as patched:
         patched.delattr(evaluation_run, "load_model")
-        module = fit(cache, tmp_path, steps=2, also=[evaluation], gradient_checkpointing=True)
-    data: Any = module.trainer.datamodule
+        fit(cache, tmp_path, steps=2, also=[evaluation], gradient_checkpointing=True)
+    data = clip_data(cache)
     options = EvaluationOptions(
         compressor=str(tmp_path / "export"),
         policies=[CALIBRATED],
@@ -69,14 +71,14 @@ def test_the_closing_evaluation_asks_the_model_in_memory(
 def test_ctrl_c_in_an_evaluation_says_how_it_goes_on(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    append = evaluation_run.Journal.append
+    append = Journal.append
 
     def press_ctrl_c(*arguments: Any) -> None:
         append(*arguments)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(evaluation_run.Journal, "append", press_ctrl_c)
-    records = AVDataModule(validation_clips=2, cache_dir=str(cache)).records("validation")
+    monkeypatch.setattr(Journal, "append", press_ctrl_c)
+    records = clip_data(cache).records("validation")
     options = EvaluationOptions(
         policies=["keydiff"], ratios=[0.1], output=str(tmp_path), batch_size=1, accelerator="cpu"
     )

@@ -6,15 +6,16 @@ What the models answer means nothing. `test_configs` runs the same through the c
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import yaml
-from lightning import Trainer
 
 from acckv import InputError, KVCompressor
+from acckv.config import When
 from acckv.data.precomputed import write_precomputed_clip
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.evaluation.results import REFERENCE_NAMES
@@ -25,7 +26,9 @@ from lightning_modules.evaluation.datamodule import EvaluationData
 from lightning_modules.evaluation.options import EvaluationOptions
 from lightning_modules.evaluation.run import run_evaluation
 from tests import checkpoints
+from tests.calibration.runs import quiet_trainer
 from tests.families import FAMILIES
+from tests.learned import lora_of
 from tests.paths import ROOT
 
 TURNS = {
@@ -87,30 +90,26 @@ def test_calibrated_and_evaluated(name: str, question_file: Path, tmp_path: Path
     torch.manual_seed(0)
     module = CalibrationModule(**{**config["model"], "base_model": str(base), "dtype": "float32", "lora_rank": 2})
     shared = {"base_model": str(base), "when": config["model"]["when"]}
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        tmp_path,
         max_steps=2,
         limit_val_batches=1,
         val_check_interval=2,
         check_val_every_n_epoch=None,
         callbacks=[ExportCompressor(str(tmp_path / "export"), new_tokens=3)],
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
     )
     trainer.fit(module, datamodule=AVDataModule(**{**config["data"], **train, **shared}))
     compressor = KVCompressor.from_pretrained(tmp_path / "export")
-    assert compressor.base["name"] == str(base) and compressor.lora is not None
+    assert compressor.base is not None and compressor.base["name"] == str(base)
     place = "clips" if name in TURNS else question_file.name
     record = compressor.calibration
     assert record is not None and record.data.endswith(f" of {place}") and record.steps == 2
     assert sum(record.kinds.values()) == record.questions >= record.clips >= 1
-    trained = [bool(value.any()) for key, value in compressor.lora.tensors.items() if "lora_B" in key]
+    trained = [bool(value.any()) for key, value in lora_of(compressor).items() if "lora_B" in key]
     assert any(trained) and float(trainer.callback_metrics["val/kl"]) > 0
 
-    for when in ("context", "prompt"):
+    for when in get_args(When):
         options = EvaluationOptions(
             model=str(base),
             compressor=str(tmp_path / "export"),
@@ -140,8 +139,8 @@ def test_clips_of_the_wrong_kind(tmp_path: Path) -> None:
 
     def run(model: object, folder: Path) -> None:
         data = EvaluationData(precomputed=str(folder))
-        options = {"policies": ["keydiff"], "ratios": [0.2], "output": str(tmp_path / f"{folder.name}-out")}
-        run_evaluation(EvaluationOptions(model=str(model), data=data, accelerator="cpu", **options))
+        options = EvaluationOptions(str(model), policies=["keydiff"], ratios=[0.2], data=data, accelerator="cpu")
+        run_evaluation(replace(options, output=str(tmp_path / f"{folder.name}-out")))
 
     with pytest.raises(InputError, match=r"clip 2\.safetensors: a Qwen2_5OmniProcessor takes clips as Media"):
         run("tiny", clips)

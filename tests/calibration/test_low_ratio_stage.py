@@ -14,6 +14,7 @@ from lightning_modules.calibration.config import CalibrationConfig
 from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.calibration.schedule import Schedule
 from tests.calibration.runs import fit, trained
+from tests.learned import Learned, lora_of, weights_of
 
 
 class NoteTrained(Callback):
@@ -31,34 +32,33 @@ class NoteTrained(Callback):
 def test_all_ratios_start_from_what_the_lowest_learned(cache: Path, tmp_path: Path) -> None:
     """The lowest alone at first; then that is kept, LoRA included, and the others go on from it."""
     noted = NoteTrained()
-    options = {"low_ratio_share": 0.5, "ratio_min": 0.1, "ratio_max": 0.3, "full_cache_probability": 0.0, "warmup": 1}
-    module = fit(cache, tmp_path, also=[noted], **options)
+    options: dict[str, Any] = {"low_ratio_share": 0.5, "full_cache_probability": 0.0, "warmup": 1}
+    module = fit(cache, tmp_path, also=[noted], ratio_min=0.1, ratio_max=0.3, **options)
     assert noted.ratios[:2] == [pytest.approx(0.1)] * 2 and all(0.15 <= ratio <= 0.3 for ratio in noted.ratios[2:])
     loaded = KVCompressor.from_pretrained(tmp_path / "export")
     assert loaded.low_ratio is not None and loaded.low_ratio.below == pytest.approx(0.15)
 
-    def held(compressor: KVCompressor) -> dict[str, torch.Tensor]:
-        values = {f"compressor.weights.{name}": value for name, value in compressor.weights.state_dict().items()}
-        return values | compressor.lora.tensors
+    def held(learned: Learned) -> dict[str, torch.Tensor]:
+        values = {f"compressor.weights.{name}": value for name, value in weights_of(learned).state_dict().items()}
+        return values | lora_of(learned)
 
     def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
         return all(torch.equal(one[name], two[name]) for name in one)
 
+    low = loaded.low_ratio
     assert held(loaded).keys() == noted.before[0].keys()
-    assert same(held(loaded.low_ratio), noted.before[2]) and not same(noted.before[1], noted.before[2])
+    assert same(held(low), noted.before[2]) and not same(noted.before[1], noted.before[2])
     last = {
         name: value for name, value in trained(module).items() if not name.startswith("compressor.low_ratio_weights.")
     }
-    assert same(last, held(loaded)) and not same(held(loaded), held(loaded.low_ratio))
-    lora = loaded.lora.tensors
-    assert not same({name: loaded.low_ratio.lora.tensors[name] for name in lora}, lora)
+    assert same(last, held(loaded)) and not same(held(loaded), held(low))
+    assert not same({name: lora_of(low)[name] for name in lora_of(loaded)}, lora_of(loaded))
     with loaded(module.model, module.processor, lora_mode="separate") as session:
+        attached = session.attached
+        assert attached is not None
         with session.adapted(0.1):
-            assert (
-                same(session.attached.tensors(low_ratio=True), loaded.low_ratio.lora.tensors)
-                and session.attached.is_low
-            )
-        assert same(session.attached.tensors(), lora) and not session.attached.is_low
+            assert same(attached.tensors(low_ratio=True), lora_of(low)) and attached.is_low
+        assert same(attached.tensors(), lora_of(loaded)) and not attached.is_low
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from lightning_modules.calibration.checkpoint import (
 from lightning_modules.calibration.module import CalibrationModule
 from tests.calibration.runs import fit, trained
 from tests.cli.test_configs import run_script
+from tests.learned import lora_of, weights_of
 
 SMALL = """\
 seed_everything: 0
@@ -94,9 +95,9 @@ def test_ctrl_c_ends_between_two_steps_with_a_checkpoint_that_can_be_exported(
     config = ("--config", run / CONFIG_FILE)  # without the callback
     assert run_script(monkeypatch, "train.py", "export", *config, *options[:1], "--ckpt_path=last") == 0
     export = KVCompressor.from_pretrained(tmp_path / "export")
-    for name, value in export.weights.state_dict().items():
+    for name, value in weights_of(export).state_dict().items():
         assert torch.equal(value, stopped["state_dict"][f"compressor.weights.{name}"]), name
-    assert export.lora.tensors.keys() and "2 of 4 optimiser steps" in (tmp_path / "report.md").read_text()
+    assert lora_of(export) and "2 of 4 optimiser steps" in (tmp_path / "report.md").read_text()
     assert run_script(monkeypatch, "train.py", "export") == 2
     assert "ckpt_path: is needed: a file, or 'last' or 'best' of the run" in capsys.readouterr().err
 
@@ -116,7 +117,7 @@ def test_the_best_by_a_monitored_metric_is_exported(
         [read_checkpoint(file) for file in (best, tmp_path / "checkpoints" / "last.ckpt")],
     )
     assert step < states[1]["global_step"] == 3
-    export = KVCompressor.from_pretrained(tmp_path / "export").weights.saliency
+    export = weights_of(KVCompressor.from_pretrained(tmp_path / "export")).saliency
     found = [torch.equal(export, state["state_dict"]["compressor.weights.saliency"]) for state in states]
     assert found == [True, False]
     assert f"is of step {step}, which is exported." in capsys.readouterr().out
@@ -209,9 +210,10 @@ def test_the_module_refuses_another_checkpoint_too(run: Path, cache: Path, tmp_p
     loaded = CalibrationModule.load_from_checkpoint(find_checkpoint("last", run / "checkpoints"), weights_only=True)
     export = KVCompressor.from_pretrained(run / "export")
     assert all(
-        torch.equal(value, loaded.weights.state_dict()[name]) for name, value in export.weights.state_dict().items()
+        torch.equal(value, loaded.weights.state_dict()[name]) for name, value in weights_of(export).state_dict().items()
     )
-    assert all(torch.equal(value, loaded.exported().lora.tensors[name]) for name, value in export.lora.tensors.items())
+    exported = lora_of(loaded.exported())
+    assert all(torch.equal(value, exported[name]) for name, value in lora_of(export).items())
     loaded.teardown("fit")
 
 

@@ -17,19 +17,18 @@ from safetensors.torch import load_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from acckv import KVCompressor
-from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.dataset import StepSampler
 from lightning_modules.calibration.export import ExportCompressor
 from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.cli.train import main
+from tests.calibration.runs import clip_data, quiet_trainer
 from tests.paths import ROOT
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("clips")
-    data = AVDataModule(train_clips=4, validation_clips=2, cache_dir=str(root))
-    data.prepare_data()
+    clip_data(root, train_clips=4).prepare_data()
     return root
 
 
@@ -38,23 +37,10 @@ def fit(
 ) -> CalibrationModule:
     torch.manual_seed(0)
     module = CalibrationModule(**(options or {}))
-    data = AVDataModule(
-        train_clips=4, validation_clips=2, batch_size=batch_size, questions_per_clip=3, cache_dir=str(cache)
-    )
-    settings: dict[str, Any] = {
-        "max_steps": steps,
-        "max_epochs": 1,
-        "logger": False,
-        "accelerator": "cpu",
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "limit_val_batches": 0,
-        "use_distributed_sampler": False,
-        "gradient_clip_val": 1.0,
-        "default_root_dir": folder,
-    }
-    Trainer(**{**settings, **trainer}).fit(module, data)
+    data = clip_data(cache, train_clips=4, batch_size=batch_size, questions_per_clip=3)
+    settings = {"max_steps": steps, "max_epochs": 1, "limit_val_batches": 0, "gradient_clip_val": 1.0}
+    settings |= {"enable_checkpointing": False, "use_distributed_sampler": False}
+    quiet_trainer(folder, **{**settings, **trainer}).fit(module, data)
     return module
 
 
@@ -83,8 +69,10 @@ def test_accumulated_batches_equal_one_large_batch(cache: Path, tmp_path: Path) 
     """Clips, drawn questions, ratios, weights of tokens, clipping and schedule; matched outputs are scaled by batch."""
     runs = {batch_size: Curve() for batch_size in (4, 2)}
     for batch_size, curve_ in runs.items():
-        trainer = {"callbacks": [curve_], "accumulate_grad_batches": 4 // batch_size}
-        module = fit(cache, tmp_path, batch_size, options={"feature_loss": None}, **trainer)
+        options = {"feature_loss": None}
+        module = fit(
+            cache, tmp_path, batch_size, options=options, callbacks=[curve_], accumulate_grad_batches=4 // batch_size
+        )
         assert module.trainer.global_step == module.trainer.estimated_stepping_batches == 2
     assert_close(runs[4].gradients, runs[2].gradients, 1e-5)
     assert max(gradient.abs().max() for gradient in runs[4].gradients.values()) > 1e-2
@@ -203,10 +191,10 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     exports = [load_file(tmp_path / name / "export" / "model.safetensors") for name in ("one", "two")]
     # Where a gradient is nothing but rounding, Adam makes whole steps of it: saliency_bias, which moves all scores
     # alike, and a weight here and there.
-    one, both = (
+    alone, beside = (
         torch.cat([value.flatten() for name, value in sorted(e.items()) if name != "saliency_bias"]) for e in exports
     )
-    assert ((one - both).abs() < 1e-3).float().mean() > 0.995
+    assert ((alone - beside).abs() < 1e-3).float().mean() > 0.995
 
 
 @pytest.mark.slow

@@ -7,40 +7,38 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from acckv.data.batching import Question, pack_questions
 from acckv.method.modality import ModalityMap
 from acckv.models.batching import DecoderInputs
 from lightning_modules.calibration.clip_cache import ClipCache
-from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.dataset import ClipDataset, ClipLoader, StepSampler
-from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.calibration.teacher import answer_logits
+from tests.calibration.runs import clip_data, configured
+
+
+def validation(cache: Path, **options: Any) -> ClipDataset:
+    """The two clips that are validated on."""
+    data = clip_data(cache, **options)
+    data.setup()
+    return data.datasets["validation"]
 
 
 def test_the_teacher_is_the_student_at_ratio_one(cache: Path) -> None:
-    module = CalibrationModule()
-    module.configure_model()
-    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
-    data.setup()
-    batch = next(iter(data.val_dataloader()))
-    with torch.no_grad():
+    batch = validation(cache).batch(0, [0, 1])
+    with configured() as module, torch.no_grad():
         same = module.distill(batch, 1.0, None).kl
         less = module.distill(batch, 0.05, None).kl
-    module.teardown("fit")
     assert abs(float(same)) < 1e-5 < 1e-2 < float(less)
 
 
 def test_outputs_are_matched_from_a_ratio_on(cache: Path) -> None:
-    module = CalibrationModule(feature_loss_min_ratio=0.1)
-    module.configure_model()
-    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
-    data.setup()
-    batch = next(iter(data.val_dataloader()))
-    done = [module.distill(batch, ratio, 0.1) for ratio in (0.09, 0.1)]
-    with torch.no_grad():
-        done.append(module.distill(batch, 0.1, 0.1))
-    module.teardown("fit")
+    batch = validation(cache).batch(0, [0, 1])
+    with configured(feature_loss_min_ratio=0.1) as module:
+        done = [module.distill(batch, ratio, 0.1) for ratio in (0.09, 0.1)]
+        with torch.no_grad():
+            done.append(module.distill(batch, 0.1, 0.1))
     below, above, validated = ((one.kl.item(), one.loss.item()) for one in done)
     assert below[0] == below[1] and above[1] > above[0] + 1e-3
     assert validated[0] == validated[1] == pytest.approx(above[0]), "in training alone"
@@ -48,19 +46,16 @@ def test_outputs_are_matched_from_a_ratio_on(cache: Path) -> None:
 
 def test_the_teacher_is_the_base_model(cache: Path) -> None:
     """LoRA that is not zero moves the student, never the teacher."""
-    module = CalibrationModule()
-    module.configure_model()
-    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
-    data.setup()
-    batch = next(iter(data.val_dataloader()))
-    _, before = module.teacher.targets(batch)
-    with torch.no_grad():
+    batch = validation(cache).batch(0, [0, 1])
+    with configured() as module, torch.no_grad():
+        attached, (_, before) = module.live.attached, module.teacher.targets(batch)
         same = module.distill(batch, 1.0, None).kl
-        for parameter in module.live.attached.parameters():
+        assert attached is not None
+        for parameter in attached.parameters():
             parameter.normal_(std=0.3)
         moved = module.distill(batch, 1.0, None).kl
-    _, after = module.teacher.targets(batch)
-    module.teardown("fit")
+        _, after = module.teacher.targets(batch)
+    assert isinstance(before.words, Tensor) and isinstance(after.words, Tensor)
     assert torch.equal(before.words, after.words) and torch.equal(before.features, after.features)
     assert abs(float(same)) < 1e-5 < 1e-3 < float(moved)
 
@@ -68,44 +63,38 @@ def test_the_teacher_is_the_base_model(cache: Path) -> None:
 @pytest.mark.parametrize("keep", ["embeddings", "prefill"])
 def test_a_second_visit_starts_from_what_was_kept(cache: Path, keep: Any) -> None:
     """Rows kept apart and stacked again in another order, with other questions, give the loss of a first visit."""
-    module = CalibrationModule(lora_rank=0)
-    module.configure_model()
     losses = []
     for kept in (keep, "nothing"):
-        data = AVDataModule(
-            train_clips=6, validation_clips=2, batch_size=2, questions_per_clip=3, cache_dir=str(cache), cache=kept
-        )
+        data = clip_data(cache, questions_per_clip=3, cache=kept)
         data.setup()
-        module.clip_cache = data.clip_cache
         dataset = data.datasets["validation"]
-        first = dataset.batch(0, [0, 1])
-        assert not data.clip_cache.holds(first.clips)
-        before = module.distill(first, 0.1, 0.1)
-        second = dataset.batch(4, [1, 0], read=kept == "nothing")
-        assert first.questions.ids.tolist() != second.questions.ids.flip(0).tolist(), "other questions are drawn"
-        kinds = [kind for kind in ("prefills", "embeddings", "targets") if data.clip_cache.has(kind, second.clips)]
-        expected = {"prefill": ["prefills", "targets"], "embeddings": ["embeddings"], "nothing": []}
-        assert kinds == expected[kept] and bool(second.inputs) == (kept == "nothing")
-        after = module.distill(second, 0.1, 0.1)
-        data.reorder(1)
-        third = dataset.batch(4, [1, 0], read=kept == "nothing")
-        assert not data.clip_cache.has("targets", third.clips)
-        again = module.distill(third, 0.1, 0.1)
+        with configured(lora_rank=0) as module:
+            module.clip_cache = data.clip_cache
+            first = dataset.batch(0, [0, 1])
+            assert not data.clip_cache.holds(first.clips)
+            before = module.distill(first, 0.1, 0.1)
+            second = dataset.batch(4, [1, 0], read=kept == "nothing")
+            assert first.questions.ids.tolist() != second.questions.ids.flip(0).tolist(), "other questions are drawn"
+            kinds = [kind for kind in ("prefills", "embeddings", "targets") if data.clip_cache.has(kind, second.clips)]
+            expected = {"prefill": ["prefills", "targets"], "embeddings": ["embeddings"], "nothing": []}
+            assert kinds == expected[kept] and bool(second.inputs) == (kept == "nothing")
+            after = module.distill(second, 0.1, 0.1)
+            data.reorder(1)
+            third = dataset.batch(4, [1, 0], read=kept == "nothing")
+            assert not data.clip_cache.has("targets", third.clips)
+            again = module.distill(third, 0.1, 0.1)
         losses.append([value.item() for done in (before, after, again) for value in (done.kl, done.loss)])
-    module.teardown("fit")
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][1] > losses[0][0] + 1e-3, "attention outputs are matched"
 
 
 def test_a_clip_of_other_data_is_none_that_is_kept(cache: Path) -> None:
     """The questions about a clip of two splits may differ: what is kept of one is not taken for the other."""
-    records = AVDataModule(validation_clips=2, cache_dir=str(cache)).records("validation")
-    module = CalibrationModule(lora_rank=0)
-    module.configure_model()
-    one, other = (ClipDataset(split, records, module.processor) for split in ("train", "validation"))
-    module.clip_cache = ClipCache("prefill")
-    module.distill(one.batch(0, [0]), 0.1, None)
-    module.teardown("fit")
+    records = clip_data(cache).records("validation")
+    with configured(lora_rank=0) as module:
+        one, other = (ClipDataset(split, records, module.processor) for split in ("train", "validation"))
+        module.clip_cache = ClipCache("prefill")
+        module.distill(one.batch(0, [0]), 0.1, None)
     assert module.clip_cache.holds(one.names([0])) and not module.clip_cache.holds(other.names([0]))
     order = [(0, [0]), (0, [1])]
     read = [bool(batch.inputs) for batch in ClipLoader(one, order, module.clip_cache)]
@@ -114,43 +103,30 @@ def test_a_clip_of_other_data_is_none_that_is_kept(cache: Path) -> None:
 
 def test_embeddings_are_stacked_with_padding(cache: Path) -> None:
     """A shorter row beside a longer one gives the prefill of the row alone."""
-    module = CalibrationModule(lora_rank=0)
-    module.configure_model()
-    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
-    data.setup()
-    dataset = data.datasets["validation"]
-    batch = dataset.batch(0, [0, 1])
-    with torch.no_grad():
+    batch = validation(cache).batch(0, [0, 1])
+    with configured(lora_rank=0) as module, torch.no_grad():
         rows = module.live.prefill(**batch.inputs).embedded.unstack()
         shorter = DecoderInputs(
             rows[1].embeds[:, 5:], rows[1].position_ids[..., 5:], ModalityMap(rows[1].labels.labels[:, 5:])
         )
-        ragged = DecoderInputs.stack([rows[0], shorter])
-        prefill = module.live.prefill(ragged)
-        alone = module.live.prefill(shorter)
-    module.teardown("fit")
-    assert torch.allclose(prefill.cache.layers[-1].keys[1:, :, 5:], alone.cache.layers[-1].keys, atol=1e-4)
+        stacked = DecoderInputs.stack([rows[0], shorter])
+        layers: list[Any] = [module.live.prefill(inputs).cache.layers[-1] for inputs in (stacked, shorter)]
+    assert torch.allclose(layers[0].keys[1:, :, 5:], layers[1].keys, atol=1e-4)
 
 
 def test_packed_questions_equal_single_ones(cache: Path) -> None:
     """A question among others is answered as it is alone, and as by the model's plain forward."""
-    module = CalibrationModule(lora_rank=0)
-    module.configure_model()
-    data = AVDataModule(train_clips=6, validation_clips=2, batch_size=2, cache_dir=str(cache))
-    data.setup()
-    batch = data.datasets["validation"].batch(0, [0])
+    batch = validation(cache).batch(0, [0])
     packed, (questions,), context = batch.questions, batch.every, batch.inputs
-    with torch.no_grad():
+    question_of = packed.question[0, packed.counted]
+    with configured(lora_rank=0) as module, torch.no_grad():
         prefill = module.live.prefill(**context)
-        together, question_of = (
-            answer_logits(module.live, prefill, None, packed),
-            packed.question[0, packed.counted],
-        )
+        together = answer_logits(module.live, prefill, None, packed)
         for number, question in enumerate(questions):
             alone = answer_logits(module.live, prefill, None, pack_questions([[question]]))
             assert torch.allclose(together[question_of == number], alone, atol=1e-4)
-        module.teardown("fit")
-        ids = torch.cat([context["input_ids"], torch.tensor([questions[0].ids])], dim=1)
+    ids = torch.cat([context["input_ids"], torch.tensor([questions[0].ids])], dim=1)
+    with torch.no_grad():
         plain = module.model(**{**context, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0]
     counted = packed.counted[question_of == 0]
     assert torch.allclose(plain[context["input_ids"].shape[1] :][counted], together[question_of == 0], atol=1e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,9 +11,10 @@ import torch
 from acckv import InputError
 from lightning_modules.calibration import losses as calibration_losses
 from lightning_modules.calibration.clip_cache import GB, ClipCache
+from lightning_modules.calibration.config import Divergence
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.losses import TeacherTargets, TopTokens, divergence
-from lightning_modules.calibration.module import CalibrationModule
+from tests.calibration.runs import clip_data, configured
 
 
 def bucketed(p: list[float], q: list[float], held: list[int]) -> float:
@@ -64,38 +65,26 @@ def test_it_holds_little_of_a_large_vocabulary_and_misses_little() -> None:
     assert isinstance(few.words, TopTokens)
     held = sum(part.nbytes for part in (few.words.ids, few.words.log_probs, few.words.counts, few.words.rest))
     assert held < teacher.nbytes / 10
-    for kind in ("forward", "reverse"):
-        full, bound = (float(each.divergence(student, weight, kind)) for each in (whole, few))  # type: ignore[arg-type]
-        assert full == pytest.approx(float(divergence(teacher, student, weight, kind)))  # type: ignore[arg-type]
+    for kind in get_args(Divergence):
+        full, bound = (float(each.divergence(student, weight, kind)) for each in (whole, few))
+        assert full == pytest.approx(float(divergence(teacher, student, weight, kind)))
         assert 0.98 * full < bound <= full
-    assert (
-        whole.likeliest(1.0) is whole
-        and TeacherTargets(teacher[:, :1024], whole.features).likeliest(0.9).words.ndim == 2
-    )  # type: ignore[union-attr]
+    small = TeacherTargets(teacher[:, :1024], whole.features)
+    assert whole.likeliest(1.0) is whole and isinstance(small.likeliest(0.9).words, torch.Tensor)
 
 
-def losses(cache: Path, **options: Any) -> tuple[list[float], Any]:
+def losses(cache: Path, **options: Any) -> tuple[list[float], AVDataModule]:
     """KL and loss of a first visit of two clips and of a second one, and the data."""
-    module = CalibrationModule(lora_rank=0, feature_loss="attention")
-    module.configure_model()
-    data = AVDataModule(
-        train_clips=6,
-        validation_clips=2,
-        batch_size=2,
-        questions_per_clip=3,
-        cache_dir=str(cache),
-        cache="prefill",
-        **options,
-    )
+    data = clip_data(cache, questions_per_clip=3, cache="prefill", **options)
     data.setup()
-    module.clip_cache = data.clip_cache
     dataset, found = data.datasets["validation"], []
-    for visit in range(2):
-        batch = dataset.batch(visit, [0, 1], read=visit == 0)
-        assert data.clip_cache.has("targets", batch.clips) == (visit == 1)
-        done = module.distill(batch, 0.1, 0.1)
-        found += [done.kl.item(), done.loss.item()]
-    module.teardown("fit")
+    with configured(lora_rank=0, feature_loss="attention") as module:
+        module.clip_cache = data.clip_cache
+        for visit in range(2):
+            batch = dataset.batch(visit, [0, 1], read=visit == 0)
+            assert data.clip_cache.has("targets", batch.clips) == (visit == 1)
+            done = module.distill(batch, 0.1, 0.1)
+            found += [done.kl.item(), done.loss.item()]
     return found, data
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
 
 from acckv import InputError, KVCompressor
 from lightning_modules.calibration.config import check_trainer, freeze_precision
-from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.module import CalibrationModule
+from tests.calibration.runs import clip_data, quiet_trainer
 from tests.cli.test_configs import run_script
+from tests.learned import lora_of, weights_of
 
 
 def command(cache: Path, folder: Path, *options: str) -> list[str]:
@@ -41,9 +41,9 @@ def test_half_precision_is_that_of_the_frozen_model(
     with pytest.warns(UserWarning, match=f"{precision}: the frozen model is in b?float16 .* learned stays float32"):
         assert run_script(monkeypatch, *options) == 0
     export = KVCompressor.from_pretrained(tmp_path / "export")
-    tensors = [*export.weights.state_dict().values(), *export.lora.tensors.values()]
+    tensors = [*weights_of(export).state_dict().values(), *lora_of(export).values()]
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors)
-    saliency = export.weights.saliency
+    saliency = weights_of(export).saliency
     assert saliency.any() and not torch.equal(saliency, saliency.to(torch.bfloat16).float())
 
 
@@ -97,7 +97,7 @@ def test_one_half_precision_is_given() -> None:
     ],
 )
 def test_an_epoch_is_a_whole_one(settings: dict[str, Any], refused: str | None, tmp_path: Path) -> None:
-    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, **settings)
+    trainer = quiet_trainer(tmp_path, **settings)
     if refused is None:
         check_trainer(trainer)
     else:
@@ -106,10 +106,9 @@ def test_an_epoch_is_a_whole_one(settings: dict[str, Any], refused: str | None, 
 
 
 def test_a_module_in_a_trainer_of_half_precision_is_refused(cache: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    trainer = Trainer(precision="bf16-true", max_steps=2, default_root_dir=tmp_path, **settings)
+    trainer = quiet_trainer(tmp_path, precision="bf16-true", max_steps=2, enable_checkpointing=False)
     with pytest.raises(InputError, match=r"trainer\.precision: is bf16-true, .* take 32-true, and bfloat16 as"):
-        trainer.fit(CalibrationModule(), AVDataModule(cache_dir=str(cache)))
+        trainer.fit(CalibrationModule(), clip_data(cache))
 
 
 @pytest.mark.slow
