@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,16 +25,19 @@ from acckv.policies import AccKV
 from lightning_modules.cli.errors import BAD_INPUT, one_line, parser_error, run_cli
 from tests.paths import ROOT
 
+#: Arguments -> exit code and the lines on stderr.
+Script = Callable[..., tuple[int, list[str]]]
+
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with avqa-test.json and videos/ of two clips."""
     root = tmp_path_factory.mktemp("clips")
     return write_clips(root, "test", 2, questions_per_clip=2, workers=1, progress=False).parent
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory) -> Path:
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, _ = load_model("tiny")
     sizes = find_adapter(model).dimensions
     weights = CalibratedWeights(sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], 4)
@@ -44,7 +48,7 @@ def export(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def script(monkeypatch, capfd, tmp_path):
+def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Script:
     """Run a script; gives its exit code and the lines on stderr, and checks that nothing was left."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCKV_CACHE", str(tmp_path / "cache"))
@@ -81,33 +85,33 @@ def _only_line(result: tuple[int, list[str]]) -> str:
 # ------------------------------------------------------------------ the command lines
 
 
-def test_unknown_config_key(script, tmp_path) -> None:
+def test_unknown_config_key(script: Script, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"ratios": [0.5], "polices": ["snapkv"]}))
     line = _only_line(script("evaluate.py", "--config", file))
     assert line == f"{file}: polices: unknown option; did you mean policies?"
 
 
-def test_unknown_nested_config_key(script, tmp_path) -> None:
+def test_unknown_nested_config_key(script: Script, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"data": {"clip": 3}}))
     assert _only_line(script("evaluate.py", "--config", file)).startswith(f"{file}: data.clip: unknown option")
 
 
-def test_unknown_config_key_of_training(script, tmp_path) -> None:
+def test_unknown_config_key_of_training(script: Script, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"model": {"ratio_minimum": 0.1}}))
     assert _only_line(script("train.py", "--config", file)).startswith(f"{file}: model.ratio_minimum: unknown option")
 
 
-def test_ratio_of_one_and_a_half(script, tmp_path) -> None:
+def test_ratio_of_one_and_a_half(script: Script, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"ratios": [0.5, 1.5]}))
     assert _only_line(script("evaluate.py", "--config", file)) == f"{file}: ratios: 1.5 is not a number from 0 to 1"
     assert _only_line(script("evaluate.py", "--ratios", "1.5")) == "ratios: 1.5 is not a number from 0 to 1"
 
 
-def test_ratio_of_one_and_a_half_in_training(script, tmp_path) -> None:
+def test_ratio_of_one_and_a_half_in_training(script: Script, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"seed_everything": 0, "model": {"ratio_max": 1.5}}))
     line = _only_line(script("train.py", "--config", file))
@@ -115,7 +119,7 @@ def test_ratio_of_one_and_a_half_in_training(script, tmp_path) -> None:
     assert "1.5" in line
 
 
-def test_missing_video(script, clips, tmp_path) -> None:
+def test_missing_video(script: Script, clips: Path, tmp_path: Path) -> None:
     videos = shutil.copytree(clips / "videos", tmp_path / "videos")
     victim = sorted(videos.iterdir())[1]
     victim.unlink()
@@ -126,7 +130,7 @@ def test_missing_video(script, clips, tmp_path) -> None:
     assert line.endswith(str(victim))
 
 
-def test_text_file_named_mp4(script, clips, tmp_path) -> None:
+def test_text_file_named_mp4(script: Script, clips: Path, tmp_path: Path) -> None:
     videos = shutil.copytree(clips / "videos", tmp_path / "videos")
     victim = sorted(videos.iterdir())[1]
     victim.write_text("this is not a film")
@@ -134,7 +138,7 @@ def test_text_file_named_mp4(script, clips, tmp_path) -> None:
     assert line.startswith(f"{victim}: not a readable media file")
 
 
-def test_question_file_cut_in_the_middle(script, clips, tmp_path) -> None:
+def test_question_file_cut_in_the_middle(script: Script, clips: Path, tmp_path: Path) -> None:
     whole = (clips / "avqa-test.json").read_text()
     file = tmp_path / "cut.json"
     file.write_text(whole[: len(whole) // 2])
@@ -143,7 +147,7 @@ def test_question_file_cut_in_the_middle(script, clips, tmp_path) -> None:
     assert "cut off" in line
 
 
-def test_record_without_its_answer(script, clips, tmp_path) -> None:
+def test_record_without_its_answer(script: Script, clips: Path, tmp_path: Path) -> None:
     rows = json.loads((clips / "avqa-test.json").read_text())
     del rows[2]["anser"]
     file = tmp_path / "changed.json"
@@ -153,7 +157,7 @@ def test_record_without_its_answer(script, clips, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_export_without_its_safetensors(script, clips, export, tmp_path, cut) -> None:
+def test_export_without_its_safetensors(script: Script, clips: Path, export: Path, tmp_path: Path, cut: bool) -> None:
     folder = shutil.copytree(export, tmp_path / "export")
     weights = folder / "model.safetensors"
     if cut:
@@ -169,7 +173,7 @@ def test_export_without_its_safetensors(script, clips, export, tmp_path, cut) ->
     assert (folder / "README.md").read_bytes() == card
 
 
-def test_no_export_at_all_says_what_to_do(script, clips) -> None:
+def test_no_export_at_all_says_what_to_do(script: Script, clips: Path) -> None:
     line = _only_line(script("evaluate.py", *_own_data(clips, "--policies", "acckv-calibrated")))
     assert line.startswith("runs/calib/export: compressor: no such folder; calibrate first")
 
@@ -185,23 +189,23 @@ def test_no_export_at_all_says_what_to_do(script, clips) -> None:
         (["--model", "nowhere/at-all/there"], "nowhere/at-all/there: cannot be loaded"),
     ],
 )
-def test_bad_options(script, clips, arguments, message) -> None:
+def test_bad_options(script: Script, clips: Path, arguments: list[str], message: str) -> None:
     assert _only_line(script("evaluate.py", *_own_data(clips, *arguments))).startswith(message)
 
 
-def test_videos_without_questions(script) -> None:
+def test_videos_without_questions(script: Script) -> None:
     line = _only_line(script("evaluate.py", "--policies", "full", "--data.video_root", "x"))
     assert line.startswith("data.video_root: is of use only")
 
 
-def test_config_that_is_no_yaml(script, tmp_path) -> None:
+def test_config_that_is_no_yaml(script: Script, tmp_path: Path) -> None:
     file = tmp_path / "broken.yaml"
     file.write_text("ratios: [0.5,\n")
     assert _only_line(script("evaluate.py", "--config", file)).startswith(f"{file}: not a YAML mapping of options")
     assert "nothere.yaml" in _only_line(script("evaluate.py", "--config", tmp_path / "nothere.yaml"))
 
 
-def test_as_a_process(tmp_path) -> None:
+def test_as_a_process(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "evaluate.py"), "--ratios", "1.5"], capture_output=True, text=True, cwd=tmp_path
     )
@@ -210,7 +214,9 @@ def test_as_a_process(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_console_scripts_are_those_of_the_checkout(monkeypatch, capfd) -> None:
+def test_console_scripts_are_those_of_the_checkout(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     for name, script in (("acckv-train", "train.py"), ("acckv-evaluate", "evaluate.py")):
         module, _, function = scripts[name].partition(":")
@@ -241,7 +247,7 @@ def test_an_error_from_a_loader_process_is_reduced_to_its_message() -> None:
     assert len(one_line("word " * 1000)) <= 400
 
 
-def test_messages_of_the_parser_become_file_and_key(tmp_path) -> None:
+def test_messages_of_the_parser_become_file_and_key(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("trainer:\n  max_steps: foo\n")
     argv = [f"--config={file}"]

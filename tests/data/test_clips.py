@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from acckv.data.synthetic.events import (
 )
 from acckv.data.synthetic.render import CELL, PITCH_HZ, RGB, render_audio, render_frames
 from acckv.errors import InputError
+from tests.data.media_files import frames_of, sound_of
+from tests.support import not_none
 
 SETTINGS = ClipSettings("test", n_clips=3, seed=5)
 
@@ -62,7 +65,7 @@ def test_every_question_has_the_answer_of_the_script() -> None:
     assert ("Which sound played during the bar?", "hiss") in asked["Audio-Visual", "Sound during shape"]
     assert ("What pitch played during the circle?", "ultra") in asked["Audio-Visual", "Pitch during shape"]
     assert ("What colour was shown during the hiss?", "white") in asked["Audio-Visual", "Colour during sound"]
-    texts = [ask(SCRIPT, kind, rng).answer for kind in DESCRIPTION_TYPES]
+    texts = [not_none(ask(SCRIPT, kind, rng)).answer for kind in DESCRIPTION_TYPES]
     assert texts == [
         "red circle blue ring white bar",
         "ultra beep mid knock low hiss",
@@ -123,8 +126,8 @@ def test_decoded_pictures_show_the_script(questions: Path) -> None:
     for index in range(3):
         script = SETTINGS.script(index)
         media = read_media(video_folder(questions) / f"{SETTINGS.video_id(index)}.mp4")
-        assert media.frames.shape == (32, 3, 84, 84) and media.duration == pytest.approx(16, abs=0.01)
-        pictures = media.frames.float().view(16, 2, 3, 84, 84) / 255
+        assert frames_of(media).shape == (32, 3, 84, 84) and media.duration == pytest.approx(16, abs=0.01)
+        pictures = frames_of(media).float().view(16, 2, 3, 84, 84) / 255
         for slot in range(16):
             if slot not in script.shapes:
                 assert float((pictures[slot] - pictures[slot].mean((2, 3), keepdim=True)).abs().quantile(0.99)) < 0.2
@@ -146,7 +149,7 @@ def test_decoded_pictures_show_the_script(questions: Path) -> None:
 def test_decoded_sound_is_where_and_what_the_script_says(questions: Path) -> None:
     for index in range(3):
         script = SETTINGS.script(index)
-        audio = read_media(video_folder(questions) / f"{SETTINGS.video_id(index)}.mp4").audio.view(16, 16_000)
+        audio = sound_of(read_media(video_folder(questions) / f"{SETTINGS.video_id(index)}.mp4")).view(16, 16_000)
         energy = audio.pow(2).mean(1)
         assert set((energy > 1e-3).nonzero().flatten().tolist()) == set(script.sounds)
         for slot, (timbre, pitch) in script.sounds.items():
@@ -161,8 +164,8 @@ def test_controls_keep_the_questions_and_lose_the_media(tmp_path: Path) -> None:
     file = write_clips(tmp_path, "test", 1, slots=32, sound="silence", picture="blank", workers=1, progress=False)
     assert json.loads(file.read_text()) == plain
     media = read_media(next(video_folder(file).iterdir()))
-    assert media.frames.shape[0] == 64 and float(media.audio.abs().max()) < 1e-4
-    pictures = media.frames.float()
+    assert frames_of(media).shape[0] == 64 and float(sound_of(media).abs().max()) < 1e-4
+    pictures = frames_of(media).float()
     assert float((pictures - pictures.mean((2, 3), keepdim=True)).abs().max()) < 100
     file = write_clips(tmp_path, "test", 1, sound="none", workers=1, progress=False)
     assert read_media(next(video_folder(file).iterdir())).audio is None
@@ -209,7 +212,7 @@ def test_files_of_others_are_never_deleted(tmp_path: Path) -> None:
 )
 def test_bad_settings_name_the_field(field: str, value: object) -> None:
     with pytest.raises(InputError) as caught:
-        ClipSettings(**{"split": "test", "n_clips": 1, field: value})
+        ClipSettings(**dict[str, Any](split="test", n_clips=1) | {field: value})
     assert caught.value.field == field
 
 

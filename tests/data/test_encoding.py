@@ -19,6 +19,7 @@ from acckv.errors import InputError
 from acckv.models.clips import Media
 from acckv.models.qwen_omni import timing
 from acckv.tiny.build import build_model, build_processor
+from tests.data.media_files import sound_of
 
 QUESTIONS = ("What colour was the circle?", "Which sound came after the beep?", "Describe the clip.")
 
@@ -45,6 +46,11 @@ def full_size(processor: Qwen2_5OmniProcessor) -> Qwen2_5OmniProcessor:
         tokenizer=processor.tokenizer,
         chat_template=processor.chat_template,
     )
+
+
+def with_template(processor: Qwen2_5OmniProcessor, template: str) -> Qwen2_5OmniProcessor:
+    parts = (processor.image_processor, processor.video_processor, processor.feature_extractor, processor.tokenizer)
+    return Qwen2_5OmniProcessor(*parts, template)
 
 
 def test_the_prompt_token_by_token(processor: Qwen2_5OmniProcessor) -> None:
@@ -96,7 +102,9 @@ def test_a_picture_with_longer_sound(processor: Qwen2_5OmniProcessor) -> None:
         assert bool(build_model().eval()(**inputs).logits.isfinite().all())
 
 
-def test_timing_is_saved_with_the_processor(processor: Qwen2_5OmniProcessor, full_size, tmp_path: Path) -> None:
+def test_timing_is_saved_with_the_processor(
+    processor: Qwen2_5OmniProcessor, full_size: Qwen2_5OmniProcessor, tmp_path: Path
+) -> None:
     assert timing(processor) == (8, 1.0)
     assert timing(full_size) == (25, 2.0)
     processor.save_pretrained(tmp_path)
@@ -108,7 +116,9 @@ def test_timing_is_saved_with_the_processor(processor: Qwen2_5OmniProcessor, ful
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(second[name])), name
 
 
-def test_full_size_settings_interleave_two_second_chunks(processor, full_size) -> None:
+def test_full_size_settings_interleave_two_second_chunks(
+    processor: Qwen2_5OmniProcessor, full_size: Qwen2_5OmniProcessor
+) -> None:
     media = clip(4, side=112)
     ids = encode(full_size, [media], ["Describe the clip."])["input_ids"][0]
     kinds = {processor.video_token_id: "v", processor.audio_token_id: "a"}
@@ -120,7 +130,9 @@ def test_full_size_settings_interleave_two_second_chunks(processor, full_size) -
 @pytest.mark.parametrize("sound", [True, False])
 @pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("name", ["processor", "full_size"])
-def test_context_and_suffix_make_the_prompt(request, name: str, question: str, sound: bool) -> None:
+def test_context_and_suffix_make_the_prompt(
+    request: pytest.FixtureRequest, name: str, question: str, sound: bool
+) -> None:
     chosen = request.getfixturevalue(name)
     media = clip(2, sound=sound)
     whole, context = encode(chosen, [media], [question]), encode_context(chosen, media)
@@ -149,7 +161,7 @@ def test_mel_features_are_those_of_full_padding(request: pytest.FixtureRequest, 
     chosen = request.getfixturevalue(name)
     clips = [clip(2, 1), clip(4, 2)]
     inputs = encode(chosen, clips, QUESTIONS[:2])
-    audio = [c.audio.numpy() for c in clips]
+    audio = [sound_of(c).numpy() for c in clips]
     options = {"sampling_rate": 16_000, "return_attention_mask": True, "padding": "max_length", "return_tensors": "pt"}
     full = chosen.feature_extractor(audio, **options)
     frames = inputs["input_features"].shape[-1]
@@ -218,14 +230,7 @@ SYSTEM = "What colour was the circle?"
 def test_a_system_prompt_is_the_template_s_own_first_message(processor: Qwen2_5OmniProcessor, default: str) -> None:
     """In place of the default message that a template writes by itself (Qwen2.5-Omni's does), before the media."""
     own = "{% if messages[0]['role'] != 'system' %}<|im_start|> system " + default + " <|im_end|> {% endif %}"
-    template = (own if default else "") + processor.chat_template
-    other = Qwen2_5OmniProcessor(
-        processor.image_processor,
-        processor.video_processor,
-        processor.feature_extractor,
-        processor.tokenizer,
-        template,
-    )
+    other = with_template(processor, (own if default else "") + str(processor.chat_template))
     two = [clip(2), clip(2, 1)]
     plain, told = encode(other, two[:1], QUESTIONS[:1]), encode(other, two[:1], QUESTIONS[:1], SYSTEM)
     before = processor.tokenizer(f"<|im_start|> system {SYSTEM} <|im_end|>")["input_ids"]
@@ -251,10 +256,9 @@ def test_a_system_prompt_is_the_template_s_own_first_message(processor: Qwen2_5O
 def test_a_template_without_a_place_for_it_refuses_a_system_prompt(
     processor: Qwen2_5OmniProcessor, template: str
 ) -> None:
-    text = template.replace("TEMPLATE", processor.chat_template)
-    text = text.replace("REST", processor.chat_template.replace("in messages", "in rest"))
-    parts = (processor.image_processor, processor.video_processor, processor.feature_extractor, processor.tokenizer)
-    other = Qwen2_5OmniProcessor(*parts, text)
+    whole = str(processor.chat_template)
+    text = template.replace("TEMPLATE", whole).replace("REST", whole.replace("in messages", "in rest"))
+    other = with_template(processor, text)
     assert torch.equal(
         encode(other, [clip(2)], QUESTIONS[:1])["input_ids"], encode(processor, [clip(2)], QUESTIONS[:1])["input_ids"]
     )

@@ -15,6 +15,7 @@ from acckv.errors import InputError
 from acckv.models import find_adapter, load_model
 from acckv.models.clips import Media
 from tests import checkpoints
+from tests.data.media_files import sound_of
 from tests.data.test_encoding import QUESTIONS, clip
 
 KINDS = ("gemma4", "gemma4_unified")
@@ -99,7 +100,7 @@ def test_long_sound_becomes_segments(loaded: tuple[Any, Any]) -> None:
     if "Unified" in type(processor).__name__:
         segments = zip(inputs["input_features"], inputs["input_features_mask"], strict=True)
         samples = [row[mask].flatten() for row, mask in segments]
-        for found, given in zip(samples[1:], long.audio.tensor_split(3), strict=True):
+        for found, given in zip(samples[1:], sound_of(long).tensor_split(3), strict=True):
             assert torch.equal(found[: len(given)], given) and not bool(found[len(given) :].any())
     ids = encode(processor, [long], QUESTIONS[:1])["input_ids"][0]
     context = encode_context(processor, long)["input_ids"][0]
@@ -122,7 +123,7 @@ def test_many_pictures_are_chosen_as_the_processor_does(processor: Any) -> None:
 
 def test_a_session_answers_as_the_plain_model(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
-    options = {"max_new_tokens": 6, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     whole = encode(processor, [clip(2)], QUESTIONS[:1])
     plain = model.generate(**whole, **options)[:, whole["input_ids"].shape[1] :]
     with KVCompressor("keydiff", ratio=1.0)(model, processor) as session:

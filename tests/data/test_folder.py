@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from acckv.models import load_model, load_processor
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.dataset import ClipDataset
 from lightning_modules.calibration.pseudo_labels import PROMPTS, LabelSettings, PseudoLabels, label_clips
+from lightning_modules.calibration.sources import VideoFolder
 from lightning_modules.cli.train import main
 from tests.paths import ROOT
 
@@ -86,6 +88,7 @@ def test_answers_are_those_of_plain_generate(clips: Path, tmp_path: Path) -> Non
     file = PseudoLabels(tmp_path / "answers.json", settings)
     videos = list_videos(clips)[:2]
     label_clips(file, videos, 2, "cpu")
+    model: Any
     model, processor = load_model("tiny")
     records = PseudoLabels(file.path, settings).records(videos)
     assert [(record.video, record.question) for record in records] == [(v, p) for v in videos for p in ASKED]
@@ -122,18 +125,24 @@ def test_answers_go_on_where_they_were(clips: Path, tmp_path: Path) -> None:
         PseudoLabels(path, settings)
 
 
+def videos(split: str, **options: Any) -> list[Path]:
+    source = AVDataModule(source="folder", **options).source
+    assert isinstance(source, VideoFolder)
+    return source.videos(split)
+
+
 def test_bad_folders(clips: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.folder: is needed with source 'folder'"):
         AVDataModule(source="folder")
     with pytest.raises(InputError, match=r"nowhere: data\.folder: no such folder"):
-        AVDataModule(source="folder", folder=str(tmp_path / "nowhere")).source.videos("train")
+        videos("train", folder=str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"data\.folder: holds no video"):
-        AVDataModule(source="folder", folder=str(tmp_path)).source.videos("train")
+        videos("train", folder=str(tmp_path))
     with pytest.raises(InputError, match=r"data\.validation_folder: holds no video"):
-        AVDataModule(source="folder", folder=str(clips), validation_folder=str(tmp_path)).source.videos("validation")
+        videos("validation", folder=str(clips), validation_folder=str(tmp_path))
     shutil.copy(clips / "clip 0.MP4", tmp_path)
     with pytest.raises(InputError, match="holds one video, of which none can be held out"):
-        AVDataModule(source="folder", folder=str(tmp_path)).source.videos("train")
+        videos("train", folder=str(tmp_path))
     for options, field in (({"prompts": []}, "prompts"), ({"validation_share": 1.0}, "validation_share")):
         with pytest.raises(InputError, match=rf"data\.{field}"):
             AVDataModule(source="folder", folder=str(clips), **options)
@@ -143,7 +152,7 @@ def test_sound_and_silence_need_batches_of_one(clips: Path, tmp_path: Path) -> N
     videos = list_videos(clips)
     for batch_size in (1, 2):
         data = AVDataModule(source="folder", folder=str(clips), validation_share=0.1, batch_size=batch_size)
-        data.trainer = type("Root", (), {"default_root_dir": str(tmp_path)})()  # type: ignore[assignment]
+        data.trainer = type("Root", (), {"default_root_dir": str(tmp_path)})()
         answers = PseudoLabels(tmp_path / "answers.json", LabelSettings("tiny", "float32", PROMPTS, 64))
         for place, video in enumerate(videos):
             answers.add(video, place % 2 == 0, ["red"] * len(PROMPTS))

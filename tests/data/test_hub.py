@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tarfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pyarrow
 import pytest
 from huggingface_hub import constants
 from pyarrow import parquet
+from torch import Tensor
 
 from acckv import InputError, KVCompressor
 from acckv.benchmarks import load_benchmark
@@ -46,7 +48,7 @@ def put(cache: Path, name: str, source: Path, kind: str = "models") -> None:
     (repository / "refs" / "main").write_text(COMMIT)
 
 
-def total(tensors: object) -> float:
+def total(tensors: Iterable[Tensor]) -> float:
     return sum(float(tensor.detach().double().abs().sum()) for tensor in tensors)
 
 

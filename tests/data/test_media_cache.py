@@ -14,7 +14,7 @@ from acckv.data.media_cache import MediaCache
 from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.models.clips import Media
-from tests.data.media_files import burst, write_picture, write_sound, write_video
+from tests.data.media_files import burst, frames_of, write_picture, write_sound, write_video
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_records(cache: MediaCache, video: Path, tmp_path: Path) -> None:
     picture = write_picture(tmp_path / "a.png", 80)
     record = Record("0", video, None, "?", None, "left", (), "word", attachments=(picture,))
     first = cache.read_record_media(record)
-    assert len(first.frames) == 6
+    assert len(frames_of(first)) == 6
     replaced(video, b"x" * video.stat().st_size)
     assert same(cache.read_record_media(replace(record, id="1", question="!")), first), "another question, same clip"
     with pytest.raises(InputError, match=r"a\.mp4: not a readable media file"):
@@ -130,7 +130,7 @@ def test_errors_are_not_kept(cache: MediaCache, video: Path, tmp_path: Path) -> 
             cache.read_media(path)
     assert not cache.folder.exists()
     replaced(video, content)
-    assert len(cache.read_media(video).frames) == 4
+    assert len(frames_of(cache.read_media(video))) == 4
 
 
 def test_warnings_come_again_with_the_clip(cache: MediaCache, video: Path) -> None:
@@ -146,8 +146,8 @@ def test_the_clips_unused_for_longest_go_first(video: Path, tmp_path: Path) -> N
     size = MediaCache(tmp_path / "one")
     size.read_media(video)
     cache = MediaCache(tmp_path / "cache", max_bytes=int(2.5 * files(size)[0].stat().st_size))
-    for place, options in enumerate(({}, {"end": 3.0}, {"end": 4.0})):
-        cache.read_media(video, **options)
+    for place, end in enumerate((None, 3.0, 4.0)):
+        cache.read_media(video, end=end)
         for file in files(cache):
             os.utime(file, ns=(0, file.stat().st_mtime_ns - 10**9))  # a second passes
         if place == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -15,9 +16,15 @@ from PIL import Image
 from acckv.data.media import read_media, read_record_media
 from acckv.data.records import Record
 from acckv.errors import InputError
+from acckv.models.clips import Media
 from tests.data.media_files import (
     GREYS,
     burst,
+    frames_of,
+    greys_of,
+    mux_sound,
+    onset,
+    sound_of,
     turned,
     write_picture,
     write_sound,
@@ -40,38 +47,31 @@ def corners() -> np.ndarray:
     return picture
 
 
-def quarters(frames: torch.Tensor) -> list[float]:
+def quarters(media: Media) -> list[float]:
     """The greys of the quarters of the first frame, from the upper left to the lower right."""
+    frames = frames_of(media)
     height, width = frames.shape[2] // 2, frames.shape[3] // 2
     parts = [frames[0, :, top:, left:][:, :height, :width] for top in (0, height) for left in (0, width)]
     return [float(part.float().mean()) for part in parts]
 
 
-def onset(audio: torch.Tensor) -> float:
-    return int((audio.abs() > 0.1).nonzero()[0]) / 16_000
-
-
-def greys_of(frames: torch.Tensor) -> list[float]:
-    return frames.float().mean((1, 2, 3)).tolist()
-
-
 @pytest.mark.parametrize("name", ["song.mp4", "song.mkv", "song.ts"])
 def test_one_picture_with_long_sound_keeps_all_of_it(tmp_path: Path, name: str) -> None:
     media = read_media(write_video(tmp_path / name, [0.0], [77], burst(20, 17.5)[None]))
-    assert greys_of(media.frames) == pytest.approx([77, 77], abs=3)
-    assert len(media.audio) == pytest.approx(320_000, abs=2_100) and onset(media.audio) == pytest.approx(17.5, abs=0.02)
+    assert greys_of(media) == pytest.approx([77, 77], abs=3)
+    assert len(sound_of(media)) == pytest.approx(320_000, abs=2_100) and onset(media) == pytest.approx(17.5, abs=0.02)
     assert media.duration == pytest.approx(20, abs=0.15)
     part = read_media(tmp_path / name, start=15.0, end=19.0)
-    assert greys_of(part.frames) == pytest.approx([77, 77], abs=3), "it is still on screen"
-    assert part.audio.shape == (64_000,) and onset(part.audio) == pytest.approx(2.5, abs=0.07)
+    assert greys_of(part) == pytest.approx([77, 77], abs=3), "it is still on screen"
+    assert sound_of(part).shape == (64_000,) and onset(part) == pytest.approx(2.5, abs=0.07)
 
 
 def test_the_last_slide_is_held_to_the_end_of_the_sound(tmp_path: Path) -> None:
     path = write_video(tmp_path / "slides.mp4", [0.0, 5.0, 7.5], [40, 90, 140], burst(12, 11.5)[None])
     with pytest.warns(UserWarning, match=r"slides\.mp4: the sound goes on for .* s after the pictures"):
         media = read_media(path)
-    assert greys_of(media.frames) == pytest.approx([40] * 10 + [90] * 5 + [140] * 9, abs=3)
-    assert media.audio.shape == (192_000,) and onset(media.audio) == pytest.approx(11.5, abs=0.01)
+    assert greys_of(media) == pytest.approx([40] * 10 + [90] * 5 + [140] * 9, abs=3)
+    assert sound_of(media).shape == (192_000,) and onset(media) == pytest.approx(11.5, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
@@ -86,14 +86,14 @@ def test_the_default_sound_track_is_read_and_the_others_are_named(
     named = rf"{name}: has 2 sound tracks; stream {taken + 1} \(aac\) is read, not stream {2 - taken} \(aac\)"
     with pytest.warns(UserWarning, match=named):
         media = read_media(path)
-    assert onset(media.audio) == pytest.approx(marks[taken], abs=0.02)
+    assert onset(media) == pytest.approx(marks[taken], abs=0.02)
 
 
 def test_the_default_video_track_is_read(tmp_path: Path) -> None:
     path = write_tracks(tmp_path / "a.mkv", [grey(40)] * 4, [], (1, 0), more_pictures=(grey(190),) * 4)
     with pytest.warns(UserWarning, match=r"has 2 video tracks; stream 1 \(h264\) is read, not stream 0"):
         media = read_media(path)
-    assert greys_of(media.frames) == pytest.approx([190] * 4, abs=3)
+    assert greys_of(media) == pytest.approx([190] * 4, abs=3)
 
 
 def test_a_cover_is_named(tmp_path: Path) -> None:
@@ -101,29 +101,24 @@ def test_a_cover_is_named(tmp_path: Path) -> None:
     path = tmp_path / "song.m4a"
     with av.open(str(path), "w", format="mp4") as container, av.open(str(cover)) as picture:
         sound = container.add_stream("aac", rate=16_000, layout="mono")
-        shown = container.add_stream_from_template(picture.streams.video[0])
+        shown: Any = container.add_stream_from_template(picture.streams.video[0])
         shown.disposition = av.stream.Disposition.attached_pic.value
         for packet in picture.demux(video=0):
             if packet.dts is not None:
                 packet.stream = shown
                 container.mux(packet)
-        for start in range(0, 32_000, 1024):
-            block = burst(2, 1.0)[None, start : start + 1024].copy()
-            frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
-            frame.sample_rate, frame.pts, frame.time_base = 16_000, start, Fraction(1, 16_000)
-            container.mux(sound.encode(frame))
-        container.mux(sound.encode(None))
+        mux_sound(container, sound, burst(2, 1.0))
     with pytest.warns(UserWarning, match=r"song\.m4a: its cover is left out"):
         media = read_media(path)
-    assert media.kind == "audio" and onset(media.audio) == pytest.approx(1.0, abs=0.02)
+    assert media.kind == "audio" and onset(media) == pytest.approx(1.0, abs=0.02)
 
 
 @pytest.mark.parametrize(("aspect", "width"), [(Fraction(4, 3), 64), (Fraction(2, 3), 32), (Fraction(1), 48)])
 def test_pixels_that_are_not_square(tmp_path: Path, aspect: Fraction, width: int) -> None:
     path = write_tracks(tmp_path / "a.mp4", [corners()] * 2, [], aspect=aspect)
-    frames = read_media(path).frames
-    assert frames.shape == (2, 3, 32, width) and quarters(frames) == pytest.approx(GREYS, abs=4)
-    small = read_media(path, max_pixels=16 * 16).frames
+    media = read_media(path)
+    assert frames_of(media).shape == (2, 3, 32, width) and quarters(media) == pytest.approx(GREYS, abs=4)
+    small = frames_of(read_media(path, max_pixels=16 * 16))
     assert small.shape[3] / small.shape[2] == pytest.approx(width / 32, rel=0.1)
     assert small.shape[2] * small.shape[3] == pytest.approx(256, rel=0.1)
 
@@ -146,21 +141,21 @@ EXIF = {1: 0, 6: 1, 3: 2, 8: 3, 2: 4, 4: 5, 5: 6, 7: 7}
 @pytest.mark.parametrize("matrix", TURNED)
 def test_turned_and_mirrored_videos_are_upright(tmp_path: Path, matrix: tuple[int, int, int, int]) -> None:
     path = turned(write_tracks(tmp_path / "a.mp4", [corners()] * 2, []), matrix, 48)
-    frames = read_media(path).frames
-    assert frames.shape[2:] == ((32, 48) if matrix[0] else (48, 32))
-    assert quarters(frames) == pytest.approx([GREYS[place] for place in TURNED[matrix]], abs=4)
+    media = read_media(path)
+    assert frames_of(media).shape[2:] == ((32, 48) if matrix[0] else (48, 32))
+    assert quarters(media) == pytest.approx([GREYS[place] for place in TURNED[matrix]], abs=4)
 
 
 def test_a_turned_video_with_wide_pixels(tmp_path: Path) -> None:
     """Pixels are as wide as stored; the turn comes after."""
     path = turned(write_tracks(tmp_path / "a.mp4", [corners()] * 2, [], aspect=Fraction(4, 3)), (0, 1, -1, 0), 48)
-    assert read_media(path).frames.shape == (2, 3, 64, 32)
+    assert frames_of(read_media(path)).shape == (2, 3, 64, 32)
 
 
 def test_a_slanted_video_is_named(tmp_path: Path) -> None:
     path = turned(write_tracks(tmp_path / "a.mp4", [corners()] * 2, []), (0.94, 0.34, -0.34, 0.94), 48)
     with pytest.warns(UserWarning, match=r"turned by .* degrees; the nearest right angle is taken"):
-        assert quarters(read_media(path).frames) == pytest.approx(GREYS, abs=4)
+        assert quarters(read_media(path)) == pytest.approx(GREYS, abs=4)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
@@ -170,9 +165,10 @@ def test_photos_are_upright(tmp_path: Path, orientation: int, suffix: str) -> No
     tags = photo.getexif()
     tags[274] = orientation
     path = tmp_path / f"photo.{suffix}"
-    photo.save(path, exif=tags, **({"quality": 95} if suffix == "jpg" else {}))
+    options: dict[str, Any] = {"quality": 95} if suffix == "jpg" else {}
+    photo.save(path, exif=tags, **options)
     places = list(TURNED.values())[EXIF[orientation]]
-    assert quarters(read_media(path).frames) == pytest.approx([GREYS[place] for place in places], abs=4)
+    assert quarters(read_media(path)) == pytest.approx([GREYS[place] for place in places], abs=4)
 
 
 def test_an_edit_list_is_followed(tmp_path: Path) -> None:
@@ -189,8 +185,8 @@ def test_an_edit_list_is_followed(tmp_path: Path) -> None:
         place = content.find(b"elst", place + 4)
     path.write_bytes(bytes(content))
     media = read_media(path)
-    assert greys_of(media.frames)[::2] == pytest.approx(GREYS[1:], abs=3)
-    assert onset(media.audio) == pytest.approx(1.5, abs=0.02)
+    assert greys_of(media)[::2] == pytest.approx(GREYS[1:], abs=3)
+    assert onset(media) == pytest.approx(1.5, abs=0.02)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
@@ -212,29 +208,28 @@ def test_long_clips_are_cut_where_that_is_asked_for(tmp_path: Path) -> None:
             read_media(file, max_seconds=3)
         with pytest.warns(UserWarning, match=rf"{file.name}: is longer than max_seconds; its first 3 s are read"):
             media = read_media(file, max_seconds=3, cut_long=True)
-        assert media.audio.shape == (48_000,) and media.duration == pytest.approx(3.0, abs=0.01)
-        assert len(read_media(file, max_seconds=5, cut_long=True).audio) == pytest.approx(64_000, abs=1_100)
+        assert sound_of(media).shape == (48_000,) and media.duration == pytest.approx(3.0, abs=0.01)
+        assert len(sound_of(read_media(file, max_seconds=5, cut_long=True))) == pytest.approx(64_000, abs=1_100)
         part = read_media(file, start=1.0, end=2.0, max_seconds=3, cut_long=True)
-        assert part.audio.shape == (16_000,), "nothing was cut"
+        assert sound_of(part).shape == (16_000,), "nothing was cut"
 
 
 def test_few_frames_are_taken_evenly(tmp_path: Path) -> None:
     times, greys = [k / 4 for k in range(96)], [30 + 2 * k for k in range(96)]
     path = write_video(tmp_path / "a.mp4", times, greys, burst(24, 12.5)[None])
     media = read_media(path, max_frames=8)
-    assert media.fps == pytest.approx(8 / 24, rel=0.01) and len(media.frames) == 8
-    assert greys_of(media.frames) == pytest.approx([30 + 24 * k for k in range(8)], abs=3), "one each 3 s"
-    assert media.audio.shape[0] == pytest.approx(24 * 16_000, rel=0.02) and onset(media.audio) == pytest.approx(
-        12.5, abs=0.02
-    )
-    assert len(read_media(path, max_frames=9).frames) == 8, "whole temporal patches"
+    assert media.fps == pytest.approx(8 / 24, rel=0.01) and len(frames_of(media)) == 8
+    assert greys_of(media) == pytest.approx([30 + 24 * k for k in range(8)], abs=3), "one each 3 s"
+    assert len(sound_of(media)) == pytest.approx(24 * 16_000, rel=0.02)
+    assert onset(media) == pytest.approx(12.5, abs=0.02)
+    assert len(frames_of(read_media(path, max_frames=9))) == 8, "whole temporal patches"
     assert read_media(path, max_frames=64).fps == 2.0
     part = read_media(path, start=6.0, end=18.0, max_frames=4)
-    assert greys_of(part.frames) == pytest.approx([78, 102, 126, 150], abs=3)
+    assert greys_of(part) == pytest.approx([78, 102, 126, 150], abs=3)
     small = write_picture(tmp_path / "a.png", 80)
     record = Record("0", path, None, "?", None, "!", (), "word", attachments=(small,))
     joined = read_record_media(record, max_frames=8)
-    assert len(joined.frames) == 10 and joined.fps == media.fps
+    assert len(frames_of(joined)) == 10 and joined.fps == media.fps
     assert read_media(path, max_frames=8, max_seconds=30).fps == media.fps
 
 
@@ -248,6 +243,6 @@ def test_few_frames_where_the_header_is_wrong(tmp_path: Path) -> None:
         place = content.index(box)
         struct.pack_into(">I", content, place + 20, 3 * 3600 * struct.unpack_from(">I", content, place + 16)[0])
     path.write_bytes(bytes(content))
-    assert torch.equal(read_media(path, max_frames=8).frames, expected.frames)
+    assert torch.equal(frames_of(read_media(path, max_frames=8)), frames_of(expected))
     raw = write_video(tmp_path / "a.h264", times, greys)
-    assert len(read_media(raw, max_frames=8).frames) == 8
+    assert len(frames_of(read_media(raw, max_frames=8))) == 8

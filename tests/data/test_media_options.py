@@ -125,7 +125,8 @@ def test_the_plug_in_takes_system_messages_and_limits(folder: Path, tiny: tuple[
     assert answerer.cut == 0
     answerer.answer(clip, [QUESTION], Generation(max_new_tokens=1))
     assert answerer.cut == 1
-    user = {"role": "user", "content": [{"type": "video", "url": str(folder / "a.mp4")}, {"type": "text", "text": "?"}]}
+    video = {"type": "video", "url": str(folder / "a.mp4")}
+    user: dict[str, Any] = {"role": "user", "content": [video, {"type": "text", "text": "?"}]}
     store = MediaStore(tmp_path)
     told = read_prompt([{"role": "system", "content": SYSTEM}, user], "task", store)
     assert told == Prompt(clip, "?", SYSTEM) and read_prompt([user], "task", store) == Prompt(clip, "?")

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from acckv import KVCompressor
+from acckv.cache.cache import compressed_layers
 from acckv.data.encoding import encode, encode_context, encode_media, question_suffix
 from acckv.data.precomputed import load_precomputed, read_precomputed_clip, write_precomputed_clip
 from acckv.errors import InputError
@@ -38,7 +39,7 @@ def folder_of(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return folder
 
 
-def row(clip: str = "one", **options: Any) -> dict[str, Any]:
+def row(clip: object = "one", **options: Any) -> dict[str, Any]:
     return {"clip": clip, "question": "what ?", "answer": "ring", **options}
 
 
@@ -165,14 +166,14 @@ def test_inputs_of_a_batch(loaded: tuple[Any, TextProcessor], tmp_path: Path) ->
 def test_a_session_answers_as_the_plain_decoder(loaded: tuple[Any, TextProcessor], tmp_path: Path) -> None:
     model, processor = loaded
     clip = read_precomputed_clip(write_precomputed_clip(tmp_path, "one", embeddings(), KINDS))
-    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     whole = encode(processor, [clip], [QUESTION])
     plain = model.generate(inputs_embeds=whole["inputs_embeds"], attention_mask=whole["attention_mask"], **options)
     with KVCompressor("snapkv", ratio=1.0)(model, processor) as session:
         cache = session.compress(**encode_context(processor, clip))
         assert torch.equal(session.answer(cache, question_suffix(processor, QUESTION)[None], **options), plain)
         cache = session.compress(**encode_context(processor, clip), ratio=0.4)
-        assert [layer.physical for layer in cache.layers] == [3 + 2] * 3
+        assert [layer.physical for layer in compressed_layers(cache)] == [3 + 2] * 3
 
 
 def test_loading_a_decoder(loaded: tuple[Any, TextProcessor], tmp_path: Path) -> None:

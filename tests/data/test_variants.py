@@ -14,6 +14,7 @@ from acckv.data.synthetic.clips import VARIANTS, ClipSettings, is_complete, make
 from acckv.data.synthetic.events import SHAPES, TIMBRES, ClipScript
 from acckv.errors import InputError
 from lightning_modules.evaluation.datamodule import EvaluationData
+from tests.data.media_files import frames_of, sound_of
 
 CLIPS = 12
 
@@ -87,13 +88,13 @@ def test_swapped_files_hold_the_pictures_and_the_sound_of_two_clips(tmp_path: Pa
         media[name] = [read_media(path) for path in sorted(video_folder(file).iterdir())]
     for index in range(2):
         plain, swapped = media["plain"], media["swapped"]
-        assert torch.equal(swapped[index].frames, plain[index].frames)
-        assert torch.equal(swapped[index].audio, plain[1 - index].audio)
-        assert media["silent"][index].audio.abs().max() < 1e-3
-        assert torch.equal(media["silent"][index].frames, plain[index].frames)
-        assert media["blank"][index].frames.float().flatten(2).std(-1).max() < 40
-        assert plain[index].frames.float().flatten(2).std(-1).max() > 40
-    assert len(media["long2"][0].frames) == 64 and len(media["long2"][0].audio) == 32 * 16_000
+        assert torch.equal(frames_of(swapped[index]), frames_of(plain[index]))
+        assert torch.equal(sound_of(swapped[index]), sound_of(plain[1 - index]))
+        assert sound_of(media["silent"][index]).abs().max() < 1e-3
+        assert torch.equal(frames_of(media["silent"][index]), frames_of(plain[index]))
+        assert frames_of(media["blank"][index]).float().flatten(2).std(-1).max() < 40
+        assert frames_of(plain[index]).float().flatten(2).std(-1).max() > 40
+    assert len(frames_of(media["long2"][0])) == 64 and len(sound_of(media["long2"][0])) == 32 * 16_000
 
 
 def test_a_manifest_from_before_an_option_still_counts(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ FILES = [str(ROOT / "examples" / f"{name}.py") for name in EXAMPLES]
 @pytest.fixture(scope="module", autouse=True)
 def examples() -> Iterator[dict[str, Any]]:
     """The examples' modules; other tests find the registries as they were."""
-    path, kept = [*sys.path], [(one, dict(one), dict(one._origins)) for one in (POLICIES, FAMILIES, BENCHMARKS)]
+    registries: list[Any] = [POLICIES, FAMILIES, BENCHMARKS]
+    path, kept = [*sys.path], [(one, dict(one), dict(one._origins)) for one in registries]
     load_plugins(FILES)
     yield {name: importlib.import_module(name) for name in EXAMPLES}
     sys.path[:] = path
@@ -83,6 +84,7 @@ def test_the_policy_scores_by_attention_times_the_size_of_the_value() -> None:
 
 
 def test_the_family_answers_from_the_whole_cache_as_its_model_does(checkpoint: Path, questions: Path) -> None:
+    model: Any
     model, processor = load_model(checkpoint)
     record = load_benchmark("my_questions", questions)[0]
     with pytest.warns(UserWarning, match="the sound of clips is left out"):
@@ -91,7 +93,7 @@ def test_the_family_answers_from_the_whole_cache_as_its_model_does(checkpoint: P
         context = encode_context(processor, clip)
     suffix = question_suffix(processor, record.question)
     assert torch.equal(torch.cat([context["input_ids"][0], suffix]), inputs["input_ids"][0])
-    limit = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    limit: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     with KVCompressor("value_aware")(model, processor) as session:
         prefill = session.prefill(**context)
         whole = session.answer(session.compress(prefill, ratio=1.0), suffix[None], **limit)

@@ -19,6 +19,7 @@ from acckv.method.plan import (
 )
 from acckv.method.rotary import RotaryLayout, rotate, unrotate
 from acckv.method.scoring import Observation, standardise
+from tests.support import not_none
 
 LABELS = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 0, 1], [3, 2, 2, 1, 2, 1, 1, 1, 1, 0]])
 KV_HEADS, SIZE = 2, 4
@@ -87,7 +88,7 @@ def test_alignment_of_a_layer(seed: int, rule: AlignmentRule) -> None:
     for row, kinds in enumerate(LABELS.tolist()):
         text = {entry for entry, kind in enumerate(kinds) if kind == 0}
         for head in range(KV_HEADS):
-            split, first = budgets[row].tolist(), int(score.modality_shares[row].argmax())
+            split, first = budgets[row].tolist(), int(not_none(score.modality_shares)[row].argmax())
             media = slow_aligned(score.score[row, head], seen.keys[row, head], kinds, split, first, rule)
             assert set(plan.log_gates[row, head].eq(0).nonzero().flatten().tolist()) == text | media
 
@@ -102,7 +103,7 @@ def test_soft_alignment_of_a_layer(shared: bool) -> None:
     budgets = torch.tensor([[2.0, 3.0], [3.5, 1.0]])
     plan = plan_layer(score, seen, labels, budgets, 0.3, align=rule)
     for row, kinds in enumerate(LABELS):
-        first = int(score.modality_shares[row].argmax())
+        first = int(not_none(score.modality_shares)[row].argmax())
         high, low = kinds == first + 1, kinds == 2 - first
         for head in range(heads):
             raw = score.score[row, head]
@@ -170,7 +171,7 @@ def test_a_plan_applied_stands_before_later_tokens() -> None:
     bias = torch.randn(1, KV_HEADS, 2, generator=draw)
     changed = torch.randn(2, 1, KV_HEADS, 1, SIZE, generator=draw)
     into = MergedInto(torch.tensor([[[3], [5]]]), *changed)
-    found = LayerPlan(gates, *more, bias, into).apply(keys, values)
+    found = LayerPlan(gates, more[0], more[1], bias, into).apply(keys, values)
     for tensor, extra, new, old in zip(found[:2], more, changed, (keys, values), strict=True):
         assert torch.equal(tensor[:, :, 10:12], extra) and torch.equal(tensor[:, :, 12:], old[:, :, 10:])
         expected = old[:, :, :10].clone()

@@ -15,6 +15,7 @@ from acckv.method.cross_calibration import alignment, integrate, rebalance
 from acckv.method.modality import ModalityMap, label_tokens
 from acckv.method.scoring import Observation, heavy_hitter_score, inverse_norm, key_diversity, redundancy, standardise
 from acckv.method.topk import kept, soft_log_gates
+from tests.support import not_none
 
 SEEDS = st.integers(0, 10_000)
 
@@ -210,9 +211,9 @@ def test_soft_gate_gradient_is_the_implicit_one() -> None:
             moved = score.clone()
             moved[0, 0, index] += step
             slope = (value(moved, budget) - value(score, budget)) / step
-            assert float(score.grad[0, 0, index]) == pytest.approx(float(slope), abs=1e-3)
+            assert float(not_none(score.grad)[0, 0, index]) == pytest.approx(float(slope), abs=1e-3)
         slope = (value(score, budget + step) - value(score, budget)) / step
-    assert float(budget.grad) == pytest.approx(float(slope), abs=1e-3)
+    assert float(not_none(budget.grad)) == pytest.approx(float(slope), abs=1e-3)
 
 
 def test_integration_averages_what_a_modality_loses() -> None:

@@ -155,7 +155,7 @@ def test_standardised_scores_are_summed_by_weight() -> None:
     for score, weight in zip(scores, by_signal, strict=True):
         whole = standardise(score, labels)
         for kind in (1, 2):
-            expected += whole * weight[:, kind - 1, None] * (kind == LABELS)[:, None]
+            expected += whole * weight[:, kind - 1, None] * LABELS.eq(kind)[:, None]
     assert torch.allclose(found, expected, atol=1e-4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_load_the_thinker_of_a_full_omni_checkpoint(tmp_path: Path, monkeypatch:
 def tiny(kind: str, **options: Any) -> Any:
     """A model that acckv does not serve, or not in this state."""
     small = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
-    builders = {
+    builders: dict[str, Callable[..., Any]] = {
         "base": lambda: transformers.Qwen2Model(transformers.Qwen2Config(**TEXT)),
         "encoder_decoder": lambda: transformers.BartForConditionalGeneration(
             transformers.BartConfig(

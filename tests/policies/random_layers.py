@@ -47,11 +47,13 @@ def layers_of(seed: int, padded: bool = True) -> tuple[list[Observation], Modali
     )
     observations = []
     for _ in range(LAYERS):
-        tensors = [torch.randn(2, heads, ENTRIES, SIZE, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        queries, keys, values = (
+            torch.randn(2, heads, ENTRIES, SIZE, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)
+        )
         repetition = torch.rand(2, KV_HEADS, ENTRIES, generator=generator)
         columns = torch.arange(ENTRIES).expand(2, -1)
         real = labels != Modality.PADDING
-        observations.append(Observation(*tensors, columns, real, real, 0.4, rotation, repetition))
+        observations.append(Observation(queries, keys, values, columns, real, real, 0.4, rotation, repetition))
     if padded:
         return observations, ModalityMap(labels)
     return [alone(seen) for seen in observations], ModalityMap(labels[1:, PADDING:])

@@ -27,6 +27,7 @@ from tests.policies.random_layers import (
     totals,
     watched,
 )
+from tests.support import not_none
 
 COMPRESSING = [name for name in POLICIES if name != "full"]
 ATTENTION = ["sdpa", "eager"]
@@ -45,7 +46,8 @@ def masked_full_attention(
     ids = torch.cat([inputs["input_ids"], QUESTION], dim=1)
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float, **__: Any) -> Any:
-        layer, groups, outputs = module.layer_idx, query.shape[1] // key.shape[1], []
+        layer, groups = module.layer_idx, query.shape[1] // key.shape[1]
+        outputs: list[Tensor] = []
         later_key, later_value = key.clone(), value.clone()
         if (into := merged[layer]) is not None:
             place = into.index[..., None].expand(-1, key.shape[1], -1, key.shape[-1])
@@ -145,4 +147,4 @@ def test_kept_modalities_are_the_mean_over_heads(model: Any) -> None:
         plans, cache_ = session.plan(prefill), session.compress(prefill)
     for layer, plan in zip(compressed_layers(cache_), plans, strict=True):
         kept = torch.isfinite(plan.log_gates)[:, :, None] & prefill.labels.by_modality[:, None]
-        assert torch.equal(layer.kept, kept.sum(-1).float().mean(1))
+        assert torch.equal(not_none(layer.kept), kept.sum(-1).float().mean(1))

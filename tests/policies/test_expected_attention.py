@@ -24,6 +24,7 @@ from tests.policies.random_layers import (
     compressor_of,
     layers_of,
 )
+from tests.support import not_none
 
 SINKS = ExpectedAttention.n_sink
 
@@ -93,5 +94,5 @@ def test_rotation_taken_off_is_what_the_projection_gave(model: Any) -> None:
     plain = projected["q"].unflatten(-1, (4, 16)).transpose(1, 2)
     assert torch.allclose(unrotate(seen.queries, rotation.cos, rotation.sin, rotation.layout), plain, atol=1e-5)
     assert torch.allclose(rotate(plain, rotation.cos, rotation.sin, rotation.layout), seen.queries, atol=1e-5)
-    assert torch.allclose(rotation.ahead_cos, ahead[0].mean(1))
+    assert torch.allclose(rotation.ahead_cos, not_none(ahead)[0].mean(1))
     assert not torch.allclose(rotation.ahead_sin, rotation.sin[:, -1])

@@ -252,7 +252,8 @@ def test_the_drawing_is_that_of_the_imports(generate: ModuleType) -> None:
     arrows = generate.reduced(graph)
 
     def reached(name: str, among: dict[str, set[str]]) -> set[str]:
-        found, new = set(), {name}
+        found: set[str] = set()
+        new = {name}
         while new := set().union(*(among[one] for one in new)) - found:
             found |= new
         return found
@@ -316,7 +317,8 @@ def test_results_at_a_glance_are_rows_of_the_measured_table() -> None:
     assert len(table) == 8 and set(table) <= set(measured)
     lines, policies, full, control = curves(RESULTS / "study.json")
     rows = {row.split("|")[1].strip(" *"): row.split("|")[2:-1] for row in table[2:]}
-    drawn = {**{name: [None, *policies[name], None] for name in NAMED}, "full cache": [full], "acckv-calibrated": []}
+    drawn: dict[str, list[float | None]] = {name: [None, *policies[name], None] for name in NAMED}
+    drawn |= {"full cache": [full], "acckv-calibrated": []}
     assert len(policies) == 13 and {*rows} == {*drawn, "every entry evicted (control)"}
     for name, values in drawn.items():
         for cell, value in zip(rows[name], values, strict=False):

@@ -74,7 +74,8 @@ def test_only_optional_dependencies_are_imported_inside_functions() -> None:
 
 def test_no_file_imports_itself_by_way_of_others() -> None:
     def reached(module: str) -> set[str]:
-        found, new = set(), {module}
+        found: set[str] = set()
+        new = {module}
         while new := set().union(*(GRAPH[name] for name in new)) - found:
             found |= new
         return found

@@ -154,8 +154,8 @@ def test_a_stream(family: Family, model: Any, export: Path, options: dict[str, A
 
     def streamed(model: Any) -> list[Tensor]:
         with KVCompressor.from_pretrained(export, **options)(model, Tokenizer()) as session:
-            cache = None
-            for chunk in chunks:
+            cache = session.extend(chunks[0])
+            for chunk in chunks[1:]:
                 cache = session.extend(chunk, cache)
             answer = session.answer(cache, torch.tensor([[20, 21, 22]]), max_new_tokens=3, do_sample=False)
         return [on_cpu(answer), *held(cache)]

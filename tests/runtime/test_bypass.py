@@ -13,6 +13,7 @@ from acckv import KVCompressor
 from acckv.cache.cache import compressed_layers
 from acckv.errors import InputError
 from tests.families import FAMILIES, TEXT, Family
+from tests.support import not_none
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 SLOW_PARTS = ["wrapper", "forward", "module"]
@@ -38,7 +39,7 @@ def test_a_call_without_a_cache_gets_one(family: Family, when: Any) -> None:
     inputs = family.clip(model)
     with torch.no_grad(), compressor(when=when)(model) as session:
         expected = model(**inputs, cache=DynamicCache(config=model.config.get_text_config()), use_cache=True)
-        held = [layer.physical for layer in compressed_layers(session.last_cache)]
+        held = [layer.physical for layer in compressed_layers(not_none(session.last_cache))]
         for options in ({}, {"use_cache": True}):
             found = model(**inputs, **options)
             assert torch.equal(found.logits, expected.logits)
@@ -130,7 +131,8 @@ def test_a_decoder_that_was_replaced_inside_is_noticed() -> None:
 @pytest.mark.parametrize("used", [pytest.param(False, marks=pytest.mark.slow), True], ids=["new", "used"])
 def test_a_model_that_was_compiled_before(part: str, used: bool) -> None:
     """Prompts run uncompiled; graphs of before know nothing of the session, and are not taken in it or after it."""
-    family, options = FAMILIES["videollama2"], {"dynamic": True, "backend": "eager"}
+    options: dict[str, Any] = {"dynamic": True, "backend": "eager"}
+    family = FAMILIES["videollama2"]
     model = family.build()
     batch = family.collate([family.clip(model), family.clip(model, (25,), seed=2, frames=3, intro=(2, 10, 11, 12))])
     with compressor()(model):
@@ -139,7 +141,7 @@ def test_a_model_that_was_compiled_before(part: str, used: bool) -> None:
     torch._dynamo.reset()
     call: Any = model
     if part == "wrapper":
-        call = torch.compile(model, **options)  # type: ignore[call-overload]
+        call = torch.compile(model, **options)
     elif part == "forward":
         model.forward = torch.compile(model.forward, **options)
     elif part == "module":
@@ -207,8 +209,8 @@ def test_attention_without_masks_is_switched_for_the_session(family: Family, imp
 def test_a_decoder_that_sdpa_cannot_serve_is_switched_to_eager() -> None:
     """Gemma 2 caps its attention logits, which sdpa cannot."""
     torch.manual_seed(0)
-    layers = {"layer_types": ["full_attention"] * 3, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}
-    config = Gemma2Config(**TEXT, **layers, head_dim=16)
+    soft: dict[str, Any] = {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16, "head_dim": 16}
+    config = Gemma2Config(**TEXT, **soft, layer_types=["full_attention"] * 3)
     model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval()
     ids = torch.arange(10, 34)[None]
     inputs = {"input_ids": ids, "modality_ids": torch.where((ids > 12) & (ids < 29), 1, 0)}

@@ -16,6 +16,7 @@ from acckv.cache.cache import CompressedCache, compressed_layers
 from acckv.models.batching import rope_positions
 from acckv.runtime.context_reconstruction import moved_positions
 from tests.families import FAMILIES, Family, Tokenizer
+from tests.support import not_none
 from tests.support.model_sweep import build
 
 OMNI = ["qwen2_5_omni", "qwen2_5_omni_interleaved", "qwen3_omni_moe"]
@@ -259,11 +260,10 @@ def test_the_context_is_repeated_where_it_stands(built: Built, when: Any) -> Non
     inputs = family.clip(model) if when == "prompt" else family.context(model)
     with zipped(model, Tokenizer()) as session:
         model.generate(**family.clip(model), **GREEDY)
-        assert session.last_cache is not None
-        found = [layer.labels for layer in compressed_layers(session.last_cache)]
+        found = [not_none(layer.labels) for layer in compressed_layers(not_none(session.last_cache))]
         expected = compressed_layers(session.compress(session.prefill(**inputs)))
     for one, other in zip(found, expected, strict=True):
-        assert one is not None and torch.equal(one[..., : other.region], other.labels)
+        assert torch.equal(one[..., : other.region], not_none(other.labels))
 
 
 def test_kvzip_repeats_frames_between_two_whole_positions() -> None:

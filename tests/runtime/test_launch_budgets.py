@@ -71,10 +71,9 @@ def test_clips_of_different_length(plain: Counts) -> None:
 def test_a_stream(policy: str, options: dict[str, Any]) -> None:
     """A further chunk, over one that is kept whole: each layer holds other entries, which it is asked for once."""
     loaded = tiny_omni.build(LAYERS)
-    compress = compressor(policy, loaded)
-    shared = replace(compress.policy, share_heads=True)
-    parts = {"weights": compress.weights, "lora": compress.lora, "base": compress.base}
-    compress = KVCompressor(shared, **options, **parts)
+    given = compressor(policy, loaded)
+    shared = replace(given.policy, share_heads=True)
+    compress = KVCompressor(shared, **options, weights=given.weights, lora=given.lora, base=given.base)
     with SimulatedAccelerator() as accelerator:
         place(loaded)
         chunk = on_device(tiny_omni.context())

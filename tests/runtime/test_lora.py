@@ -128,7 +128,7 @@ def test_auto_asks_for_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_omni.build()
     compress = compressor(model)
     names = list(find_adapter(model).projections(TARGETS))
-    copies = 2 * sum(4 * model.get_submodule(name).weight.numel() for name in names)
+    copies = 2 * sum(4 * model.get_parameter(f"{name}.weight").numel() for name in names)
     monkeypatch.setattr(merged_lora, "_free_memory", lambda device: 2 * copies)
     with compress(model) as session:
         assert isinstance(session.dispatcher.lora, MergedLora) and session.attached is None

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from acckv import InputError, KVCompressor
 from acckv.cache.cache import compressed_layers
+from acckv.config import When
 from tests.families import FAMILIES, Tokenizer
 
 STEPS: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
@@ -24,7 +25,7 @@ def rows_of(family: Any, model: Any) -> list[dict[str, Any]]:
     ]
 
 
-def compressor(when: str, policy: str = "keydiff") -> KVCompressor:
+def compressor(when: When, policy: str = "keydiff") -> KVCompressor:
     return KVCompressor(policy, ratio=0.4, when=when)
 
 
@@ -44,7 +45,7 @@ def media_end(batch: dict[str, Any], model: Any, session: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "when"), [*((name, "context") for name in FAMILIES), ("qwen2_5_omni", "prompt"), ("videollama2", "prompt")]
 )
-def test_hidden_states_of_a_padded_batch(name: str, when: str) -> None:
+def test_hidden_states_of_a_padded_batch(name: str, when: When) -> None:
     """In the prompt's own columns: equal to the plain model's up to the end of the media, where nothing is evicted yet,
     after it to those of each row alone; the head makes the logits of the last ones."""
     family = FAMILIES[name]
@@ -120,7 +121,7 @@ def test_router_logits() -> None:
 
 
 @pytest.mark.parametrize("when", ["context", "prompt"])
-def test_logits_and_scores(when: str) -> None:
+def test_logits_and_scores(when: When) -> None:
     """One ``[batch, vocabulary]`` a step: those of forwards of the model with a cache of one's own."""
     family = FAMILIES["videollama2"]
     model = family.build()
@@ -170,7 +171,7 @@ def test_attentions() -> None:
 
 
 @pytest.mark.parametrize("when", ["context", "prompt"])
-def test_attentions_of_sdpa_are_none(when: str) -> None:
+def test_attentions_of_sdpa_are_none(when: When) -> None:
     family = FAMILIES["videollama2"]
     model = family.build()
     with compressor(when)(model):

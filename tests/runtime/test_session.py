@@ -13,6 +13,7 @@ from acckv import InputError, KVCompressor, policies
 from acckv.cache.cache import compressed_layers
 from tests import tiny_omni
 from tests.pairwise import by_turns
+from tests.support import not_none
 
 POLICIES = [name for name in policies.POLICIES if name != "full"]
 ATTENTION, WHEN = ["sdpa", "eager"], ["context", "prompt"]
@@ -57,9 +58,8 @@ def test_budget_is_exact_and_nothing_stays(sdpa: Any, policy: str, when: Any, ra
     before = fingerprint(sdpa)
     with KVCompressor(policy, when=when, ratio=ratio)(sdpa, tiny_omni.Tokenizer()) as session:
         sdpa.generate(**tiny_omni.prompt(), **GREEDY)
-        assert session.last_cache is not None
-        kept = session.last_cache.kept_entries()
-        text = [layer.region for layer in compressed_layers(session.last_cache)]
+        cache = not_none(session.last_cache)
+        kept, text = cache.kept_entries(), [layer.region for layer in compressed_layers(cache)]
     media = tiny_omni.VIDEO_TOKENS + tiny_omni.AUDIO_TOKENS
     assert kept.sum() == int(ratio * 3 * media + 1e-9)
     length = tiny_omni.context()["input_ids"].shape[1] + (3 if when == "prompt" else 0)
@@ -266,7 +266,7 @@ def test_options_out_of_range_are_refused(sdpa: Any) -> None:
         compressor(sdpa, lora_mode="fold")
     with compressor(sdpa) as session:
         with pytest.raises(InputError, match="'some' is not one of none, window"):
-            session.prefill(queries="some", **tiny_omni.context())
+            session.prefill(queries="some", **tiny_omni.context())  # type: ignore[arg-type]
         prefill = session.prefill(**tiny_omni.context())
         with pytest.raises(InputError, match="temperature: -1 is not above 0"):
             session.plan(prefill, temperature=-1)

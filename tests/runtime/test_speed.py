@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from acckv import KVCompressor, policies
 from acckv.models import find_adapter
 from acckv.runtime import policy_inputs
+from acckv.runtime.context_reconstruction import reconstruction_attention
 from benchmarks import speed_memory
 from benchmarks.speed_report import MARKS
 from tests.families import FAMILIES, Tokenizer
@@ -29,8 +30,9 @@ class LargestTensor(TorchDispatchMode):
     """The most elements that any operation returned."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.elements, self.shape = 0, ()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = 0
+        self.shape: tuple[int, ...] = ()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -66,9 +68,7 @@ def clip(tokens: int) -> dict[str, Any]:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_tensor_of_tokens_by_tokens(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores are worked off in rows (KVzip repeats a chunk at once); and what is held is exact to the entry."""
-    monkeypatch.setattr(
-        policy_inputs, "reconstruction_attention", partial(policy_inputs.reconstruction_attention, chunk=128)
-    )
+    monkeypatch.setattr(policy_inputs, "reconstruction_attention", partial(reconstruction_attention, chunk=128))
     tokens = 2048
     compressor = KVCompressor(policy, ratio=RATIO)
     with compressor(decoder(), Tokenizer()) as session, LargestTensor() as largest:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Event, Thread
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from acckv import InputError, KVCompressor
+from acckv.cache.cache import compressed_layers
 from acckv.policies import AccKV
 from acckv.runtime.simulation import disable_checkpointing, enable_checkpointing
 from tests import tiny_omni
@@ -45,7 +47,11 @@ def together(calls: list[Callable[[], Any]]) -> list[Any]:
 def calls_of(family: Any, model: Any, session: Any) -> list[Callable[[], Any]]:
     """Requests of every kind, about clips of different length."""
     clips = [family.clip(model, seed=seed, frames=2 + seed) for seed in range(3)]
-    calls: list[Callable[[], Any]] = [lambda clip=clip: model.generate(**clip, **GREEDY).tolist() for clip in clips]
+
+    def generated(clip: dict[str, Any]) -> list[list[int]]:
+        return model.generate(**clip, **GREEDY).tolist()
+
+    calls: list[Callable[[], Any]] = [partial(generated, clip) for clip in clips]
 
     def answer() -> list[int]:
         return session.answer(session.compress(**family.context(model)), QUESTION, **GREEDY).tolist()
@@ -82,7 +88,7 @@ def test_threads_with_lora_of_two_ratios(quick_switches: None) -> None:
         def at(ratio: float) -> list[int]:
             return session.answer(session.compress(ratio=ratio, **tiny_omni.context()), QUESTION, **GREEDY).tolist()
 
-        calls = [lambda ratio=ratio: at(ratio) for ratio in (0.1, 0.5, 0.2, 0.8)]
+        calls: list[Callable[[], Any]] = [partial(at, ratio) for ratio in (0.1, 0.5, 0.2, 0.8)]
         assert together(calls) == [call() for call in calls]
 
 
@@ -125,7 +131,7 @@ def test_backward_beside_a_request_of_another_thread() -> None:
         return model.lm_head.weight.grad.clone(), decoder.layers[0].self_attn.k_proj.weight.grad.clone()
 
     with KEYDIFF(model) as session:
-        expected, alone = gradient(), session.compress(**family.context(model)).layers
+        expected, alone = gradient(), compressed_layers(session.compress(**family.context(model)))
         found: list[Any] = []
 
         def compress(backward: Callable[[], Any]) -> None:
@@ -136,21 +142,22 @@ def test_backward_beside_a_request_of_another_thread() -> None:
                     together([waiting.pop()])
 
             handle = decoder.layers[1].self_attn.q_proj.register_forward_hook(in_between)
-            found.append(session.compress(**family.context(model)).layers)
+            found.append(compressed_layers(session.compress(**family.context(model))))
             handle.remove()
 
         gradients = gradient(compress)
     for one, other in zip(gradients, expected, strict=True):
         assert torch.equal(one, other)
-    for one, other in zip(found[0], alone, strict=True):
-        assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+    for held, kept in zip(found[0], alone, strict=True):
+        assert torch.equal(held.keys, kept.keys) and torch.equal(held.values, kept.values)
 
 
 class Tokens(BaseStreamer):
     """Tokens as they come; the second one tells that generation runs, and is slow."""
 
     def __init__(self) -> None:
-        self.running, self.ended, self.values = Event(), False, []
+        self.running, self.ended = Event(), False
+        self.values: list[int] = []
 
     def put(self, value: Tensor) -> None:
         self.values += value.flatten().tolist()
@@ -185,6 +192,10 @@ def test_what_was_taken_from_a_session_ends_with_it() -> None:
         prefill = session.prefill(**tiny_omni.context())
     with pytest.raises(InputError, match="generate: was taken from a session that is closed"):
         generate(**tiny_omni.prompt(), **GREEDY)
+
+    def generated(clip: dict[str, Any]) -> list[list[int]]:
+        return model.generate(**clip, **GREEDY).tolist()
+
     calls: list[Callable[[], Any]] = [
         lambda: session.prefill(**tiny_omni.context()),
         lambda: session.compress(**tiny_omni.context()),

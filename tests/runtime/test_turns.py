@@ -12,6 +12,7 @@ from acckv import InputError, KVCompressor
 from acckv.cache.cache import CompressedCache, compressed_layers
 from tests.families import FAMILIES, Family, Tokenizer
 from tests.reference import Reference
+from tests.support import not_none
 
 RATIO, FIRST, SECOND = 0.4, 2 * 4 + 6, 1 * 4 + 3  # media entries of the two clips
 
@@ -118,13 +119,12 @@ def test_a_later_clip_under_plain_generate(built: Built, when: Any) -> None:
 
     with KVCompressor("keydiff", when=when, ratio=RATIO)(model) as session:
         found = converse(model, in_session=True)
-        assert session.last_cache is not None
-        assert session.last_cache.kept_entries().sum() == int(RATIO * family.layers * (FIRST + SECOND))
+        assert not_none(session.last_cache).kept_entries().sum() == int(RATIO * family.layers * (FIRST + SECOND))
     assert [len(times) for times in reference.evictions.values()] == [2] * family.layers
     with reference.hiding() as full:
         expected = converse(full, in_session=False)
-    for turn, reference in zip(found, expected, strict=True):
-        assert (turn - reference).abs().max() < 1e-5 * reference.abs().max()
+    for turn, right in zip(found, expected, strict=True):
+        assert (turn - right).abs().max() < 1e-5 * right.abs().max()
 
 
 @pytest.mark.parametrize("policy", ["acckv", "look_m"])
@@ -186,8 +186,7 @@ def test_last_cache_of_generate_goes_on(built: Built) -> None:
     clip = family.clip(model)
     with KVCompressor("keydiff", when="prompt", ratio=RATIO)(model) as session:
         tokens = model.generate(**clip, max_new_tokens=4, do_sample=False)[0, -4:].tolist()
-        assert session.last_cache is not None
-        found = continued(family, model, session, session.last_cache, (tokens[-1], 30))
+        found = continued(family, model, session, not_none(session.last_cache), (tokens[-1], 30))
         cache = session.extend(family.text(model, tuple(tokens[:3])), session.compress(**clip))
         expected = continued(family, model, session, cache, (tokens[-1], 30))
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -208,8 +207,8 @@ def test_text_first_then_a_clip(built: Built) -> None:
         logits = model(
             **{**clip, "attention_mask": both["attention_mask"]}, position_ids=positions, cache=cache
         ).logits[0, -1]
-        kept = session.last_cache.kept_entries().sum() if session.last_cache else None
-        expected = session.prefill(**both).logits[0]
+        kept = not_none(session.last_cache).kept_entries().sum()
+        expected = not_none(session.prefill(**both).logits)[0]
     assert kept == int(RATIO * family.layers * FIRST)
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from acckv import InputError, KVCompressor
 from acckv.cache.layer import CompressedLayer
+from acckv.config import When
 from tests.reference import Evictions, NotReached, Reference, cache_of, missing
 from tests.support.tiny_configs import tiny_config
 from tests.support.tiny_overrides import MORE_INPUTS
@@ -118,7 +119,8 @@ def compare(model: Any) -> str:
         same, whole, _ = generate(model, inputs, modality_ids=kinds)
     if not (torch.equal(tokens, same) and torch.equal(logits, whole)):
         raise Wrong(f"ratio 1 is off by {float((logits - whole).abs().max()):.1e}")
-    for when, boundary in (("context", END_OF_MEDIA), ("prompt", len(LABELS))):
+    boundaries: dict[When, int] = {"context": END_OF_MEDIA, "prompt": len(LABELS)}
+    for when, boundary in boundaries.items():
         with KVCompressor("keydiff", ratio=RATIO, when=when)(model) as session:
             new, found, _ = generate(model, inputs, modality_ids=kinds)
             cache: Any = session.last_cache

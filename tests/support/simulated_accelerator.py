@@ -69,50 +69,50 @@ _current: SimulatedAccelerator | None = None
 
 
 class SimTensor(torch.Tensor):
-    """A tensor on a pretend device; `inner` holds its values."""
+    """A tensor on a pretend device; `host` holds its values."""
 
-    inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    host: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment] # torch types it by its default
 
     @staticmethod
-    def __new__(cls: Any, inner: Tensor, device: torch.device = DEVICE, requires_grad: bool = False) -> Any:
+    def __new__(cls: Any, host: Tensor, device: torch.device = DEVICE, requires_grad: bool = False) -> Any:
         tensor = torch.Tensor._make_wrapper_subclass(
             cls,
-            inner.size(),
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            layout=inner.layout,
+            host.size(),
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
+            layout=host.layout,
             device=device,
             requires_grad=requires_grad,
         )
-        tensor.inner = inner
+        tensor.host = host
         if _current is not None:
-            tensor.held = _Held(_current, inner)
+            tensor.held = _Held(_current, host)
         return tensor
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.device]:
-        return ["inner"], self.device
+        return ["host"], self.device
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], device: torch.device, size: Any, stride: Any) -> SimTensor:
-        return SimTensor(inner["inner"], device)
+    def __tensor_unflatten__(tensors: dict[str, Tensor], device: torch.device, size: Any, stride: Any) -> SimTensor:
+        return SimTensor(tensors["host"], device)
 
     def tolist(self) -> Any:
         if _current is not None:
             _current._sync()
-        return self.inner.tolist()
+        return self.host.tolist()
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("can't convert sim:0 device type tensor to numpy. Use Tensor.cpu() first")
 
     __array__ = numpy
 
-    def __repr__(self, *args: Any) -> str:
-        return f"SimTensor({self.inner!r}, {self.device})"
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"SimTensor({self.host!r}, {self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _run(func, args, kwargs or {})
 
 
@@ -129,7 +129,7 @@ class SimulatedAccelerator(TorchDispatchMode):
     """
 
     def __init__(self, watch: str = "/acckv/") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.watch = watch
         self.operations: collections.Counter[str] = collections.Counter()
         self.syncs: collections.Counter[str] = collections.Counter()
@@ -158,13 +158,13 @@ class SimulatedAccelerator(TorchDispatchMode):
             raise RuntimeError("a pretend accelerator is open already")
         _current, self._lift = self, torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device='sim') goes through the dispatcher
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         global _current
         _current = None
         torch._C._set_only_lift_cpu_tensors(self._lift)
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -215,7 +215,7 @@ def on_device(tree: Any, device: torch.device = DEVICE) -> Any:
 
 def on_cpu(tree: Any) -> Any:
     """The same structure with the values of its tensors on the CPU."""
-    return tree_map(lambda x: x.inner if isinstance(x, SimTensor) else x, tree)
+    return tree_map(lambda x: x.host if isinstance(x, SimTensor) else x, tree)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -266,7 +266,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _values(x: Any) -> Any:
-    return x.inner if isinstance(x, SimTensor) else x
+    return x.host if isinstance(x, SimTensor) else x
 
 
 def _check_devices(func: Any, tensors: list[Tensor], devices: set[torch.device]) -> None:
