@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acckv.evaluation.results import CALIBRATED, CONTROLS, FULL, PREDICTIONS_FILE, RESULTS_FILE
-from acckv.metrics import PairedComparison
+from acckv.metrics import bootstrap_difference, bootstrap_ratio
 from benchmarks.generalisation import paired, read_scores
 from benchmarks.study_variants import Variant
 
@@ -55,10 +55,10 @@ def lines_of(output: Path, variant: Variant, rivals: dict[tuple[str, float], Sco
     for ratio in (1.0, *RATIOS, 0.0):
         each = [run[CALIBRATED, ratio] for run in runs]
         mean = {key: (sum(run[key][0] for run in each) / len(each), clip) for key, (_, clip) in each[0].items()}
-        share = _compared(mean, runs[0][FULL, 1.0])
+        ours, full, clips = paired(mean, runs[0][FULL, 1.0])
         names = [name for name, at in rivals if at == ratio and name not in (FULL, *CONTROLS)]
         best = max(names, key=lambda name: mean_score(rivals[name, ratio]), default=None)
-        lead = None if best is None else _compared(mean, rivals[best, ratio])
+        theirs = None if best is None else paired(mean, rivals[best, ratio])[1]
         lines.append(
             Line(
                 variant=variant.name,
@@ -69,11 +69,11 @@ def lines_of(output: Path, variant: Variant, rivals: dict[tuple[str, float], Sco
                 training_seconds=sum(took["training_seconds"] for took in times) / len(times),
                 seeds=[mean_score(run) for run in each],
                 accuracy=mean_score(mean),
-                relative=float(share.compute()["relative"]),
-                relative_ci95=tuple(share.relative_interval() or (0.0, 0.0)),  # type: ignore[arg-type]
+                relative=float(ours.mean() / full.mean()),
+                relative_ci95=bootstrap_ratio(ours, full, clips) if full.any() else (0.0, 0.0),
                 best=best,
-                lead=None if lead is None else float(lead.compute()["difference"]),
-                lead_ci95=None if lead is None else tuple(lead.difference_interval()),  # type: ignore[arg-type]
+                lead=None if theirs is None else float(ours.mean() - theirs.mean()),
+                lead_ci95=None if theirs is None else bootstrap_difference(ours, theirs, clips),
             )
         )
     return lines
@@ -91,12 +91,6 @@ def with_earlier(lines: Sequence[Line], file: Path, variants: Sequence[Variant])
     known = [replace(row, label=labels[row.variant]) for row in rows if row.variant in labels.keys() - found]
     names = list(labels)
     return sorted([*lines, *known], key=lambda line: names.index(line.variant))
-
-
-def _compared(ours: Scores, theirs: Scores) -> PairedComparison:
-    comparison = PairedComparison()
-    comparison.update(*paired(ours, theirs))
-    return comparison
 
 
 def mean_score(scores: Scores) -> float:

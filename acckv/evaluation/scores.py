@@ -16,7 +16,14 @@ from acckv.evaluation.journal import Batch
 from acckv.evaluation.results import Answer, Failure, GroupScore, Results, Row, Setting
 from acckv.evaluation.run_config import RunConfig
 from acckv.evaluation.sizes import Sizes
-from acckv.metrics import GroupedAccuracy, Interval, PairedComparison, clustered_standard_error
+from acckv.metrics import (
+    GroupedAccuracy,
+    Interval,
+    bootstrap_difference,
+    bootstrap_mean,
+    bootstrap_ratio,
+    clustered_standard_error,
+)
 
 
 class SettingScores:
@@ -33,27 +40,27 @@ class SettingScores:
         self, config: RunConfig, answers: Sequence[Answer], full: Sequence[Answer], sizes: Sizes, groups: Sequence[str]
     ) -> None:
         self.config, self.answers, self.sizes, self.seed = config, answers, sizes, config.options["seed"]
-        self.scores = torch.tensor([answer.score for answer in answers])
+        self.scores, self.full = (torch.tensor([each.score for each in own]).float() for own in (answers, full))
         self.clips = torch.tensor([answer.clip for answer in answers])
         members = torch.tensor([[group in answer.groups for group in groups] for answer in answers])
         # Every process has read all answers; none waits for another.
-        self.accuracy = GroupedAccuracy(groups, seed=self.seed, sync_on_compute=False)
-        self.accuracy.update(self.scores, self.clips, members.reshape(len(answers), len(groups)))
-        self.against_full = self._against(torch.tensor([answer.score for answer in full]))
+        self.accuracy = GroupedAccuracy(groups, sync_on_compute=False)
+        self.accuracy.update(self.scores, members.reshape(len(answers), len(groups)))
 
-    def _against(self, reference: torch.Tensor) -> PairedComparison:
-        paired = PairedComparison(seed=self.seed, sync_on_compute=False)
-        paired.update(self.scores, reference, self.clips)
-        return paired
+    @property
+    def relative(self) -> float | None:
+        """Share of the full cache's accuracy; None where that is 0."""
+        base = self.full.mean()
+        return (self.scores.mean() / base).item() if base > 0 else None
 
     def relative_interval(self) -> Interval | None:
         """95 % interval of the share of the full cache's accuracy, paired by clip; None where that is 0."""
-        return self.against_full.relative_interval()
+        return bootstrap_ratio(self.scores, self.full, self.clips, seed=self.seed) if self.full.any() else None
 
     def against(self, other: SettingScores) -> tuple[float, Interval]:
         """Difference in accuracy to another setting on the same questions, with its paired 95 % interval."""
-        paired = self._against(other.scores)
-        return paired.compute()["difference"].item(), paired.difference_interval()
+        difference = (self.scores.mean() - other.scores.mean()).item()
+        return difference, bootstrap_difference(self.scores, other.scores, self.clips, seed=self.seed)
 
     def standard_error(self) -> float | None:
         """Of the accuracy, clustered by video (several clips may be cut from one); None where there is only one."""
@@ -86,15 +93,13 @@ class SettingScores:
 
     def row(self, setting: Setting) -> Row:
         """The row of `results.json`."""
-        result, interval = self.accuracy.compute(), self.accuracy.interval()
-        relative = self.against_full.compute()["relative"].item()
         return Row(
             policy=setting.policy,
             ratio=setting.ratio,
             n=len(self.answers),
-            accuracy=result["accuracy"].item(),
-            relative=None if relative != relative else relative,
-            ci95=(interval.low, interval.high),
+            accuracy=self.accuracy.compute()["accuracy"].item(),
+            relative=self.relative,
+            ci95=bootstrap_mean(self.scores, self.clips, seed=self.seed),
             kept_entries=round(self.sizes.entries, 4),
             full_entries=round(float(self.sizes.full_entries.sum()), 4),
             kv_bytes=round(self.sizes.kv_bytes / self.sizes.prompts),

@@ -1,4 +1,4 @@
-"""Accuracy over questions, its intervals, and its share of the full cache."""
+"""Accuracy over questions, and its intervals."""
 
 from acckv.metrics.grouped import GroupedAccuracy
 from acckv.metrics.intervals import (
@@ -9,13 +9,11 @@ from acckv.metrics.intervals import (
     clustered_standard_error,
     wilson,
 )
-from acckv.metrics.relative import PairedComparison
 from acckv.metrics.words import word_accuracy
 
 __all__ = [
     "GroupedAccuracy",
     "Interval",
-    "PairedComparison",
     "bootstrap_difference",
     "bootstrap_mean",
     "bootstrap_ratio",

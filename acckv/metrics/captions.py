@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.functional.text import bleu_score
+from torchmetrics.utilities import dim_zero_cat
 
 from acckv.errors import InputError
-from acckv.metrics.gathered import GatheredMetric
 
 _ROUGE_BETA = 1.2  # weight of recall in COCO's caption evaluation
 _CLITIC = r"'(?:s|m|re|ve|ll|d)\b"
@@ -52,7 +53,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     return (1 + _ROUGE_BETA**2) * precision * recall / (recall + _ROUGE_BETA**2 * precision)
 
 
-class CaptionScores(GatheredMetric):
+class CaptionScores(Metric):
     """Scores of free texts against their references: `rouge_l` and `bleu_4` in 0..1, `cider` in 0..10.
 
     BLEU and CIDEr are of all texts together: a mean over parts of the data would be another number, so that the texts
@@ -65,6 +66,9 @@ class CaptionScores(GatheredMetric):
         InputError: CIDEr is asked for, but its library is not installed.
     """
 
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
     lines: list[Tensor]
 
     def __init__(self, *, cider: bool = True, **kwargs: Any) -> None:
@@ -72,7 +76,7 @@ class CaptionScores(GatheredMetric):
         if cider and find_spec("pycocoevalcap") is None:
             raise InputError("CIDEr needs pycocoevalcap: pip install 'acckv[captions]'", field="cider")
         self.cider = cider
-        self.add_gathered("lines", torch.zeros(0, dtype=torch.uint8))
+        self.add_state("lines", [], dist_reduce_fx="cat")
 
     def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
         """Add texts, each with its references.
@@ -88,8 +92,8 @@ class CaptionScores(GatheredMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """`rouge_l`, `bleu_4`, and `cider` if asked for; all nan before the first update."""
-        lines = bytes(self.gathered("lines").cpu().tolist()).decode().splitlines()
-        items = [json.loads(line) for line in lines]
+        lines = bytes(dim_zero_cat(self.lines).cpu().tolist()) if len(self.lines) else b""
+        items = [json.loads(line) for line in lines.splitlines()]
         names = ("rouge_l", "bleu_4", "cider") if self.cider else ("rouge_l", "bleu_4")
         if not items:
             return {name: torch.tensor(float("nan")) for name in names}
@@ -100,6 +104,11 @@ class CaptionScores(GatheredMetric):
             "bleu_4": bleu_score(predictions, references, n_gram=4),
         }
         return scores | {"cider": torch.tensor(_cider(predictions, references))} if self.cider else scores
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        if not self.lines:  # torchmetrics would send a float, which does not fit what the other processes send
+            self.lines = [torch.zeros(0, dtype=torch.uint8, device=self.device)]
+        super()._sync_dist(*args, **kwargs)
 
 
 def _cider(predictions: list[str], references: list[list[str]]) -> float:

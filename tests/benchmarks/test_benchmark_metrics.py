@@ -140,7 +140,7 @@ def all_scores(part: slice) -> dict[str, float]:
     """Every metric on part of the items, computed over all processes there are."""
     accuracy, words, yes_no = GroupedAccuracy(["g"]), CaptionScores(), YesNoScores()
     if count := len(range(7)[part]):
-        accuracy.update(torch.arange(7)[part] / 7, torch.arange(7)[part] // 2, torch.ones(count, 1))
+        accuracy.update(torch.arange(7)[part] / 7, torch.ones(count, 1))
     if TEXTS[part]:
         words.update([text for text, _ in TEXTS[part]], [right for _, right in TEXTS[part]])
         yes_no.update(["yes"] * len(TEXTS[part]), ["yes"] * len(TEXTS[part]))

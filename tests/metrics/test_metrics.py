@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from acckv.metrics import (
     GroupedAccuracy,
-    PairedComparison,
     bootstrap_difference,
     bootstrap_mean,
     bootstrap_ratio,
@@ -23,8 +22,8 @@ from acckv.metrics.words import word_hits
 def test_grouped_accuracy_by_hand() -> None:
     metric = GroupedAccuracy(["audio", "video", "never"])
     members = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0]], dtype=torch.bool)
-    metric.update(torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0, 0, 1]), members)
-    metric.update(torch.tensor([1.0]), torch.tensor([2]), torch.tensor([[False, True, False]]))
+    metric.update(torch.tensor([1.0, 0.0, 0.5]), members)
+    metric.update(torch.tensor([1.0]), torch.tensor([[False, True, False]]))
     result = metric.compute()
     assert result["accuracy"].item() == pytest.approx(2.5 / 4)
     assert result["n"].item() == 4
@@ -38,20 +37,20 @@ def test_grouped_accuracy_by_hand() -> None:
 
 def test_grouped_accuracy_forgets_on_reset_and_refuses_bad_shapes() -> None:
     metric = GroupedAccuracy(["all"])
-    metric.update(torch.zeros(3), torch.arange(3), torch.ones(3, 1, dtype=torch.bool))
+    metric.update(torch.zeros(3), torch.ones(3, 1, dtype=torch.bool))
     metric.reset()
-    metric.update(torch.ones(2), torch.arange(2), torch.ones(2, 1, dtype=torch.bool))
+    metric.update(torch.ones(2), torch.ones(2, 1, dtype=torch.bool))
     assert metric.compute()["accuracy"].item() == 1.0
     with pytest.raises(ValueError, match="members"):
-        metric.update(torch.ones(2), torch.arange(2), torch.ones(2, 2, dtype=torch.bool))
+        metric.update(torch.ones(2), torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="between 0 and 1"):
-        metric.update(torch.tensor([1.5]), torch.zeros(1), torch.ones(1, 1, dtype=torch.bool))
+        metric.update(torch.tensor([1.5]), torch.ones(1, 1, dtype=torch.bool))
     with pytest.raises(ValueError, match="differ"):
         GroupedAccuracy(["a", "a"])
 
 
 @given(
-    scores=st.lists(st.tuples(st.floats(0, 1, width=32), st.integers(0, 4), st.booleans()), min_size=1, max_size=30),
+    scores=st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), min_size=1, max_size=30),
     cut=st.integers(0, 30),
 )
 @settings(deadline=None, max_examples=50)
@@ -61,14 +60,10 @@ def test_grouped_accuracy_equals_a_plain_loop_however_it_is_batched(
     metric = GroupedAccuracy(["g"])
     for part in (scores[:cut], scores[cut:]):
         if part:
-            metric.update(
-                torch.tensor([s for s, _, _ in part]),
-                torch.tensor([c for _, c, _ in part]),
-                torch.tensor([[g] for _, _, g in part]),
-            )
+            metric.update(torch.tensor([s for s, _ in part]), torch.tensor([[g] for _, g in part]))
     result = metric.compute()
-    assert result["accuracy"].item() == pytest.approx(sum(s for s, _, _ in scores) / len(scores), abs=1e-5)
-    inside = [s for s, _, g in scores if g]
+    assert result["accuracy"].item() == pytest.approx(sum(s for s, _ in scores) / len(scores), abs=1e-5)
+    inside = [s for s, g in scores if g]
     if inside:
         assert result["g/accuracy"].item() == pytest.approx(sum(inside) / len(inside), abs=1e-5)
 
@@ -161,23 +156,15 @@ def test_paired_interval_is_narrower_than_the_unpaired_width() -> None:
     assert high - low < 0.6 * (alone.high - alone.low) / full.mean().item()
 
 
-def test_paired_comparison_by_hand() -> None:
-    metric = PairedComparison()
-    metric.update(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.arange(4))
-    result = metric.compute()
-    assert result["relative"].item() == pytest.approx(0.75)
-    assert result["difference"].item() == pytest.approx(-0.25)
-    interval = metric.relative_interval()
-    assert interval is not None
-    assert 0 <= interval.low < 0.75 < interval.high <= 1
-    assert metric.difference_interval() == pytest.approx((interval.low - 1, interval.high - 1))
+def test_intervals_of_a_share_and_a_difference_by_hand() -> None:
+    """Against a reference that is right throughout, a share is a difference and one."""
+    scores, reference, clips = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.ones(4), torch.arange(4)
+    share = bootstrap_ratio(scores, reference, clips)
+    assert 0 <= share.low < 0.75 < share.high <= 1
+    assert bootstrap_difference(scores, reference, clips) == pytest.approx((share.low - 1, share.high - 1))
 
 
 def test_share_of_a_reference_that_is_always_wrong_is_not_defined() -> None:
-    metric = PairedComparison()
-    metric.update(torch.tensor([1.0, 0.0]), torch.zeros(2), torch.arange(2))
-    assert torch.isnan(metric.compute()["relative"])
-    assert metric.relative_interval() is None
     with pytest.raises(ValueError, match="not defined"):
         bootstrap_ratio(torch.ones(2), torch.zeros(2), torch.arange(2))
 
