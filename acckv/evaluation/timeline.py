@@ -19,6 +19,7 @@ from torch import Tensor
 
 from acckv.errors import InputError
 from acckv.io.files import whole_file
+from acckv.io.json_files import parse_json
 from acckv.method.modality import COMPRESSED
 from acckv.models.clips import TEMPORAL_PATCH
 from acckv.runtime.session import Session
@@ -183,12 +184,12 @@ def load_timelines(path: str | Path) -> list[Timeline]:
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            described = json.loads((file.metadata() or {})["timelines"])
+            described = parse_json((file.metadata() or {})["timelines"], path, "timelines")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return [_timeline(values, f"{i}.", tensors) for i, values in enumerate(described)]
     except FileNotFoundError as error:
         raise InputError("no such file", source=path) from error
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (SafetensorError, KeyError, TypeError) as error:
         raise InputError(f"not a whole file of timelines ({error})", source=path) from error
 
 

@@ -11,19 +11,18 @@ from typing import Any
 from acckv.errors import InputError
 
 
-def read_json(file: str | Path) -> Any:
+def read_json(file: str | Path, remedy: str = "is the file cut off?") -> Any:
     """The value of a JSON file.
+
+    Args:
+        remedy: what to do where it is no JSON.
 
     Raises:
         InputError: no such file, no UTF-8 text, or no whole JSON.
     """
     with _readable(file):
         text = Path(file).read_text(encoding="utf-8")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"at line {error.lineno}, column {error.colno} "
-        raise InputError(f"not valid JSON {where}({error.msg}); is the file cut off?", source=file) from error
+    return parse_json(text, file, remedy=remedy)
 
 
 def read_json_lines(file: str | Path) -> Iterator[tuple[int, Any]]:
@@ -35,14 +34,20 @@ def read_json_lines(file: str | Path) -> Iterator[tuple[int, Any]]:
     # Split at line feeds alone: a text may hold other line separators, such as U+2028.
     with _readable(file), Path(file).open(encoding="utf-8", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                message = f"not valid JSON ({error.msg}); is the file cut off?"
-                raise InputError(message, source=file, field=f"line {number}") from error
-            yield number, value
+            if line.strip():
+                yield number, parse_json(line, file, f"line {number}")
+
+
+def parse_json(text: str, source: str | Path, field: str | None = None, remedy: str = "is the file cut off?") -> Any:
+    """The value of a JSON text that was found in `field` of `source`.
+
+    Raises:
+        InputError: no whole JSON.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"not valid JSON ({error}); {remedy}", source=source, field=field) from error
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class GroupedAccuracy(Metric):
 
         The accuracy of an empty group is nan.
         """
-        result = {}
+        result: dict[str, Tensor] = {}
         prefixes = ("", *(f"{name}/" for name in self.groups))
         for prefix, mean, count in zip(prefixes, self.sums / self.counts, self.counts, strict=True):
             result |= {f"{prefix}accuracy": mean, f"{prefix}n": count}

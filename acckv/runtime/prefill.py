@@ -67,8 +67,8 @@ class Prefill:
             reconstruction=[peak.to(device) for peak in self.reconstruction],
         )._share_entries()
 
-    def rows(self) -> list[Prefill]:
-        """Each row by itself, without its padding, in memory of its own: what a data set keeps of a clip.
+    def unstack(self) -> list[Prefill]:
+        """Batches of one prompt each, without padding, in memory of their own: what a data set keeps of a clip.
 
         Raises:
             InputError: the decoder has layers that are not compressed (sliding windows).

@@ -19,6 +19,7 @@ from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.evaluation.answering import answer_questions
 from acckv.io.files import whole_file
+from acckv.io.json_files import read_json
 from acckv.io.progress import Progress
 from acckv.models import load_model
 from acckv.models.clips import KINDS, Media
@@ -119,10 +120,7 @@ class PseudoLabels:
         return {**asdict(self.settings), "prompts": list(self.settings.prompts)}
 
     def _read(self) -> None:
-        try:
-            values = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"holds no answers ({error}); remove it", source=self.path) from error
+        values = read_json(self.path, remedy="remove it")
         if not isinstance(values, dict) or values.get("format") != FORMAT or not isinstance(values.get("clips"), dict):
             raise InputError("holds no answers of this version; remove it", source=self.path)
         if values.get("settings") == self._settings():

@@ -68,7 +68,7 @@ class Teacher:
             return kept
         prefill = self.session.prefill(kept, self.session.planners.policy.queries, **batch.inputs)
         if cache.keep == "prefill":
-            cache.put("prefills", batch.clips, [row.to(HOST) for row in prefill.rows()])
+            cache.put("prefills", batch.clips, [row.to(HOST) for row in prefill.unstack()])
         elif kept is None and cache.keep == "embeddings":
             cache.put("embeddings", batch.clips, [row.to(HOST) for row in prefill.embedded.unstack()])
         return prefill

@@ -113,10 +113,10 @@ def test_kept_rows_equal_a_prefill_of_their_own(built: Built, policy: Any) -> No
     with KVCompressor(policy, ratio=0.4)(model, Tokenizer()) as session, torch.no_grad():
         if session.adapter.has_windows:
             with pytest.raises(InputError, match="cannot be kept by row"):
-                session.prefill(**long).rows()
+                session.prefill(**long).unstack()
             return
         batch = session.prefill(**family.collate([short, long]))
-        reversed_rows = [Prefill.stack(batch.rows()[::-1]).rows()[place] for place in (1, 0)]
+        reversed_rows = [Prefill.stack(batch.unstack()[::-1]).unstack()[place] for place in (1, 0)]
         again = Prefill.stack(reversed_rows)
         for row, single in enumerate((short, long)):
             alone = session.prefill(**single)

@@ -121,7 +121,7 @@ def test_answers_go_on_where_they_were(clips: Path, tmp_path: Path) -> None:
     assert last.missing(videos) == [videos[1]]
     assert PseudoLabels(path, LabelSettings("tiny", "float32", ASKED[:1], 3)).missing(videos) == videos
     path.write_text(path.read_text()[:50])
-    with pytest.raises(InputError, match=r"answers\.json: holds no answers"):
+    with pytest.raises(InputError, match=r"answers\.json: not valid JSON .*; remove it"):
         PseudoLabels(path, settings)
 
 

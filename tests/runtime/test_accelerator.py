@@ -172,7 +172,7 @@ def test_a_shared_prefill(family: Family, model: Any, export: Path) -> None:
 
     def answered(model: Any) -> list[Tensor]:
         with KVCompressor.from_pretrained(export)(model, Tokenizer()) as session:
-            kept = [row.to(torch.device("cpu")) for row in session.prefill(**family.collate(rows)).rows()]
+            kept = [row.to(torch.device("cpu")) for row in session.prefill(**family.collate(rows)).unstack()]
             prefill = Prefill.stack(kept).to(session.adapter.device)
             new = session.answer(session.compress(prefill), torch.tensor([[20], [21]]), max_new_tokens=2)
             with torch.enable_grad():
