@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ AUDIO, IMAGE, VIDEO = 100, 101, 102
 AUDIO_BOS, AUDIO_EOS, VISION_BOS, VISION_EOS = 103, 104, 105, 106
 FRAME_TOKENS = 4
 QUESTION = (20, 21, 22)
-
 
 TEXT: dict[str, Any] = {
     "vocab_size": 128,
@@ -27,6 +27,9 @@ TEXT: dict[str, Any] = {
     "bos_token_id": 2,
     "initializer_range": 0.1,
 }
+ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
+MROPE = {**ROPE, "mrope_section": [2, 3, 3]}
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64}
 
 
 class Tokenizer:
@@ -34,6 +37,21 @@ class Tokenizer:
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
         return {"input_ids": [30 + len(word) for word in text.split()]}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A prompt: text tokens, so many frames and sound tokens, a question."""
+
+    question: tuple[int, ...] = QUESTION
+    seed: int = 0
+    frames: int = 2
+    sounds: int = 6
+    intro: tuple[int, ...] = (2, 10, 11)
+
+    def generator(self) -> torch.Generator:
+        """Of the values of its media."""
+        return torch.Generator().manual_seed(self.seed + 1)
 
 
 class Family(ABC):
@@ -72,16 +90,12 @@ class Family(ABC):
         return name
 
     @abstractmethod
-    def clip(
-        self,
-        model: Any,
-        question: tuple[int, ...] = QUESTION,
-        seed: int = 0,
-        frames: int = 2,
-        sounds: int = 6,
-        intro: tuple[int, ...] = (2, 10, 11),
-    ) -> dict[str, Any]:
+    def inputs(self, model: Any, clip: Clip) -> dict[str, Any]:
         """Model inputs of one row: intro, media, question."""
+
+    def clip(self, model: Any, question: tuple[int, ...] = QUESTION, **options: Any) -> dict[str, Any]:
+        """Model inputs of a :class:`Clip`."""
+        return self.inputs(model, Clip(question, **options))
 
     def context(self, model: Any, **options: Any) -> dict[str, Any]:
         """A clip without a question."""

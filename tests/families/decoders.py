@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.families.base import FRAME_TOKENS, QUESTION, TEXT, Family
+from tests.families.base import FRAME_TOKENS, ROPE, TEXT, Clip, Family
 
 
 class VideoLlama2(Family):
@@ -31,28 +31,19 @@ class VideoLlama2(Family):
         return transformers.Qwen2ForCausalLM
 
     def config(self) -> Any:
-        return transformers.Qwen2Config(**TEXT, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+        return transformers.Qwen2Config(**TEXT, rope_parameters=ROPE)
 
     def media_ids(self, frames: int, sounds: int) -> list[int]:
         return [1] * (FRAME_TOKENS * frames) + [2] * sounds
 
-    def clip(
-        self,
-        model: Any,
-        question: tuple[int, ...] = QUESTION,
-        seed: int = 0,
-        frames: int = 2,
-        sounds: int = 6,
-        intro: tuple[int, ...] = (2, 10, 11),
-    ) -> dict[str, Any]:
-        media = self.media_ids(frames, sounds)
-        draw = torch.Generator().manual_seed(seed + 1)
-        features = 0.1 * torch.randn(1, len(media), 64, generator=draw).to(model.dtype)
+    def inputs(self, model: Any, clip: Clip) -> dict[str, Any]:
+        media = self.media_ids(clip.frames, clip.sounds)
+        features = 0.1 * torch.randn(1, len(media), 64, generator=clip.generator()).to(model.dtype)
         embed = model.get_input_embeddings()
         with torch.no_grad():
-            before = embed(torch.tensor([intro], dtype=torch.long))
-            after = embed(torch.tensor([question], dtype=torch.long))
-        kinds = torch.tensor([[0] * len(intro) + media + [0] * len(question)])
+            before = embed(torch.tensor([clip.intro], dtype=torch.long))
+            after = embed(torch.tensor([clip.question], dtype=torch.long))
+        kinds = torch.tensor([[0] * len(clip.intro) + media + [0] * len(clip.question)])
         embeds = torch.cat([before, features, after], dim=1)
         return {"inputs_embeds": embeds, "attention_mask": torch.ones_like(kinds), "modality_ids": kinds}
 
@@ -67,7 +58,7 @@ class AVicuna(VideoLlama2):
         return transformers.LlamaForCausalLM
 
     def config(self) -> Any:
-        return transformers.LlamaConfig(**TEXT, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+        return transformers.LlamaConfig(**TEXT, rope_parameters=ROPE)
 
     def media_ids(self, frames: int, sounds: int) -> list[int]:
         video, audio = FRAME_TOKENS * frames, sounds

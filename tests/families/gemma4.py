@@ -15,11 +15,11 @@ from tests.families.base import (
     AUDIO_EOS,
     FRAME_TOKENS,
     IMAGE,
-    QUESTION,
     TEXT,
     VIDEO,
     VISION_BOS,
     VISION_EOS,
+    Clip,
     Family,
 )
 
@@ -104,18 +104,10 @@ class Gemma4(Family):
             "input_features_mask": torch.ones(1, 4 * sounds, dtype=torch.bool),
         }
 
-    def clip(
-        self,
-        model: Any,
-        question: tuple[int, ...] = QUESTION,
-        seed: int = 0,
-        frames: int = 2,
-        sounds: int = 6,
-        intro: tuple[int, ...] = (2, 10, 11),
-    ) -> dict[str, Any]:
-        features = self.features(frames, sounds, torch.Generator().manual_seed(seed + 1))
-        video = [VISION_BOS, *[VIDEO] * FRAME_TOKENS, VISION_EOS] * frames
-        ids = torch.tensor([[*intro, *video, AUDIO_BOS, *[AUDIO] * sounds, AUDIO_EOS, *question]])
+    def inputs(self, model: Any, clip: Clip) -> dict[str, Any]:
+        features = self.features(clip.frames, clip.sounds, clip.generator())
+        video = [VISION_BOS, *[VIDEO] * FRAME_TOKENS, VISION_EOS] * clip.frames
+        ids = torch.tensor([[*clip.intro, *video, AUDIO_BOS, *[AUDIO] * clip.sounds, AUDIO_EOS, *clip.question]])
         types = torch.zeros_like(ids)
         types[ids == VIDEO], types[ids == AUDIO] = 2, 3
         floats = {name: value.to(model.dtype) for name, value in features.items() if value.is_floating_point()}
@@ -123,7 +115,7 @@ class Gemma4(Family):
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": types,
-            "num_frames_per_video": torch.tensor([frames]),
+            "num_frames_per_video": torch.tensor([clip.frames]),
             **features,
             **floats,
         }

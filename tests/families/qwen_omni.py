@@ -14,14 +14,24 @@ from tests.families.base import (
     AUDIO_EOS,
     FRAME_TOKENS,
     IMAGE,
-    QUESTION,
+    MROPE,
     TEXT,
     VIDEO,
+    VISION,
     VISION_BOS,
     VISION_EOS,
+    Clip,
     Family,
 )
 
+HEARING = {
+    "num_mel_bins": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "d_model": 32,
+    "output_dim": 64,
+}
 QWEN_TOKENS: dict[str, Any] = {
     "audio_start_token_id": AUDIO_BOS,
     "audio_end_token_id": AUDIO_EOS,
@@ -43,28 +53,10 @@ class Qwen25Omni(Family):
         return transformers.Qwen2_5OmniThinkerForConditionalGeneration
 
     def config(self) -> Any:
-        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
         return transformers.Qwen2_5OmniThinkerConfig(
-            text_config={**TEXT, "rope_parameters": rope},
-            audio_config={
-                "num_mel_bins": 16,
-                "encoder_layers": 1,
-                "encoder_attention_heads": 2,
-                "encoder_ffn_dim": 32,
-                "d_model": 32,
-                "n_window": 10,
-                "output_dim": 64,
-            },
-            vision_config={
-                "depth": 1,
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_heads": 2,
-                "patch_size": 4,
-                "window_size": 16,
-                "fullatt_block_indexes": [0],
-                "out_hidden_size": 64,
-            },
+            text_config={**TEXT, "num_hidden_layers": self.layers, "rope_parameters": MROPE},
+            audio_config={**HEARING, "n_window": 10},
+            vision_config={**VISION, "depth": 1, "window_size": 16, "fullatt_block_indexes": [0]},
             audio_token_index=AUDIO,
             image_token_index=IMAGE,
             video_token_index=VIDEO,
@@ -85,29 +77,21 @@ class Qwen25Omni(Family):
         """Spectrogram frames that give so many tokens."""
         return 4 * sounds
 
-    def clip(
-        self,
-        model: Any,
-        question: tuple[int, ...] = QUESTION,
-        seed: int = 0,
-        frames: int = 2,
-        sounds: int = 6,
-        intro: tuple[int, ...] = (2, 10, 11),
-    ) -> dict[str, Any]:
-        draw = torch.Generator().manual_seed(seed + 1)
-        mel = self.mel_frames(sounds)
-        video, audio = [VIDEO] * (FRAME_TOKENS * frames), [AUDIO] * sounds
+    def inputs(self, model: Any, clip: Clip) -> dict[str, Any]:
+        draw, mel = clip.generator(), self.mel_frames(clip.sounds)
+        dtype = torch.float32 if model is None else model.dtype
+        video, audio = [VIDEO] * (FRAME_TOKENS * clip.frames), [AUDIO] * clip.sounds
         if self.interleaved:
             body = [VISION_BOS, AUDIO_BOS, *video, *audio, AUDIO_EOS, VISION_EOS]
         else:
             body = [VISION_BOS, *video, VISION_EOS, AUDIO_BOS, *audio, AUDIO_EOS]
-        ids = torch.tensor([[*intro, *body, *question]])
+        ids = torch.tensor([[*clip.intro, *body, *clip.question]])
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
-            "pixel_values_videos": torch.randn(16 * frames, 3 * 2 * 4 * 4, generator=draw).to(model.dtype),
-            "video_grid_thw": torch.tensor([[frames, 4, 4]]),
-            "input_features": torch.randn(1, 16, mel, generator=draw).to(model.dtype),
+            "pixel_values_videos": torch.randn(16 * clip.frames, 3 * 2 * 4 * 4, generator=draw).to(dtype),
+            "video_grid_thw": torch.tensor([[clip.frames, 4, 4]]),
+            "input_features": torch.randn(1, 16, mel, generator=draw).to(dtype),
             "feature_attention_mask": torch.ones(1, mel, dtype=torch.long),
             "video_second_per_grid": torch.tensor([1.0]),
             "use_audio_in_video": self.interleaved,
@@ -127,32 +111,18 @@ class Qwen3OmniMoe(Qwen25Omni):
         return transformers.Qwen3OmniMoeThinkerForConditionalGeneration
 
     def config(self) -> Any:
-        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+        rope = {**MROPE, "mrope_interleaved": True}
         experts = {"head_dim": 16, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
         return transformers.Qwen3OmniMoeThinkerConfig(
             text_config={**TEXT, **experts, "rope_parameters": rope},
             audio_config={
-                "num_mel_bins": 16,
-                "encoder_layers": 1,
-                "encoder_attention_heads": 2,
-                "encoder_ffn_dim": 32,
-                "d_model": 32,
+                **HEARING,
                 "n_window": 50,
                 "n_window_infer": 100,
                 "conv_chunksize": 50,
                 "downsample_hidden_size": 8,
-                "output_dim": 64,
             },
-            vision_config={
-                "depth": 2,
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_heads": 2,
-                "patch_size": 4,
-                "out_hidden_size": 64,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [0, 1],
-            },
+            vision_config={**VISION, "depth": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
             audio_token_id=AUDIO,
             image_token_id=IMAGE,
             video_token_id=VIDEO,

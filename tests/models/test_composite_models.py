@@ -12,12 +12,23 @@ from acckv import InputError, KVCompressor
 from acckv.cache.cache import compressed_layers
 from acckv.models import find_adapter
 from acckv.models.qwen_vl import Qwen3VLAdapter, QwenVLAdapter
-from tests.families import FAMILIES, FRAME_TOKENS, IMAGE, QUESTION, TEXT, VIDEO, VISION_BOS, VISION_EOS, Qwen25Omni
+from tests.families import (
+    FAMILIES,
+    FRAME_TOKENS,
+    IMAGE,
+    MROPE,
+    TEXT,
+    VIDEO,
+    VISION,
+    VISION_BOS,
+    VISION_EOS,
+    Clip,
+    Qwen25Omni,
+)
 from tests.reference import Reference
 from tests.support import not_none
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
-VISION = {"hidden_size": 32, "num_heads": 2, "patch_size": 4, "intermediate_size": 32, "out_hidden_size": 64}
 CLIP = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
 TOWERS: dict[str, dict[str, Any]] = {
     "Qwen2VL": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2},
@@ -40,9 +51,7 @@ class QwenVL(Qwen25Omni):
         return getattr(transformers, f"{self.name}ForConditionalGeneration")
 
     def config(self) -> Any:
-        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-        if self.name == "Qwen3VL":
-            rope["mrope_interleaved"] = True
+        rope = {**MROPE, "mrope_interleaved": True} if self.name == "Qwen3VL" else MROPE
         return getattr(transformers, f"{self.name}Config")(
             text_config={**TEXT, "head_dim": 16, "rope_parameters": rope},
             vision_config=TOWERS[self.name],
@@ -52,27 +61,19 @@ class QwenVL(Qwen25Omni):
             vision_end_token_id=VISION_EOS,
         )
 
-    def clip(
-        self,
-        model: Any,
-        question: tuple[int, ...] = QUESTION,
-        seed: int = 0,
-        frames: int = 2,
-        sounds: int = 0,
-        intro: tuple[int, ...] = (2, 10, 11),
-    ) -> dict[str, Any]:
+    def inputs(self, model: Any, clip: Clip) -> dict[str, Any]:
         frame = [VIDEO] * FRAME_TOKENS
-        body = [VISION_BOS, *frame * frames, VISION_EOS]
+        body = [VISION_BOS, *frame * clip.frames, VISION_EOS]
         if self.name == "Qwen3VL":
-            body = [token for second in range(frames) for token in (30 + second, VISION_BOS, *frame, VISION_EOS)]
-        ids = torch.tensor([[*intro, *body, *question]])
-        draw = torch.Generator().manual_seed(seed + 1)
+            body = [token for second in range(clip.frames) for token in (30 + second, VISION_BOS, *frame, VISION_EOS)]
+        ids = torch.tensor([[*clip.intro, *body, *clip.question]])
+        pixels = torch.randn(16 * clip.frames, 3 * 2 * 4 * 4, generator=clip.generator())
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": 2 * (ids == VIDEO).long(),
-            "pixel_values_videos": torch.randn(16 * frames, 3 * 2 * 4 * 4, generator=draw).to(model.dtype),
-            "video_grid_thw": torch.tensor([[frames, 4, 4]]),
+            "pixel_values_videos": pixels.to(model.dtype),
+            "video_grid_thw": torch.tensor([[clip.frames, 4, 4]]),
         }
 
 

@@ -55,7 +55,7 @@ def repeated_once(model: Any, embedded: DecoderInputs, prompt: list[int], column
 @pytest.mark.parametrize("chunk", [100, 7])
 def test_kvzip_watches_a_repetition(eager: Any, chunk: int) -> None:
     """A left-padded batch of two, chunk by chunk behind the cache, against one plain forward a chunk and row."""
-    clips = [tiny_omni.context(1), tiny_omni.context(2, intro=(2, 10, 11, 12, 13))]
+    clips = [tiny_omni.context(), tiny_omni.context(1, intro=(2, 10, 11, 12, 13))]
     prompt = [36, 33, 38]
     with compressor_of("kvzip")(eager, tiny_omni.Tokenizer()) as session, torch.no_grad():
         rows = [session.prefill(queries="none", **clip).embedded for clip in clips]
