@@ -54,9 +54,7 @@ def test_grouped_accuracy_forgets_on_reset_and_refuses_bad_shapes() -> None:
     cut=st.integers(0, 30),
 )
 @settings(deadline=None, max_examples=50)
-def test_grouped_accuracy_equals_a_plain_loop_however_it_is_batched(
-    scores: list[tuple[float, int, bool]], cut: int
-) -> None:
+def test_grouped_accuracy_equals_a_plain_loop_however_it_is_batched(scores: list[tuple[float, bool]], cut: int) -> None:
     metric = GroupedAccuracy(["g"])
     for part in (scores[:cut], scores[cut:]):
         if part:
