@@ -104,7 +104,7 @@ class CompressedCache(DynamicCache):
         return sum(
             tensor.numel() * tensor.element_size()
             for layer in self.layers
-            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+            for tensor in (layer.tensors if isinstance(layer, CompressedLayer) else (layer.keys, layer.values))
             if tensor is not None
         )
 
@@ -137,7 +137,7 @@ def branch_layers(layers: list[Any]) -> list[Any]:
     compressed = [layer for layer in copies if isinstance(layer, CompressedLayer)]
     lengths = [layer.physical for layer in compressed]
     for layer in compressed:
-        layer.lengths = lengths
+        layer.lengths, layer.packed = lengths, layer.packed and layer.packed.share()
     return copies
 
 

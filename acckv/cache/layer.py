@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from acckv.cache.packed import PackedEntries
 from acckv.errors import InputError
 from acckv.method.modality import COMPRESSED, Modality
 from acckv.method.plan import LayerPlan
@@ -23,6 +25,8 @@ class CompressedLayer(DynamicLayer):
             that kept fewer entries than the longest, other values are the log mass of merged entries. None is zero.
         labels: int8 ``[B, 1 or K, region]`` modality of each entry of the region, by head where heads chose apart.
         candidates: int64 ``[B, 2]`` video and audio entries that were there to choose from, evicted ones included.
+        packed: the keys and values where the heads keep unequal numbers of entries; `keys` and `values` are None then.
+            `region`, `bias` and `labels` are of the longest head, as if the others were padded.
         low_ratio: whether it was compressed, and is to be read, with what the lowest ratios have of their own.
         lengths: entries held by every compressed layer of the cache, one list for all; slot: this layer's place.
             Numbers and not the layers themselves: a ring of references would keep dropped caches in memory.
@@ -39,19 +43,29 @@ class CompressedLayer(DynamicLayer):
         self.bias: Tensor | None = None
         self.labels: Tensor | None = None
         self.candidates: Tensor | None = None
+        self.packed: PackedEntries | None = None
         self.low_ratio = False
         self.slot, self.lengths = len(lengths), lengths
         lengths.append(0)
 
     @property
     def physical(self) -> int:
+        """Entries that the longest head holds."""
+        if self.packed is not None:
+            return self.packed.widest
         return 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[-2]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The keys and values that are held."""
+        both = (self.keys, self.values) if self.packed is None else (self.packed.keys, self.packed.values)
+        return [tensor for tensor in both if tensor is not None]
 
     @property
     def kept(self) -> Tensor | None:
         """float ``[B, 2]`` video and audio entries of the region, merged ones included; None before compression.
 
-        The mean over KV heads, which hold equally many entries but not always of the same modality.
+        The mean over KV heads, which need not hold the same.
         """
         if self.labels is None:
             return None
@@ -59,10 +73,15 @@ class CompressedLayer(DynamicLayer):
         return torch.stack(held, dim=-1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hold new tokens; gives all keys and values, but of packed ones the new alone: attention reads those here."""
         self.seen += key_states.shape[-2]
-        if self.physical and self.keys.device != key_states.device:  # of a prefill that was kept elsewhere
-            self.keys, self.values = self.keys.to(key_states.device), self.values.to(key_states.device)
+        if self.physical and self.tensors[0].device != key_states.device:  # of a prefill that was kept elsewhere
             self._map_rows(lambda rows: rows.to(key_states.device))
+            self.packed = self.packed and self.packed.to(key_states.device)
+        if self.packed is not None:
+            self.packed.append(key_states, value_states)
+            self.lengths[self.slot] = self.physical
+            return key_states, value_states
         held = super().update(key_states, value_states)
         self.lengths[self.slot] = self.physical
         return held
@@ -82,32 +101,44 @@ class CompressedLayer(DynamicLayer):
                 f"cannot take back {removed} tokens: only {self.physical - self.region} came after compression",
                 field="crop",
             )
-        super().crop(tokens_to_remove)
+        if self.packed is None:
+            super().crop(tokens_to_remove)
+        else:
+            self.packed.crop(removed)
         self.seen -= removed
         self.lengths[self.slot] = self.physical
 
     def reset(self) -> None:
+        self.unpack()
         super().reset()
         self.seen, self.region, self.bias, self.labels, self.candidates, self.low_ratio = 0, 0, None, None, None, False
         self.lengths[self.slot] = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)), beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        rows = None if self.packed is None else torch.arange(len(self.packed.lengths)).repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0), rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        indices = indices.to(self.keys.device)
-        super().batch_select_indices(indices)
-        self._map_rows(lambda rows: rows[indices])
+        self._map_rows(lambda rows: rows[indices.to(rows.device)], indices)
 
-    def _map_rows(self, change: Any) -> None:
-        for name in ("bias", "labels", "candidates"):
+    def _map_rows(self, change: Callable[[Tensor], Tensor], rows: Tensor | None = None) -> None:
+        """Change the rows of all that is held; packed entries are taken of `rows`, if given."""
+        if self.packed is not None and rows is not None:
+            self.packed = self.packed.select(rows)
+        for name in ("keys", "values", "bias", "labels", "candidates"):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
+
+    def unpack(self) -> None:
+        """Lay packed entries out as a rectangle, shorter heads padded on the left with masked places."""
+        if self.packed is None:
+            return
+        self.keys, self.values, empty = self.packed.padded()
+        bias = self._region_bias(self.region)
+        self.bias, self.packed = bias.masked_fill(empty, -torch.inf), None
 
     def commit(
         self, plan: LayerPlan, labels: Tensor, candidates: Tensor | None = None, low_ratio: bool = False
@@ -122,6 +153,7 @@ class CompressedLayer(DynamicLayer):
             candidates: int64 ``[B, 2]`` video and audio entries that `labels` brought for the first time.
             low_ratio: whether the plan is one of the lowest ratios.
         """
+        self.unpack()
         self.low_ratio = low_ratio
         length, merged = labels.shape[-1], plan.merged_bias.shape[-1]
         labels = labels.to(self.keys.device, torch.int8)
@@ -146,6 +178,7 @@ class CompressedLayer(DynamicLayer):
         Args:
             valid: bool ``[B, tail]`` of the entries after the region.
         """
+        self.unpack()
         valid = valid.to(self.keys.device)
         held = self._region_bias(self.region)
         tail = torch.where(valid, 0.0, -torch.inf)[:, None].expand(-1, held.shape[1], -1)
@@ -186,11 +219,17 @@ class CompressedLayer(DynamicLayer):
         bias = None if bias is None else bias.gather(2, index.expand(-1, kv_heads, -1))
         heads = max(labels.shape[1], index.shape[1])
         labels = labels.expand(-1, heads, -1).gather(2, index.expand(-1, heads, -1))
-        if bool((counts < width).any()):
-            empty = torch.arange(width, device=gates.device) < (width - counts).to(gates.device)
+        by_head = counts.flatten(1)
+        empty = torch.arange(width) < width - counts
+        if bool((by_head != by_head[:, :1]).any()):
+            self.packed = PackedEntries.of(self.keys, self.values, by_head)
+            self.keys = self.values = None
+            # Where nothing was merged, a head's entries need no mask.
+            bias = bias if bias is not None and bool((bias.masked_fill(empty.to(bias.device), 0) != 0).any()) else None
+        elif bool(empty.any()):
             bias = torch.zeros(batch, kv_heads, width, device=gates.device) if bias is None else bias
-            bias, labels = bias.masked_fill(empty, -torch.inf), labels.masked_fill(empty, Modality.PADDING)
-        self.bias, self.labels = bias, labels
+            bias = bias.masked_fill(empty.to(gates.device), -torch.inf)
+        self.bias, self.labels = bias, labels.masked_fill(empty.to(labels.device), Modality.PADDING)
         self.region = self.lengths[self.slot] = width
 
 

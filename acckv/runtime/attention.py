@@ -22,6 +22,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv.cache.layer import CompressedLayer
+from acckv.cache.packed import PackedEntries
+from acckv.errors import InputError
 from acckv.models.base import AttentionLayer, ModelAdapter
 
 #: (original, layer index, module, query, key, value, attention_mask, **kwargs) -> (output, weights)
@@ -30,6 +32,20 @@ Attend = Callable[..., tuple[Tensor, Tensor | None]]
 Listener = Callable[[AttentionLayer, Tensor, Tensor, Tensor, float], None]
 #: the decoder's keyword argument that carries a simulation to its attention
 SIMULATION = "acckv_simulation"
+
+
+@dataclass(frozen=True)
+class Region:
+    """The compressed entries that a layer's keys begin with.
+
+    Args:
+        width: of the longest head; bias: ``[B, K or 1, width]`` on attention logits, or None.
+        packed: the layer's keys and values where its heads hold unequal numbers of entries.
+    """
+
+    width: int = 0
+    bias: Tensor | None = None
+    packed: PackedEntries | None = None
 
 
 @dataclass
@@ -147,7 +163,7 @@ class AttentionHook(local):
         self.cache: Cache | None = None
         self.listener: Listener | None = None
         self.reached = False
-        self._regions: dict[int, tuple[int, Tensor | None]] = {}
+        self._regions: dict[int, Region] = {}
         self._additive: tuple[Tensor, Tensor] | None = None
 
     def forget(self) -> None:
@@ -171,11 +187,15 @@ class AttentionHook(local):
         simulation = kwargs.pop(SIMULATION, None)
         if simulation is not None:
             return simulation.attend(original, layer, module, query, key, value, attention_mask, **kwargs)
-        region, bias = self._region(layer)
+        region = self._region(layer)
+        if region.packed is not None:
+            mask = self._shared(attention_mask, query.dtype)
+            return attend_packed(original, module, query, region.packed, mask, region.bias, **kwargs)
         wider = attention_mask is not None and attention_mask.shape[-1] > key.shape[2]
         mask = attention_mask
-        if layer.slot is not None and (region or wider):
-            mask = region_mask(self._shared(attention_mask, query.dtype), query, key.shape[2], region, bias)
+        if layer.slot is not None and (region.width or wider):
+            shared = self._shared(attention_mask, query.dtype)
+            mask = region_mask(shared, query, key.shape[2], region.width, region.bias)
         output = original(module, query, key, value, mask, **kwargs)
         if self.listener is not None:
             scaling = kwargs.get("scaling")
@@ -190,19 +210,65 @@ class AttentionHook(local):
             self._additive = mask, additive(mask, dtype)
         return self._additive[1]
 
-    def _region(self, layer: AttentionLayer) -> tuple[int, Tensor | None]:
-        """Width and bias of the compressed region that this layer's keys begin with.
+    def _region(self, layer: AttentionLayer) -> Region:
+        """The compressed region that this layer's keys begin with.
 
         A layer that shares entries got them from their owner in the same forward, so the owner's region of that moment
         counts: it may have been compressed anew since.
         """
         if layer.slot is None or self.cache is None:
-            return 0, None
+            return Region()
         if layer.owner:
             held = self.cache.layers[layer.cache_index]
-            now = (held.region, held.bias) if isinstance(held, CompressedLayer) else (0, None)
+            now = Region(held.region, held.bias, held.packed) if isinstance(held, CompressedLayer) else Region()
             self._regions[layer.slot] = now
         return self._regions[layer.slot]
+
+
+def attend_packed(
+    original: Attend,
+    module: nn.Module,
+    query: Tensor,
+    packed: PackedEntries,
+    attention_mask: Tensor | None,
+    bias: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention to a layer whose heads hold unequal numbers of entries: a call a row and KV head, on views.
+
+    Args:
+        query: ``[B, H, Q, D]``; attention_mask: additive ``[B, 1 or H, Q, W]``, or None (plain causal).
+        bias: ``[B, K, region]`` of the longest head, shorter ones at its end; or None.
+
+    Returns:
+        output ``[B, Q, H, D]``, and weights ``[B, H, Q, W]`` of which the entries of shorter heads are the last, or
+        None where the attention function gives none.
+
+    Raises:
+        InputError: the attention function takes something of every head, such as sinks.
+    """
+    unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unknown:
+        raise InputError(f"cannot be read head by head ({unknown[0]}); set head_budgets: equal", field="head_budgets")
+    rows, heads = packed.lengths.shape
+    groups, widest = query.shape[1] // heads, packed.widest
+    outputs, weights = [], []
+    for row in range(rows):
+        for head in range(heads):
+            keys, values, region = packed.segment(row, head)
+            mine = slice(head * groups, (head + 1) * groups)
+            ask = query[row : row + 1, mine]
+            mask = attention_mask
+            if mask is not None:
+                mask = mask[row : row + 1, mine if mask.shape[1] > 1 else slice(None)]
+            mass = None if bias is None else bias[row : row + 1, head : head + 1, bias.shape[-1] - region :]
+            mask = region_mask(mask, ask, keys.shape[0], region, mass)
+            output, weight = original(module, ask, keys[None, None], values[None, None], mask, **kwargs)
+            outputs.append(output)
+            if weight is not None:
+                weights.append(F.pad(weight, (widest - weight.shape[-1], 0)))
+    joined = torch.cat(outputs, dim=2).unflatten(2, (rows, -1))[0].transpose(0, 1)
+    return joined, torch.cat(weights, dim=1).unflatten(1, (rows, -1))[0] if weights else None
 
 
 def region_mask(
@@ -223,7 +289,7 @@ def region_mask(
     batch, heads, length = query.shape[:3]
     tail = key_length - region
     if attention_mask is None:
-        if bias is None and (length == 1 or region == 0):
+        if bias is None and length in (1, key_length):
             return None
         causal = torch.ones(length, tail, dtype=torch.bool, device=query.device).tril(tail - length)
         attention_mask = causal[None, None].expand(batch, 1, -1, -1)

@@ -153,6 +153,8 @@ class Dispatcher:
         probe = self._probe_ids(run) if wanted and self.planners.config.when == "context" else None
         mask = observed_queries(run.new_tokens.labels, queries, self.planners.policy.window_size)
         request.embedded = run.embedded
+        for layer in compressed_layers(run.cache):
+            layer.unpack()  # what is recorded is a rectangle
         request.recorder = Recorder(run.observer(mask, probe), run.cache)
         return request.recorder, probe
 

@@ -57,6 +57,8 @@ class LayerEviction:
         self.embedded, self.policy_inputs = embedded, policy_inputs
         self.config = planners.config
         self.layers = compressed_layers(cache)
+        for held in self.layers:
+            held.unpack()  # what is observed is a rectangle; a commit packs it anew
         self.before = [layer.physical for layer in self.layers]
         self.competing = self.config.budget is not None and ratio is None
         self.ratio = self.config.ratio if ratio is None else ratio
