@@ -101,12 +101,13 @@ class CompressedCache(DynamicCache):
 
     def kv_bytes(self) -> int:
         """Bytes of all keys and values held, sliding layers included."""
-        return sum(
-            tensor.numel() * tensor.element_size()
+        held = [
+            layer.tensors
+            if isinstance(layer, CompressedLayer)
+            else [getattr(layer, n, None) for n in ("keys", "values")]
             for layer in self.layers
-            for tensor in (layer.tensors if isinstance(layer, CompressedLayer) else (layer.keys, layer.values))
-            if tensor is not None
-        )
+        ]
+        return sum(tensor.nbytes for tensors in held for tensor in tensors if tensor is not None)
 
 
 def compressed_layers(cache: Cache) -> list[CompressedLayer]:

@@ -14,22 +14,28 @@ class PackedEntries:
 
     Attributes:
         keys, values: ``[S, D]``, segments in order of row and head.
-        lengths: int64 ``[B, K]``, on the CPU: compressed entries of each segment; tail: later tokens; room: places free
-            at the end of each segment.
+        lengths: int64 ``[B, K]``, on the CPU: compressed entries of each segment; width: at least the most of them.
+        tail: later tokens of each segment; room: places free at its end.
         shared: whether another cache may read the buffers.
     """
 
     def __init__(
-        self, keys: Tensor, values: Tensor, lengths: Tensor, tail: int = 0, room: int = 0, shared: bool = False
+        self,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        width: int,
+        tail: int = 0,
+        room: int = 0,
+        shared: bool = False,
     ) -> None:
-        self.keys, self.values, self.lengths = keys, values, lengths
+        self.keys, self.values, self.lengths, self.width = keys, values, lengths, width
         self.tail, self.room, self.shared = tail, room, shared
         sizes = lengths.flatten() + (tail + room)
         starts = sizes.cumsum(0) - sizes
         self._starts = starts.view_as(lengths)
         #: first free place of each segment; moves on with the tail
         self._ends = (starts + lengths.flatten() + tail).to(keys.device)
-        self._firsts = starts.tolist()
         self._regions = lengths.flatten().tolist()
 
     @classmethod
@@ -38,19 +44,20 @@ class PackedEntries:
         width = keys.shape[2]
         real = torch.arange(width) >= width - counts[..., None]
         index = real.flatten().nonzero()[:, 0].to(keys.device)
-        return cls(keys.flatten(0, 2).index_select(0, index), values.flatten(0, 2).index_select(0, index), counts)
+        return cls(
+            keys.flatten(0, 2).index_select(0, index), values.flatten(0, 2).index_select(0, index), counts, width
+        )
 
     @property
     def widest(self) -> int:
-        """Entries of the longest segment, later tokens included."""
-        return int(self.lengths.max()) + self.tail
+        """Entries of the rectangle that holds every segment, later tokens included."""
+        return self.width + self.tail
 
-    def segment(self, row: int, head: int) -> tuple[Tensor, Tensor, int]:
-        """Views of keys and values ``[n, D]`` of one head, and how many of them are compressed entries."""
-        place = row * self.lengths.shape[1] + head
-        first, region = self._firsts[place], self._regions[place]
-        held = slice(first, first + region + self.tail)
-        return self.keys[held], self.values[held], region
+    def segments(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Views of the keys and of the values, ``[1, 1, n, D]`` by row and head."""
+        sizes = [size for region in self._regions for size in (region + self.tail, self.room)]
+        keys, values = (part[None, None].split(sizes, dim=2)[::2] for part in (self.keys, self.values))
+        return keys, values
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Later tokens ``[B, K, T, D]``, in place where there is room."""
@@ -58,7 +65,7 @@ class PackedEntries:
         frozen = self.keys.is_inference() and not torch.is_inference_mode_enabled()
         if self.shared or frozen or new > self.room:
             # Room for one in fifty, so that what is free stays below the share of memory that it saves copies for.
-            self._replace(self._copied(None, new + max(16, int(self.lengths.float().mean()) // 50)))
+            self._replace(self._copied(None, new + max(8, int(self.lengths.float().mean()) // 50)))
         places = (self._ends[:, None] + torch.arange(new, device=self.keys.device)).flatten()
         self.keys.index_copy_(0, places, keys.reshape(-1, keys.shape[-1]).to(self.keys.dtype))
         self.values.index_copy_(0, places, values.reshape(-1, values.shape[-1]).to(self.values.dtype))
@@ -77,21 +84,21 @@ class PackedEntries:
     def share(self) -> PackedEntries:
         """The same entries for another cache."""
         self.shared = True
-        return PackedEntries(self.keys, self.values, self.lengths, self.tail, self.room, shared=True)
+        return PackedEntries(self.keys, self.values, self.lengths, self.width, self.tail, self.room, shared=True)
 
     def to(self, device: torch.device) -> PackedEntries:
         """The same on a device."""
-        return PackedEntries(self.keys.to(device), self.values.to(device), self.lengths, self.tail, self.room)
+        keys, values = self.keys.to(device), self.values.to(device)
+        return PackedEntries(keys, values, self.lengths, self.width, self.tail, self.room)
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rectangular copies, every head's entries at the right end.
 
         Returns:
-            keys and values ``[B, K, widest, D]``, and bool ``[B, K, widest - tail]``: the empty places before them.
+            keys and values ``[B, K, width + tail, D]``, and bool ``[B, K, width]``: the empty places before them.
         """
         width, device = self.widest, self.keys.device
-        region = width - self.tail
-        empty = torch.arange(region) < region - self.lengths[..., None]
+        empty = torch.arange(self.width) < self.width - self.lengths[..., None]
         ends = self._starts + self.lengths + self.tail
         index = (ends[..., None] - width + torch.arange(width)).clamp_min(0).to(device)
         return self.keys[index], self.values[index], empty.to(device)
@@ -109,7 +116,7 @@ class PackedEntries:
             )
             for part in (self.keys, self.values)
         )
-        return PackedEntries(keys, values, lengths, self.tail, room)
+        return PackedEntries(keys, values, lengths, self.width, self.tail, room)
 
     def _replace(self, other: PackedEntries) -> None:
         vars(self).update(vars(other))

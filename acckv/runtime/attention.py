@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock, local
@@ -251,24 +251,35 @@ def attend_packed(
     if unknown:
         raise InputError(f"cannot be read head by head ({unknown[0]}); set head_budgets: equal", field="head_budgets")
     rows, heads = packed.lengths.shape
-    groups, widest = query.shape[1] // heads, packed.widest
-    outputs, weights = [], []
-    for row in range(rows):
-        for head in range(heads):
-            keys, values, region = packed.segment(row, head)
-            mine = slice(head * groups, (head + 1) * groups)
-            ask = query[row : row + 1, mine]
-            mask = attention_mask
-            if mask is not None:
-                mask = mask[row : row + 1, mine if mask.shape[1] > 1 else slice(None)]
-            mass = None if bias is None else bias[row : row + 1, head : head + 1, bias.shape[-1] - region :]
-            mask = region_mask(mask, ask, keys.shape[0], region, mass)
-            output, weight = original(module, ask, keys[None, None], values[None, None], mask, **kwargs)
-            outputs.append(output)
-            if weight is not None:
-                weights.append(F.pad(weight, (widest - weight.shape[-1], 0)))
-    joined = torch.cat(outputs, dim=2).unflatten(2, (rows, -1))[0].transpose(0, 1)
-    return joined, torch.cat(weights, dim=1).unflatten(1, (rows, -1))[0] if weights else None
+    asked = query.unflatten(1, (heads, -1)).flatten(0, 1)[:, None].unbind()
+    if attention_mask is None and bias is None and query.shape[2] == 1:
+        masks: Sequence[Tensor | None] = [None] * len(asked)
+    else:
+        masks = _masks_by_head(asked, packed, attention_mask, bias)
+    calls = [
+        original(module, ask, keys, values, mask, **kwargs)
+        for ask, keys, values, mask in zip(asked, *packed.segments(), masks, strict=True)
+    ]
+    output = torch.cat([output for output, _ in calls]).unflatten(0, (rows, heads)).transpose(1, 2).flatten(2, 3)
+    if calls[0][1] is None:
+        return output, None
+    weights = [F.pad(weight, (packed.widest - weight.shape[-1], 0)) for _, weight in calls if weight is not None]
+    return output, torch.cat(weights).unflatten(0, (rows, heads)).flatten(1, 2)
+
+
+def _masks_by_head(
+    asked: Sequence[Tensor], packed: PackedEntries, attention_mask: Tensor | None, bias: Tensor | None
+) -> list[Tensor | None]:
+    masks = []
+    heads = packed.lengths.shape[1]
+    for place, region in enumerate(packed.lengths.flatten().tolist()):
+        row, head = divmod(place, heads)
+        mask = None if attention_mask is None else attention_mask[row : row + 1]
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.unflatten(1, (heads, -1))[:, head]
+        mass = None if bias is None else bias[row : row + 1, head : head + 1, bias.shape[-1] - region :]
+        masks.append(region_mask(mask, asked[place], region + packed.tail, region, mass))
+    return masks
 
 
 def region_mask(

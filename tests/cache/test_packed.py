@@ -31,7 +31,7 @@ def committed(gates: Tensor, mass: float = 0.0) -> CompressedLayer:
     log_gates = torch.zeros(ROWS, HEADS, entries + merged.shape[3])
     log_gates[..., :entries].masked_fill_(~gates, -torch.inf)
     labels = torch.ones(ROWS, 1, entries, dtype=torch.long)
-    layer.commit(LayerPlan(log_gates, *merged, torch.full(merged.shape[1:4], mass)), labels)
+    layer.commit(LayerPlan(log_gates, merged[0], merged[1], torch.full(merged.shape[1:4], mass)), labels)
     return layer
 
 
@@ -48,8 +48,7 @@ def later(tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def as_lists(packed: PackedEntries) -> list[list[float]]:
-    rows, heads = packed.lengths.shape
-    return [packed.segment(row, head)[0][:, 0].tolist() for row in range(rows) for head in range(heads)]
+    return [keys[0, 0, :, 0].tolist() for keys in packed.segments()[0]]
 
 
 @settings(deadline=None, max_examples=60)
@@ -59,7 +58,8 @@ def test_segments_are_lists_to_which_tokens_are_added(data: st.DataObject) -> No
     counts = torch.tensor(
         data.draw(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=3))
     )
-    width = max(int(counts.max()), 1)
+    counts[0, 0] += 1
+    width = int(counts.max())
     keys = torch.arange(float(counts.numel() * width)).view(*counts.shape, width, 1)
     packed = PackedEntries.of(keys, -keys, counts)
     lists = [
@@ -94,7 +94,7 @@ def test_segments_are_lists_to_which_tokens_are_added(data: st.DataObject) -> No
         for held, expected in alive:
             assert as_lists(held) == expected
             rectangle, _, empty = held.padded()
-            assert rectangle.shape[2] == held.widest == max(map(len, expected))
+            assert rectangle.shape[2] == held.widest >= max(map(len, expected))
             assert (empty.sum(-1) + held.lengths).unique().tolist() == [held.widest - held.tail]
     assert all(torch.equal(held.values, -held.keys) for held, _ in alive)
 
@@ -107,9 +107,9 @@ def test_bytes_held_are_those_of_the_entries_kept() -> None:
     assert sum(tensor.nbytes for tensor in layer.tensors) == int(gates.sum()) * entry
     layer.update(*later(1))
     with_room = sum(tensor.nbytes for tensor in layer.tensors)
-    assert with_room <= (int(gates.sum()) + 17 * ROWS * HEADS) * entry
+    assert with_room <= (int(gates.sum()) + 9 * ROWS * HEADS) * entry
     pointers = [tensor.data_ptr() for tensor in layer.tensors]
-    layer.update(*later(16))  # in place: what there is room for moves nothing
+    layer.update(*later(8))  # in place: what there is room for moves nothing
     assert [tensor.data_ptr() for tensor in layer.tensors] == pointers
 
 
@@ -212,7 +212,8 @@ def test_beams_batches_and_further_evictions_are_those_of_the_rectangle(mass: fl
     gates = torch.zeros(ROWS, 1, before)
     gates[..., : before - 3] = -torch.inf  # every head keeps its last three: a rectangle again
     labels = torch.zeros(ROWS, 1, before, dtype=torch.long)
-    packed.commit(LayerPlan(gates, *torch.zeros(2, ROWS, HEADS, 0, SIZE), torch.zeros(ROWS, HEADS, 0)), labels)
+    none = torch.zeros(ROWS, HEADS, 0, SIZE)
+    packed.commit(LayerPlan(gates, none, none, none[..., 0]), labels)
     assert packed.packed is None and packed.keys.shape == (ROWS, HEADS, 3, SIZE)
 
 
