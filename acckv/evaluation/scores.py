@@ -53,10 +53,6 @@ class SettingScores:
         base = self.full.mean()
         return (self.scores.mean() / base).item() if base > 0 else None
 
-    def relative_interval(self) -> Interval | None:
-        """95 % interval of the share of the full cache's accuracy, paired by clip; None where that is 0."""
-        return bootstrap_ratio(self.scores, self.full, self.clips, seed=self.seed) if self.full.any() else None
-
     def against(self, other: SettingScores) -> tuple[float, Interval]:
         """Difference in accuracy to another setting on the same questions, with its paired 95 % interval."""
         difference = (self.scores.mean() - other.scores.mean()).item()
@@ -131,6 +127,15 @@ class Outcome:
     def full(self) -> SettingScores:
         """The full cache's scores."""
         return next(iter(self.scores.values()))
+
+    @property
+    def relative_intervals(self) -> dict[Setting, Interval]:
+        """95 % interval of each setting's share of the full cache's accuracy, paired by clip, where that is not 0."""
+        measured = {setting: one for setting, one in self.scores.items() if one.full.any()}
+        return {
+            setting: bootstrap_ratio(one.scores, one.full, one.clips, seed=one.seed)
+            for setting, one in measured.items()
+        }
 
 
 def score_batches(config: RunConfig, batches: Iterable[Batch]) -> Outcome:

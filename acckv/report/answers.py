@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -11,21 +11,15 @@ from acckv.evaluation.results import FULL, Answer, Setting
 from acckv.metrics.intervals import Interval, bootstrap_ratio
 
 
-@dataclass(frozen=True)
-class Flip:
+class Flip(NamedTuple):
     """An answer that is right from one of two caches only."""
 
     full: Answer
     compressed: Answer
 
 
-@dataclass(frozen=True)
-class Flips:
-    """Answers that flipped in one setting.
-
-    Attributes:
-        lost: right from the full cache only; won: right from the compressed cache only.
-    """
+class Flips(NamedTuple):
+    """The answers of one setting that are right from the full cache only, and those from the compressed cache only."""
 
     lost: list[Flip]
     won: list[Flip]

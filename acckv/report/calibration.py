@@ -11,6 +11,7 @@ from torch import Tensor
 
 from acckv.evaluation.results import REFERENCE_NAMES, Results
 from acckv.io.files import whole_file
+from acckv.report.rendering import render
 from acckv.report.table import control_warning
 
 MODALITIES = ("video", "audio")
@@ -58,31 +59,17 @@ def render_report(facts: RunFacts, kept: KeptShares, results: Results | None, pl
         results: of the closing evaluation; None says that there was none.
         plots: file names of the kept shares and of their history.
     """
-    low, high = facts.ratio_range
-    run = f"{facts.steps} of {facts.planned} optimiser steps, `when: {facts.when}`, ratios {low:g} to {high:g}."
-    if facts.exported != facts.steps:
-        run += f" Exported is step {facts.exported}, the best of the checkpoints by the metric that was monitored."
-    if facts.low_ratio_steps:
-        stage = f" The first {facts.low_ratio_steps} see {low:g} alone; what they learn"
-        run += f"{stage} holds below {facts.low_ratio_below:g}."
-    parts = [
-        f"# Calibration of {facts.model}",
-        run,
-        *(f"> **{warning}**" for warning in _warnings(facts, results)),
-        "## Accuracy over ratios",
-        *_accuracy(results),
-        "## Share of kept entries by layer and modality",
-        "In % of the layer's entries of that modality, merged entries included, on validation clips.",
-        _kept_table(kept),
-        f"![kept share of each layer's video and audio entries]({plots[0]})",
-        "## How the learned budgets moved",
-        "Times the training-free preset's budget, by optimiser step; the numbers are in `budgets.csv`.",
-        f"![learned budgets over steps]({plots[1]})",
-        "## Gates",
-        f"Temperature {facts.temperature_start:g} at the start, {facts.temperature:.4g} in what is exported, in "
-        "standard deviations of the score. The export selects hard, which is temperature 0.",
-    ]
-    return "\n\n".join(parts) + "\n"
+    shares = {ratio: (entries / kept.full.clamp_min(1e-9)).tolist() for ratio, entries in kept.entries.items()}
+    return render(
+        "calibration.md.jinja",
+        facts=facts,
+        warnings=_warnings(facts, results),
+        results=results,
+        names=REFERENCE_NAMES,
+        shares=shares,
+        layers=len(next(iter(kept.entries.values()))),
+        plots=plots,
+    )
 
 
 def write_budget_history(
@@ -119,31 +106,3 @@ def _warnings(facts: RunFacts, results: Results | None) -> list[str]:
     if facts.low_ratio_steps and facts.exported <= facts.low_ratio_steps:
         warnings.append(f"warning: training ended before it saw a ratio above {facts.ratio_range[0]:g}")
     return warnings
-
-
-def _accuracy(results: Results | None) -> list[str]:
-    if results is None:
-        return ["Not measured: the closing evaluation was switched off (`evaluation.clips: 0`)."]
-    head = f"`{results.benchmark}`, {results.rows[0].n} questions. In brackets 95 % intervals over clips."
-    lines = ["| policy | ratio | accuracy | of full | kept entries |", "|---|---|---|---|---|"]
-    for row in results.rows:
-        name = REFERENCE_NAMES.get(row.policy, row.policy)
-        low, high = row.ci95
-        relative = "-" if row.relative is None else f"{row.relative:.1%}"
-        accuracy = f"{row.accuracy:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
-        entries = f"{row.kept_entries:.1f} / {row.full_entries:.0f}"
-        lines.append(f"| {name} | {row.ratio:g} | {accuracy} | {relative} | {entries} |")
-    return [head, "\n".join(lines)]
-
-
-def _kept_table(kept: KeptShares) -> str:
-    columns = [(ratio, index) for ratio in kept.entries for index in range(len(MODALITIES))]
-    lines = [
-        "| layer | " + " | ".join(f"{MODALITIES[index]} at {ratio:g}" for ratio, index in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    full = kept.full.clamp_min(1e-9)
-    for layer in range(len(next(iter(kept.entries.values())))):
-        shares = [100 * float(kept.entries[ratio][layer, index] / full[index]) for ratio, index in columns]
-        lines.append(f"| {layer} | " + " | ".join(f"{share:.1f}" for share in shares) + " |")
-    return "\n".join(lines)

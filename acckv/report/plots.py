@@ -1,22 +1,28 @@
-"""Plots of an evaluation: accuracy over kept share, and where a budget went."""
+"""Plots of an evaluation: accuracy over size, and where a budget went; as PNG files, or as SVG in the report's page."""
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from torch import Tensor
 
-from acckv.evaluation.results import CALIBRATED, Results, Row
+from acckv.evaluation.results import CALIBRATED, FULL, REFERENCE_NAMES, Results, Row, Setting
 from acckv.io.files import whole_file
 
-_DPI = 150
+INK, MUTED, LINE = "#1c2128", "#57606a", "#d9dde2"
+"""Of the report's page where it is light; in the page its own take their place, which may be dark."""
+_PAGE_COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)"}
+_LEGEND_COLUMNS = 2
 _COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b4c9a", "#8c564b", "#7f7f00")
 _CALIBRATED_COLOUR = "#D55E00"
 _MARKERS = "sD^vPX*<"
@@ -24,49 +30,119 @@ _LINES = ("-", "--", ":")  # the next for each round of the colours
 _ANNOTATED = 12  # more layers than this: colours only, numbers would not be legible
 
 
-def plot_pareto(path: str | Path, results: Results) -> None:
-    """Write a PNG: accuracy over the share of audio and video entries that was really kept (log axis).
-
-    A line a policy with 95 % intervals; the full cache and the control (every audio and video entry evicted) are
-    horizontal lines with their intervals as bands. Rows that keep nothing cannot be placed on a log axis and are
-    left to the table.
-    """
-    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
-    axes = figure.subplots()
-    _reference(axes, results.full, "full cache", "#222222", "-")
-    _reference(axes, results.control, "control: all evicted", "#999999", "--")
-    names = results.policies
-    shown: set[float] = set()
-    for i, name in enumerate(names):
-        rows = sorted((r for r in results.rows if r.policy == name and r.kept_entries > 0), key=lambda r: r.ratio)
-        rows = [row for row in rows if row.full_entries > 0]
-        shown |= {row.ratio for row in rows}
-        axes.errorbar(
-            [spread(row.kept_entries / row.full_entries, i, len(names)) for row in rows],
-            [100 * row.accuracy for row in rows],
-            yerr=_bars(rows),
-            label=name,
-            elinewidth=0.9,
-            capsize=2,
-            **line_style(name, i),
-        )
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(sorted(shown)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(sorted(shown), [f"{100 * ratio:g} %" for ratio in sorted(shown)])
-    axes.set_ylim(0, 102)
-    axes.set_xlabel("kept audio and video entries (share of the full cache)")
-    axes.set_ylabel("accuracy in %")
-    axes.set_title(f"{results.benchmark}, when: {results.when}", loc="left", fontsize=11)
-    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+def save_png(path: str | Path, figure: Figure) -> None:
+    """Write a drawing as a PNG."""
     with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=_DPI, format="png")
+        figure.savefig(temporary, dpi=150, format="png")
 
 
-def line_style(name: str, index: int) -> dict[str, Any]:
+def inline_svg(figure: Figure, alt: str) -> Markup:
+    """A drawing as an element of the page; `alt` is its text alternative, another one for each drawing."""
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt}):
+        figure.savefig(file, format="svg", facecolor="none", metadata=nothing)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    for drawn, shown in _PAGE_COLOURS.items():
+        text = text.replace(drawn, shown)
+    # Nothing lies outside the axes, an element of HTML needs no name spaces, and groups have the same names everywhere.
+    for spare in (
+        r"<defs>\s*<clipPath.*?</defs>",
+        r' clip-path="[^"]*"',
+        r' xmlns(:\w+)?="[^"]*"',
+        r' id="[\w.]+_\d+"',
+    ):
+        text = re.sub(spare, "", text, flags=re.DOTALL)
+    text = text.replace("xlink:href", "href")
+    return Markup(text.replace("<svg", f'<svg class="figure" role="img" aria-label="{escape(alt)}"', 1))
+
+
+def pareto(results: Results, intervals: Mapping[Setting, tuple[float, float]], by_bytes: bool = False) -> Figure:
+    """Accuracy in % of the full cache's over the kept share of entries or over KV bytes (log axes).
+
+    Rows that keep no entry cannot be placed on a log axis; the controls are horizontal lines.
+
+    Args:
+        intervals: 95 % interval of each setting's share of the full cache.
+    """
+    names, controls = results.policies, [row for row in results.references if row.policy != FULL]
+    lines = len(names) + len(controls) + 1
+    figure = Figure(figsize=(4.7, 3.9 + 0.22 * (-(-lines // _LEGEND_COLUMNS))), layout="constrained")
+    axes = figure.subplots()
+    _style(axes)
+    axes.axhline(100, color=INK, linewidth=1.3, label=REFERENCE_NAMES[FULL])
+    for row, style in zip(controls, ("--", ":", "-."), strict=False):
+        label = REFERENCE_NAMES[row.policy].replace(" (control)", "")
+        axes.axhline(100 * (row.relative or 0), color=MUTED, linestyle=style, linewidth=1.3, label=label)
+    ticks: set[float] = set()
+    for i, name in enumerate(names):
+        rows = [row for row in results.rows if row.policy == name and row.kept_entries > 0 and row.relative is not None]
+        rows.sort(key=lambda row: row.kept_entries)
+        ticks |= {_size(row, by_bytes) if by_bytes else row.ratio for row in rows}
+        shares = [100 * (row.relative or 0) for row in rows]
+        ends = [intervals.get(row.setting, (row.relative or 0,) * 2) for row in rows]
+        down = [max(0, share - 100 * low) for share, (low, _) in zip(shares, ends, strict=True)]
+        up = [max(0, 100 * high - share) for share, (_, high) in zip(shares, ends, strict=True)]
+        x = [_spread(_size(row, by_bytes), i, len(names)) for row in rows]
+        axes.errorbar(x, shares, yerr=[down, up], label=name, elinewidth=0.9, capsize=2, **_line_style(name, i))
+    axes.set_xscale("log")
+    axes.margins(x=0.06)
+    axes.set_ylim(0, max(104, axes.get_ylim()[1]))
+    axes.set_ylabel("accuracy in % of the full cache's")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(FixedLocator(_apart(sorted(ticks))))
+    if by_bytes:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
+        axes.set_xlabel("keys and values held for a clip")
+    else:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        axes.set_xlabel("kept audio and video entries, share of the full cache")
+    look = {"ncols": _LEGEND_COLUMNS, "columnspacing": 1.2, "frameon": False, "fontsize": 9.5, "labelcolor": INK}
+    figure.legend(loc="outside lower center", **look)
+    return figure
+
+
+def plot_pareto(path: str | Path, results: Results, intervals: Mapping[Setting, tuple[float, float]]) -> None:
+    """Write `pareto` over the kept share of entries as a PNG."""
+    figure = pareto(results, intervals)
+    figure.suptitle(f"{results.benchmark}, when: {results.when}", fontsize=10)
+    save_png(path, figure)
+
+
+def _size(row: Row, by_bytes: bool) -> float:
+    return row.kv_bytes if by_bytes else row.kept_entries / max(row.full_entries, 1e-9)
+
+
+def _apart(values: list[float]) -> list[float]:
+    """Of ascending values those that labels have room for on a log axis; the first and the last stay."""
+    kept: list[float] = []
+    for value in values:
+        if not kept or value / kept[-1] > 1.25:
+            kept.append(value)
+    return kept
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"
+
+
+def _style(axes: Axes) -> None:
+    axes.set_facecolor("none")
+    axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.yaxis.label.set_color(INK)
+    axes.xaxis.label.set_color(INK)
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _line_style(name: str, index: int) -> dict[str, Any]:
     """Options of a policy's curve: the calibrated one stands out, the others take their turn by `index`."""
     if name == CALIBRATED:
         line = {"color": _CALIBRATED_COLOUR, "marker": "o", "linestyle": "-"}
@@ -119,8 +195,7 @@ def plot_budgets(path: str | Path, budgets: Mapping[float, Tensor], full: Tensor
         axes.set_xlabel(f"brightest: {top:.3g} %", fontsize=8)
     panels[0].set_ylabel("layer")
     figure.suptitle(f"{title}: kept share of a layer's entries in %", fontsize=11, x=0.01, ha="left")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=_DPI, format="png")
+    save_png(path, figure)
 
 
 def plot_budget_history(path: str | Path, steps: Sequence[int], ratios: Sequence[float], shares: Tensor) -> None:
@@ -162,25 +237,10 @@ def plot_budget_history(path: str | Path, steps: Sequence[int], ratios: Sequence
         frameon=False,
         fontsize=8,
     )
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=_DPI, format="png")
+    save_png(path, figure)
 
 
-def _reference(axes: Axes, row: Row | None, label: str, colour: str, style: str) -> None:
-    if row is None:
-        return
-    axes.axhline(100 * row.accuracy, color=colour, linestyle=style, linewidth=1.4, label=label, zorder=2)
-    axes.axhspan(100 * row.ci95[0], 100 * row.ci95[1], color=colour, alpha=0.08, linewidth=0, zorder=1)
-
-
-def _bars(rows: list[Row]) -> list[list[float]]:
-    """Distances from accuracy down and up to the ends of the interval, in points."""
-    down = [max(0.0, 100 * (row.accuracy - row.ci95[0])) for row in rows]
-    up = [max(0.0, 100 * (row.ci95[1] - row.accuracy)) for row in rows]
-    return [down, up]
-
-
-def spread(share: float, index: int, count: int) -> float:
+def _spread(share: float, index: int, count: int) -> float:
     """Shift a point by at most 3 % of its value so that intervals of several policies do not hide each other."""
     return share * math.exp(0.03 * (2 * index / max(1, count - 1) - 1))
 

@@ -37,8 +37,7 @@ def print_tables(console: Console, outcome: Outcome) -> None:
     results = outcome.results
     for table in render_group_tables(results):
         console.print(table)
-    intervals = {setting: scores.relative_interval() for setting, scores in outcome.scores.items()}
-    console.print(render_table(results, {setting: pair for setting, pair in intervals.items() if pair is not None}))
+    console.print(render_table(results, outcome.relative_intervals))
     for table in render_metric_tables(results):
         console.print(table)
     for line in [*_leads(outcome), *_parsing(outcome), *_cut(outcome), *_left_out(outcome)]:
@@ -170,37 +169,51 @@ def render_table(results: Results, paired: Paired | None = None) -> Table:
 
 
 def render_group_tables(results: Results) -> list[Table]:
-    """Accuracy by question group: one table a ratio between 0 and 1, the full cache and the controls first."""
-    return [_group_table(ratio, rows) for ratio, rows in results.by_ratio()]
-
-
-def _group_table(ratio: float, rows: Sequence[Row]) -> Table:
-    table = _empty_table(f"accuracy in % by question group, ratio {ratio:g}", ("group", "n"), rows)
-    for name in dict.fromkeys(name for row in rows for name in row.groups if name != UNPARSED):
-        scores = [row.groups.get(name) for row in rows]
-        count = max(score.n for score in scores if score is not None)
-        cells = ["-" if s is None or s.accuracy is None else f"{100 * s.accuracy:.1f}" for s in scores]
-        table.add_row(name, str(count), *cells)
-    return table
-
-
-def render_metric_tables(results: Results) -> list[Table]:
-    """Scores of all answers together, a table as those of the groups; without policies, of full cache and controls."""
+    """The tables of `group_scores`."""
     tables = []
-    for ratio, rows in results.by_ratio() or [(1.0, results.references)]:
-        names = metric_names(rows)
-        if names:
-            table = _empty_table(f"scores of all answers together, ratio {ratio:g}", ("score",), rows)
-            for name in names:
-                values = [row.metrics.get(name) for row in rows]
-                table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in values))
-            tables.append(table)
+    for ratio, rows, lines in group_scores(results):
+        tables.append(_empty_table(f"accuracy in % by question group, ratio {ratio:g}", ("group", "n"), rows))
+        for name, count, scores in lines:
+            cells = ("-" if score is None else f"{100 * score:.1f}" for score in scores)
+            tables[-1].add_row(name, str(count), *cells)
     return tables
 
 
-def metric_names(rows: Sequence[Row]) -> list[str]:
-    """The scores that rows have, in their order."""
-    return list(dict.fromkeys(name for row in rows for name in row.metrics))
+def render_metric_tables(results: Results) -> list[Table]:
+    """The tables of `metric_scores`."""
+    tables = []
+    for ratio, rows, lines in metric_scores(results):
+        tables.append(_empty_table(f"scores of all answers together, ratio {ratio:g}", ("score",), rows))
+        for name, values in lines:
+            tables[-1].add_row(name, *("-" if value is None else f"{value:.3f}" for value in values))
+    return tables
+
+
+def group_scores(results: Results) -> list[tuple[float, list[Row], list[tuple[str, int, list[float | None]]]]]:
+    """Accuracy by question group, a table a ratio between 0 and 1.
+
+    Returns:
+        its ratio, its columns (the full cache and the controls first), and its lines: group, questions, accuracies.
+    """
+    tables = []
+    for ratio, rows in results.by_ratio():
+        lines = []
+        for name in dict.fromkeys(name for row in rows for name in row.groups if name != UNPARSED):
+            scores = [row.groups.get(name) for row in rows]
+            count = max(score.n for score in scores if score is not None)
+            lines.append((name, count, [None if score is None else score.accuracy for score in scores]))
+        tables.append((ratio, rows, lines))
+    return tables
+
+
+def metric_scores(results: Results) -> list[tuple[float, list[Row], list[tuple[str, list[float | None]]]]]:
+    """Scores of all answers together, tables as those of the groups; without policies, of full cache and controls."""
+    tables = []
+    for ratio, rows in results.by_ratio() or [(1.0, results.references)]:
+        names = dict.fromkeys(name for row in rows for name in row.metrics)
+        if names:
+            tables.append((ratio, rows, [(name, [row.metrics.get(name) for row in rows]) for name in names]))
+    return tables
 
 
 def _empty_table(title: str, first: Sequence[str], rows: Sequence[Row]) -> Table:

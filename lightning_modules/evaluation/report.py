@@ -48,7 +48,7 @@ def write_files(output: Path, outcome: Outcome) -> None:
     """Predictions, failures, plots and, last, the results."""
     write_predictions(output / PREDICTIONS_FILE, outcome.answers)
     write_failures(output / FAILURES_FILE, outcome.failures)
-    plot_pareto(output / PARETO_FILE, outcome.results)
+    plot_pareto(output / PARETO_FILE, outcome.results, outcome.relative_intervals)
     kept = {setting: one.sizes.kept_entries for setting, one in outcome.scores.items() if setting.compresses}
     if kept:
         names = [policy for policy, _ in kept]

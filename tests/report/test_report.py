@@ -215,9 +215,9 @@ def _ink(path: Path) -> np.ndarray:
 
 
 def test_pareto_plot_moves_with_the_numbers(tmp_path: Path, results: Results) -> None:
-    plot_pareto(tmp_path / "a.png", results)
+    plot_pareto(tmp_path / "a.png", results, {})
     other = dataclasses.replace(results, rows=[*results.rows[:5], _row("acckv-calibrated", 0.05, 0.5)])
-    plot_pareto(tmp_path / "b.png", other)
+    plot_pareto(tmp_path / "b.png", other, {})
     first, second = _ink(tmp_path / "a.png"), _ink(tmp_path / "b.png")
     assert first.shape == second.shape
     assert (first != second).any()
@@ -312,7 +312,7 @@ def test_card_names_the_questions_of_its_calibration() -> None:
 
 
 def test_card_warns_where_the_control_is_near(results: Results) -> None:
-    near = [_row("full", 1.0, 0.9), _row("control", 0.0, 0.88)]
+    near = dataclasses.replace(results, rows=[_row("full", 1.0, 0.9), _row("control", 0.0, 0.88)])
     assert "says nothing about the cache" in render_card(CONFIG, near)
 
 
