@@ -1,0 +1,130 @@
+"""Rows of this package's policies and exports, through its own evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import acckv
+from acckv.evaluation.results import CALIBRATED, PREDICTIONS_FILE, REFERENCE_NAMES, Answer, read_predictions
+from acckv.export import CONFIG
+from acckv.io.json_files import read_json
+from benchmarks.pretrained.clips import longest_answer, tokenize, write_clips
+from benchmarks.pretrained.kinds import KINDS, SIZES, make_clip
+from benchmarks.pretrained.results import Cell, Row, append_rows, read_rows
+from benchmarks.pretrained.scoring import score
+from lightning_modules.evaluation.datamodule import EvaluationData
+from lightning_modules.evaluation.options import EvaluationOptions
+from lightning_modules.evaluation.run import run_evaluation
+
+SYSTEM = f"acckv {acckv.__version__}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The decoder and the clips that rows are about.
+
+    Attributes:
+        output: folder of everything; decoder: folder of the decoder; digest: of its weights.
+        model, processor: the decoder, loaded.
+        length: of a clip in tokens; clips: of each kind; seed: of random eviction and of the intervals.
+        batch_size: clips that are prefilled together.
+    """
+
+    output: Path
+    decoder: Path
+    digest: str
+    model: Any
+    processor: Any
+    length: int
+    clips: int
+    seed: int
+    batch_size: int
+
+    def cell(
+        self, kind: str, policy: str, head_budgets: str, ratio: float, calibrated_on: str = "", system: str = SYSTEM
+    ) -> Cell:
+        """The cell of a policy at a ratio, on clips of a kind."""
+        heads = "" if policy in REFERENCE_NAMES else head_budgets
+        return Cell(self.digest, kind, self.length, self.clips, system, policy, heads, calibrated_on, ratio, self.seed)
+
+    def missing(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Those of some cells that have no row yet."""
+        known = {row.cell for row in read_rows(self.output)}
+        return [cell for cell in cells if cell not in known]
+
+
+def measure_policies(
+    given: Measurement, kind: str, policies: Sequence[str], head_budgets: str, ratios: Sequence[float]
+) -> None:
+    """Add the rows of training-free policies that are missing, with those of the full cache and the controls.
+
+    Policies that lack the same ratios share a run, and so a prefill.
+    """
+    at: dict[tuple[float, ...], list[str]] = {}
+    for policy in policies:
+        cells = given.missing(given.cell(kind, policy, head_budgets, ratio) for ratio in ratios if 0 < ratio < 1)
+        at.setdefault(tuple(cell.ratio for cell in cells), []).append(policy)
+    for lacking, group in at.items():
+        if lacking:
+            _run(given, kind, head_budgets, "", policies=group, ratios=list(lacking))
+
+
+def measure_export(given: Measurement, kind: str, export: Path, ratios: Sequence[float]) -> None:
+    """Add the rows of a calibrated export that are missing."""
+    config = read_json(export / CONFIG)
+    on, heads = "+".join(config["calibration"]["kinds"]), config["compression"].get("head_budgets", "equal")
+    lacking = given.missing(given.cell(kind, CALIBRATED, heads, ratio, on) for ratio in ratios)
+    if lacking:
+        at = [cell.ratio for cell in lacking]
+        _run(given, kind, heads, on, policies=[CALIBRATED], ratios=at, compressor=str(export))
+
+
+def _run(given: Measurement, kind: str, head_budgets: str, calibrated_on: str, **options: Any) -> None:
+    """One evaluation. A run that was cut off goes on where it was, as evaluations do."""
+    size, tokenizer = SIZES[given.length], given.processor.tokenizer
+    clips = given.output / "clips" / f"{kind}-{given.length}-{given.clips}"
+    write_clips(clips, [kind], {"test": given.clips}, size, given.model, tokenizer)
+    if head_budgets != "equal":
+        options["head_budgets"] = head_budgets
+    settings = [given.digest, given.seed, given.batch_size, options]
+    name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    folder = given.output / "evaluations" / f"{clips.name}-{name}"
+    limit, started = longest_answer(kind, given.clips, size, tokenizer), time.monotonic()
+    results = run_evaluation(
+        EvaluationOptions(
+            model=str(given.decoder),
+            output=str(folder),
+            data=EvaluationData(precomputed=str(clips)),
+            word_tokens=limit,
+            description_tokens=limit,
+            batch_size=given.batch_size,
+            seed=given.seed,
+            timelines=0,
+            update_card=False,
+            accelerator="cpu",
+            **options,
+        ),
+        console=Console(quiet=True, width=200),
+        model=(given.model, given.processor),
+    )
+    minutes = (time.monotonic() - started) / 60 / len(results.rows)
+    answers: dict[tuple[str, float], list[Answer]] = {}
+    for answer in read_predictions(folder / PREDICTIONS_FILE):
+        answers.setdefault(answer.setting, []).append(answer)
+    text = tokenize(make_clip(kind, "test", 0, size), tokenizer).text
+    rows = []
+    for row in results.rows:
+        on = calibrated_on if row.policy == CALIBRATED else ""
+        cell = given.cell(kind, row.policy, head_budgets, row.ratio, on)
+        own = answers[row.setting]
+        scores = [(one.clip, score(KINDS[kind].scored, one.prediction, one.answer)) for one in own]
+        rows.append(Row.of(cell, scores, row.kept_entries + text, sum(one.cut for one in own), minutes))
+    append_rows(given.output, rows)
