@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -233,9 +233,8 @@ def test_a_decoder_that_is_there_is_kept_and_another_fine_tuning_refused(trained
 
 
 def test_the_rivals_presses_are_those_of_its_script() -> None:
-    tree = ast.parse(rival.SCRIPT.read_text(encoding="utf-8"))
-    (made,) = [node for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "PRESSES"]
-    assert [key.value for key in made.value.keys] == list(rival.PRESSES)
+    script = rival.SCRIPT.read_text(encoding="utf-8")
+    assert re.findall(r'^    "(\w+)": lambda', script, re.MULTILINE) == list(rival.PRESSES)
 
 
 @pytest.mark.parametrize(
