@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import multiprocessing
+from torch.multiprocessing.spawn import start_processes
 
 from acckv.errors import InputError
 from acckv.metrics import GroupedAccuracy, bootstrap_mean, clustered_standard_error
@@ -164,7 +164,7 @@ def both(rank: int, folder: str) -> None:
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    multiprocessing.start_processes(both, (str(tmp_path),), nprocs=2, start_method="fork")
+    start_processes(both, (str(tmp_path),), nprocs=2, start_method="fork")
     alone = all_scores(slice(None))
     for cut in (3, 7):
         for rank in (0, 1):

@@ -9,16 +9,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 from rich.console import Console
 
 from acckv.benchmarks import BENCHMARKS, load_benchmark, score
+from acckv.benchmarks.base import Mode
 from acckv.benchmarks.corpus import corpus_scores
 from acckv.benchmarks.judging import ALL_OFFICIAL, ALL_ROBUST
 from acckv.data.precomputed import read_clip
-from acckv.data.records import Record
+from acckv.data.records import ClipKey, Record
 from acckv.evaluation.journal import judged_by, read_batches, read_config
 from acckv.evaluation.results import Row, read_results
 from acckv.evaluation.scores import score_batches
@@ -28,12 +29,9 @@ from lightning_modules.cli.ask import AskOptions, run_ask
 from lightning_modules.evaluation.datamodule import EvaluationData
 from lightning_modules.evaluation.options import EvaluationOptions
 from lightning_modules.evaluation.run import run_evaluation
-from tests.benchmarks.test_choice_benchmarks import SCORED
-from tests.benchmarks.test_open_benchmarks import CASES
+from tests.benchmarks.scored_by_hand import BY_HAND
 from tests.paths import FIXTURES
 
-BY_HAND = {**SCORED, **CASES}
-"""Benchmark -> id, right answer, an answer, and its official and robust score by hand, of each question."""
 CELLS = 5  # the full cache, three controls, and keydiff
 
 
@@ -87,11 +85,12 @@ def run(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     def evaluate(name: str) -> Path:
         output = outputs / name
         if not output.exists():
-            console = Console(file=io.StringIO(), width=200)
             data = EvaluationData(benchmark=name, root=str(FIXTURES / name))
-            settings = {"policies": "keydiff", "ratios": [0.5], "timelines": 1, "accelerator": "cpu"}
-            run_evaluation(EvaluationOptions(output=str(output), data=data, **settings), console=console)  # type: ignore[arg-type]
-            (output / "console.txt").write_text(console.file.getvalue())  # type: ignore[attr-defined]
+            settings: dict[str, Any] = {"policies": "keydiff", "ratios": [0.5], "timelines": 1, "accelerator": "cpu"}
+            printed = io.StringIO()
+            options = EvaluationOptions(output=str(output), data=data, **settings)
+            run_evaluation(options, console=Console(file=printed, width=200))
+            (output / "console.txt").write_text(printed.getvalue())
         return output
 
     return evaluate
@@ -102,7 +101,7 @@ def answered(name: str) -> dict[str, Record]:
     return {record.id: record for record in load_benchmark(name, FIXTURES / name) if record.video.is_file()}
 
 
-def with_answers(output: Path, answers: dict[str, str], mode: Any = "official") -> Row:
+def with_answers(output: Path, answers: dict[str, str], mode: Mode = "official") -> Row:
     """The full cache's row, had the model given these answers: by id of the question."""
     config = replace(read_config(output), score=mode)
     batches = []
@@ -130,8 +129,8 @@ def test_a_benchmark_from_its_folder_to_the_report(name: str, run: Run) -> None:
     for row in results.rows:
         own = [line for line in lines if (line["policy"], line["ratio"]) == (row.policy, row.ratio)]
         assert sorted(line["id"] for line in own) == sorted(records) and row.n == len(records)
-        for mode, group in (("official", ALL_OFFICIAL), ("robust", ALL_ROBUST)):
-            scores = [score(name, records[line["id"]], line["prediction"], mode) for line in own]  # type: ignore[arg-type]
+        for mode, group in zip(get_args(Mode), (ALL_OFFICIAL, ALL_ROBUST), strict=True):
+            scores = [score(name, records[line["id"]], line["prediction"], mode) for line in own]
             counted = [one for one, line in zip(scores, own, strict=True) if line[mode] is not None]
             assert [line[mode] for line in own if line[mode] is not None] == pytest.approx(counted)
             assert not counted or row.groups[group].accuracy == pytest.approx(sum(counted) / len(counted))
@@ -146,7 +145,7 @@ def test_a_benchmark_from_its_folder_to_the_report(name: str, run: Run) -> None:
 def test_every_medium_of_a_question_reaches_the_model(name: str, run: Run) -> None:
     """Entries are what the seconds of pictures and sound make; half of them is kept, a modality by its control."""
     output = run(name)
-    clips = {record.clip: read_clip(record) for record in answered(name).values()}
+    clips: dict[ClipKey, Any] = {record.clip: read_clip(record) for record in answered(name).values()}
     assert [clip.duration for clip in clips.values()] == pytest.approx(EXPECTED[name].clips, abs=0.01)
     # 9 video entries a second of pictures (two frames), 8 audio entries a second of sound.
     video = [9 * len(clip.frames) / 2 if clip.frames is not None else 0 for clip in clips.values()]
@@ -160,14 +159,14 @@ def test_every_medium_of_a_question_reaches_the_model(name: str, run: Run) -> No
     assert keydiff.kv_bytes < full.kv_bytes
 
 
-@pytest.mark.parametrize("mode", ["official", "robust"])
+@pytest.mark.parametrize("mode", get_args(Mode))
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_answers_that_were_scored_by_hand_come_out_so(name: str, mode: str, run: Run) -> None:
+def test_answers_that_were_scored_by_hand_come_out_so(name: str, mode: Mode, run: Run) -> None:
     """What the model said is replaced by the answers of the hand-scored table; no number of it comes from the code."""
     records = answered(name)
-    table = [line for line in BY_HAND[name] if line[0] in records]
-    row = with_answers(run(name), {line[0]: line[2] for line in table}, mode)
-    official, robust = ([line[place] for line in table] for place in (3, 4))
+    table = [line for line in BY_HAND[name] if line.id in records]
+    row = with_answers(run(name), {line.id: line.said for line in table}, mode)
+    official, robust = [line.official for line in table], [line.robust for line in table]
     chosen = official if mode == "official" else robust
     assert row.accuracy == pytest.approx(sum(chosen) / len(chosen), abs=1e-6)
     assert row.groups[ALL_ROBUST].accuracy == pytest.approx(sum(robust) / len(robust), abs=1e-6)
@@ -177,7 +176,7 @@ def test_answers_that_were_scored_by_hand_come_out_so(name: str, mode: str, run:
     assert row.groups[ALL_OFFICIAL].accuracy == pytest.approx(sum(official) / counted, abs=1e-6)
     by_video: dict[Path, list[float]] = {}
     for line, one in zip(table, chosen, strict=True):
-        by_video.setdefault(records[line[0]].video, []).append(one - sum(chosen) / len(chosen))
+        by_video.setdefault(records[line.id].video, []).append(one - sum(chosen) / len(chosen))
     spread = sum(sum(group) ** 2 for group in by_video.values()) * len(by_video) / (len(by_video) - 1)
     assert row.standard_error == pytest.approx(math.sqrt(spread) / len(table), abs=1e-6)
 
@@ -187,7 +186,7 @@ def test_the_table_of_fixtures_is_right() -> None:
     cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| `")]
     table = {name.strip("`"): (int(count.split(",")[0]), float(a), float(b)) for name, count, a, b, _ in cells}
     by_hand = {
-        name: (len(lines), *(round(sum(line[place] for line in lines), 3) for place in (3, 4)))
+        name: (len(lines), round(sum(line.official for line in lines), 3), round(sum(line.robust for line in lines), 3))
         for name, lines in BY_HAND.items()
     }
     assert table == by_hand and set(table) == set(BENCHMARKS)
@@ -196,13 +195,14 @@ def test_the_table_of_fixtures_is_right() -> None:
 def test_scores_of_all_answers_together_by_hand(run: Run) -> None:
     """AVHBench: of six questions two of three yes are found, one yes is wrong, and two answers say neither."""
     output = run("avhbench")
-    metrics = with_answers(output, {line[0]: line[2] for line in BY_HAND["avhbench"]}).metrics
+    said = {line.id: line.said for line in BY_HAND["avhbench"]}
+    metrics = with_answers(output, said).metrics
     assert metrics["yes/no: accuracy"] == pytest.approx(2 / 6)
     assert metrics["yes/no: precision"] == metrics["yes/no: recall"] == metrics["yes/no: F1"] == pytest.approx(2 / 3)
     assert metrics["yes/no: share of yes"] == pytest.approx(3 / 6)
     assert metrics["AV Matching: precision"] == pytest.approx(1 / 2) and metrics["AV Matching: recall"] == 1
     assert metrics["ROUGE-L"] == pytest.approx(0.3773196) and metrics["BLEU-4"] == 0
-    robust = with_answers(output, {line[0]: line[2] for line in BY_HAND["avhbench"]}, "robust").metrics
+    robust = with_answers(output, said, "robust").metrics
     assert robust["yes/no: accuracy"] == pytest.approx(3 / 6)  # "The answer is no." is one
     written = {row.policy: row.metrics for row in read_results(output / "results.json").rows}
     assert set(written) == {"full", "control", "control_audio_evicted", "control_video_evicted", "keydiff"}
@@ -223,8 +223,8 @@ def test_scores_of_captions_are_those_of_coco() -> None:
     # These references and answers are of words and blanks alone but for full stops and commas.
     right = {place: [" ".join(t.replace(",", "").replace(".", "").split()) for t in ts] for place, ts in right.items()}
     scores = corpus_scores(records, texts, "official")
-    assert scores["BLEU-4"] == pytest.approx(Bleu(4).compute_score(right, given, verbose=0)[0][3], abs=1e-5)
-    assert scores["BLEU-4"] > 0.1
+    bleu = Bleu(4).compute_score(right, given, verbose=0)[0][3]
+    assert bleu > 0.1 and scores["BLEU-4"] == pytest.approx(bleu, abs=1e-5)
     assert scores["CIDEr"] == pytest.approx(Cider().compute_score(right, given)[0], abs=1e-5)
     assert scores["ROUGE-L"] == pytest.approx(sum(rouge_l(texts[i], right[i]) for i in (0, 1)) / 2)
 
@@ -244,7 +244,9 @@ def test_ask_takes_pictures_sounds_and_seconds(
 ) -> None:
     """9 entries a second of pictures, 8 a second of sound."""
     monkeypatch.setattr("lightning_modules.cli.ask.load_model", loaded)
-    files = {name: str(FIXTURES / value) if isinstance(value, str) else value for name, value in options.items()}
+    files: dict[str, Any] = {
+        name: str(FIXTURES / value) if isinstance(value, str) else value for name, value in options.items()
+    }
     asked = AskOptions(question="What is it?", ratio=0.5, max_new_tokens=3, accelerator="cpu", **files)
     full, compressed = run_ask(asked, Console(file=io.StringIO(), width=120))
     assert full.entries == entries and compressed.entries == pytest.approx(entries / 2, abs=0.51)

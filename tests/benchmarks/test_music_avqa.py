@@ -80,7 +80,9 @@ def test_deleted_questions_and_descriptions(tmp_path: Path, videos: Path) -> Non
         ({"anser": 3}, "anser"),
     ],
 )
-def test_a_malformed_record_names_file_index_and_field(tmp_path: Path, videos: Path, change: dict, field: str) -> None:
+def test_a_malformed_record_names_file_index_and_field(
+    tmp_path: Path, videos: Path, change: dict[str, Any], field: str
+) -> None:
     file = write(tmp_path, [ROW, ROW | {"question_id": 51} | change])
     with pytest.raises(InputError) as caught:
         load_music_avqa(file, videos)
