@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,16 +144,19 @@ def test_context_and_suffix_make_the_prompt(
         assert torch.equal(torch.as_tensor(whole[key]), torch.as_tensor(context[key])), key
 
 
-def test_a_left_padded_batch_equals_its_rows(processor: Qwen2_5OmniProcessor) -> None:
-    torch.manual_seed(0)
-    model = build_model().eval()
-    clips = [clip(2, 1), clip(4, 2), clip(3, 3)]
+def check_left_padded(model: Any, processor: Any, clips: list[Media]) -> None:
+    """A batch of clips of different length gives the logits of its rows."""
     batch = encode(processor, clips, QUESTIONS)
     assert batch["attention_mask"][0, 0] == 0 and bool(batch["attention_mask"][:, -1].all())
     with torch.no_grad():
         together = model(**batch).logits[:, -1]
         alone = [model(**encode(processor, [c], [q])).logits[0, -1] for c, q in zip(clips, QUESTIONS, strict=True)]
     torch.testing.assert_close(together, torch.stack(alone), atol=2e-5, rtol=0)
+
+
+def test_a_left_padded_batch_equals_its_rows(processor: Qwen2_5OmniProcessor) -> None:
+    torch.manual_seed(0)
+    check_left_padded(build_model().eval(), processor, [clip(2, 1), clip(4, 2), clip(3, 3)])
 
 
 @pytest.mark.parametrize("name", ["processor", "full_size"])

@@ -16,7 +16,7 @@ from acckv.models import find_adapter, load_model
 from acckv.models.clips import Media
 from tests import checkpoints
 from tests.data.media_files import sound_of
-from tests.data.test_encoding import QUESTIONS, clip
+from tests.data.test_encoding import QUESTIONS, check_left_padded, clip
 
 KINDS = ("gemma4", "gemma4_unified")
 
@@ -79,14 +79,7 @@ def test_media_alone_are_the_end_of_the_context(processor: Any) -> None:
 
 
 def test_a_left_padded_batch_equals_its_rows(loaded: tuple[Any, Any]) -> None:
-    model, processor = loaded
-    clips = [clip(1, 1), clip(3, 2), clip(2, 3)]
-    batch = encode(processor, clips, QUESTIONS)
-    assert batch["attention_mask"][0, 0] == 0 and bool(batch["attention_mask"][:, -1].all())
-    with torch.no_grad():
-        together = model(**batch).logits[:, -1]
-        alone = [model(**encode(processor, [c], [q])).logits[0, -1] for c, q in zip(clips, QUESTIONS, strict=True)]
-    torch.testing.assert_close(together, torch.stack(alone), atol=2e-5, rtol=0)
+    check_left_padded(*loaded, [clip(1, 1), clip(3, 2), clip(2, 3)])
 
 
 def test_long_sound_becomes_segments(loaded: tuple[Any, Any]) -> None:

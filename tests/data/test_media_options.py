@@ -15,6 +15,7 @@ from rich.console import Console
 
 from acckv import KVCompressor
 from acckv.benchmarks import load_benchmark
+from acckv.config import When
 from acckv.data.encoding import encode
 from acckv.data.media import MediaOptions, read_media
 from acckv.data.video_folder import hold_out, list_videos
@@ -97,8 +98,8 @@ def test_worker_processes_change_no_answer(folder: Path, tmp_path: Path) -> None
 
 def test_ask_reads_and_tells_as_it_is_asked_to(folder: Path, tiny: tuple[Any, Any]) -> None:
     video = folder / "a.mp4"
-    changes = {"max_seconds": 3.0, "cut_long": True, "fps": 1.0}
-    options = AskOptions(str(video), QUESTION, system_prompt=SYSTEM, accelerator="cpu", **changes)  # type: ignore[arg-type]
+    changes: dict[str, Any] = {"max_seconds": 3.0, "cut_long": True, "fps": 1.0}
+    options = AskOptions(str(video), QUESTION, system_prompt=SYSTEM, accelerator="cpu", **changes)
     with pytest.warns(UserWarning, match=r"a\.mp4: is longer than max_seconds; its first 3 s are read"):
         full, _ = run_ask(options, Console(file=io.StringIO()))
         assert full.text == plain(tiny, video, SYSTEM, 40, **changes)
@@ -148,21 +149,20 @@ def train(folder: Path, root: Path, monkeypatch: pytest.MonkeyPatch, *more: str)
 
 
 @pytest.mark.parametrize("when", ["context", "prompt"])
-def test_workers_give_the_batches_of_a_calibration(folder: Path, tiny: tuple[Any, Any], when: str) -> None:
+def test_workers_give_the_batches_of_a_calibration(folder: Path, tiny: tuple[Any, Any], when: When) -> None:
     """The slow test below trains on them."""
     records = load_benchmark("custom", folder)
     order = [(0, [2, 0]), (1, [1]), (2, [0, 1])]  # clips a, b, the broken one, and a with a system prompt
     good = [record for record in records if record.video.name != "broken.mp4"]
     batches = [
-        list(ClipLoader(ClipDataset("train", good, tiny[1], when), order, ClipCache(), workers))  # type: ignore[arg-type]
-        for workers in (0, 2)
+        list(ClipLoader(ClipDataset("train", good, tiny[1], when), order, ClipCache(), workers)) for workers in (0, 2)
     ]
     for one, other in zip(*batches, strict=True):
         assert one.number == other.number and torch.equal(one.questions.ids, other.questions.ids)
         assert one.inputs.keys() == other.inputs.keys() and one.clips == other.clips and one.every == other.every
         for name, value in one.inputs.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.inputs[name])), name
-    broken = ClipDataset("train", records, tiny[1], when)  # type: ignore[arg-type]
+    broken = ClipDataset("train", records, tiny[1], when)
     for workers in (0, 2):
         with pytest.raises(InputError, match=r"broken\.mp4: not a readable media file") as caught:
             list(ClipLoader(broken, [(0, [0]), (0, [2])], ClipCache(), workers))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from tests.data.media_files import frames_of, sound_of
 CLIPS = 12
 
 
-def settings(variant: str, **changes: object) -> ClipSettings:
-    return ClipSettings(**{"split": "test", "n_clips": CLIPS, "seed": 4, **VARIANTS[variant], **changes})  # type: ignore[arg-type]
+def settings(variant: str, **changes: Any) -> ClipSettings:
+    return ClipSettings(**{"split": "test", "n_clips": CLIPS, "seed": 4, **VARIANTS[variant], **changes})
 
 
 def expected(script: ClipScript, kind: list[str], subject: str | None) -> str:

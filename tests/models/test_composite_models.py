@@ -10,6 +10,7 @@ import transformers
 
 from acckv import InputError, KVCompressor
 from acckv.cache.cache import compressed_layers
+from acckv.config import When
 from acckv.models import find_adapter
 from acckv.models.qwen_vl import Qwen3VLAdapter, QwenVLAdapter
 from tests.families import (
@@ -89,7 +90,7 @@ def generate(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Te
 
 
 @pytest.mark.parametrize("when", ["context", "prompt"])
-def test_qwen_vl_equals_masked_full_attention(vl: Any, when: Any) -> None:
+def test_qwen_vl_equals_masked_full_attention(vl: tuple[QwenVL, Any], when: When) -> None:
     family, model = vl
     inputs, reference = family.clip(model), Reference(model)
     assert isinstance(find_adapter(model), Qwen3VLAdapter if family.name == "Qwen3VL" else QwenVLAdapter)
@@ -107,7 +108,7 @@ def test_qwen_vl_equals_masked_full_attention(vl: Any, when: Any) -> None:
     assert (logits - generate(model, inputs)[1]).abs().max() > 1e-3
 
 
-def test_qwen_vl_compresses_once_for_several_questions(vl: Any) -> None:
+def test_qwen_vl_compresses_once_for_several_questions(vl: tuple[QwenVL, Any]) -> None:
     """By the session's own methods, which compute positions themselves; chunks of a stream join to the whole."""
     family, model = vl
     compressor = KVCompressor("keydiff", ratio=0.4, when="context")

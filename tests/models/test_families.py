@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv import KVCompressor, policies
 from acckv.cache.cache import compressed_layers
+from acckv.config import When
 from acckv.models import find_adapter
 from tests.families import FAMILIES, Family, Tokenizer
 from tests.pairwise import by_turns
@@ -75,7 +76,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("built", "mode", "when"), by_turns(ATTENTION, MODES, WHEN), indirect=["built"])
-def test_generation_equals_masked_full_attention(built: Built, mode: str, when: Any) -> None:
+def test_generation_equals_masked_full_attention(built: Built, mode: str, when: When) -> None:
     """Heads keep different entries."""
     family, model = built
     inputs, reference = family.clip(model, ECHO), Reference(model)
@@ -93,7 +94,7 @@ def test_generation_equals_masked_full_attention(built: Built, mode: str, when: 
 
 
 @pytest.mark.parametrize("when", WHEN)
-def test_ratio_one_is_the_plain_model_and_nothing_stays(sdpa: Built, when: Any) -> None:
+def test_ratio_one_is_the_plain_model_and_nothing_stays(sdpa: Built, when: When) -> None:
     family, model = sdpa
     inputs = family.clip(model)
     expected, expected_logits = generate(model, plain(inputs), **GREEDY)
@@ -131,7 +132,7 @@ def test_a_prompt_itself_sees_everything(built: Built, argument: str) -> None:
     by_turns(list(product(ATTENTION, WHEN)), FAMILIES, ["keydiff", "snapkv", "acckv"]),
     indirect=["built", "family"],
 )
-def test_left_padded_batch_equals_single_rows(built: Built, policy: str, when: Any) -> None:
+def test_left_padded_batch_equals_single_rows(built: Built, policy: str, when: When) -> None:
     """Clips, beginnings and questions of different length; every row has its own budget."""
     family, model = built
     rows = [
@@ -188,7 +189,7 @@ def test_budget_is_exact_over_the_layers_that_it_counts(sdpa: Built, policy: str
 
 
 @pytest.mark.parametrize(("when", "family", "policy"), by_turns(WHEN, FAMILIES, POLICIES), indirect=["family"])
-def test_evicting_while_prefilling_keeps_what_a_shared_prefill_keeps(sdpa: Built, policy: str, when: Any) -> None:
+def test_evicting_while_prefilling_keeps_what_a_shared_prefill_keeps(sdpa: Built, policy: str, when: When) -> None:
     """Every policy on every family: layer by layer, from embeddings kept apart, and all layers together."""
     family, model = sdpa
     inputs = family.clip(model) if when == "prompt" else family.context(model)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv.cache.cache import compressed_layers
+from acckv.config import When
 from acckv.method.plan import MergedInto
 from acckv.policies import POLICIES
 from tests import tiny_omni
@@ -118,7 +119,7 @@ def test_a_padded_row_is_planned_as_the_row_alone(policy: str, seed: int, ratio:
     by_turns(ATTENTION, [name for name in COMPRESSING if name != "acckv"], ["context", "prompt"], [0.6, 0.2]),
     indirect=["model"],
 )
-def test_eviction_is_simulation_is_masking(model: Any, policy: str, when: Any, ratio: float) -> None:
+def test_eviction_is_simulation_is_masking(model: Any, policy: str, when: When, ratio: float) -> None:
     """The evicted cache, the gated full cache and masked full attention without a cache give the same logits."""
     inputs = tiny_omni.context() if when == "context" else tiny_omni.prompt()
     with compressor_of(policy, ratio=ratio, when=when)(model, tiny_omni.Tokenizer()) as session, torch.no_grad():

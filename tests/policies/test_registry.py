@@ -19,6 +19,7 @@ from acckv.method.plan import LayerScore
 from acckv.method.scoring import Observation
 from acckv.policies import POLICIES, AccKV, KeyDiff, Policy, Random, SnapKV, make_policy, register_policy
 from tests import tiny_omni
+from tests.support import not_none
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> type[Policy]:
     return EveryOther
 
 
-def test_a_policy_of_another_package_compresses(outside: Any) -> None:
+def test_a_policy_of_another_package_compresses(outside: type[Policy]) -> None:
     model = tiny_omni.build()
     inputs = tiny_omni.context()
     media = tiny_omni.VIDEO_TOKENS + tiny_omni.AUDIO_TOKENS
@@ -111,5 +112,5 @@ def test_every_policy_documents_itself(name: str) -> None:
     assert policy().name == name
     for item in option_fields(policy).values():
         assert item.metadata["help"].endswith("."), item.name
-    text = ast.get_docstring(ast.parse(inspect.getsource(inspect.getmodule(policy)))) or ""  # type: ignore[arg-type]
+    text = ast.get_docstring(ast.parse(inspect.getsource(not_none(inspect.getmodule(policy))))) or ""
     assert name in ("full", "random") or re.search(r"arXiv \d{4}\.\d{5}", text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import pkgutil
 import re
@@ -33,7 +32,7 @@ from acckv.policies import POLICIES, AccKV
 from benchmarks.headline import NAMED, RESULTS, curves
 from tests.data.media_files import write_video
 from tests.families import FAMILIES
-from tests.paths import ROOT
+from tests.paths import ROOT, module_at
 from tests.repository.pages import PAGES, blocks, commands, prose, spans
 
 README = ROOT / "README.md"
@@ -133,7 +132,7 @@ def _run(target: str, *words: str) -> tuple[int, str]:
             else:
                 runpy.run_module(target, run_name="__main__")
     except SystemExit as end:
-        code = end.code or 0  # type: ignore[assignment]
+        code = int(end.code or 0)
     finally:
         patch.undo()
     return code, out.getvalue()
@@ -141,11 +140,7 @@ def _run(target: str, *words: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at("docs/generate.py")
 
 
 SUBCOMMANDS = {"train.py": ("fit", "validate", "export"), "evaluate.py": ("ask", "merge")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import sys
 import tomllib
@@ -14,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from lightning_modules.cli.errors import CONFIG_FOLDERS
-from tests.paths import ROOT
+from tests.paths import ROOT, module_at
 
 #: Imported beside the library that brings it and whose releases it has to fit.
 COMES_WITH = {
@@ -56,11 +55,7 @@ def test_the_wheel_brings_the_configs_to_where_they_are_looked_for() -> None:
 
 @pytest.fixture(scope="module")
 def constraints() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("oldest", ROOT / ".ci" / "oldest.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(".ci/oldest.py")
 
 
 def test_the_oldest_releases_are_the_lower_bounds(constraints: ModuleType, tmp_path: Path) -> None:

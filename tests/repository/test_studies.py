@@ -20,6 +20,7 @@ from benchmarks.study_tables import END, START, markdown, write_section
 from benchmarks.study_variants import DEFAULT, SHORT, STUDIES, Variant
 from lightning_modules.calibration.module import CalibrationModule
 from tests.paths import ROOT
+from tests.support import not_none
 
 CONFIG = yaml.safe_load((ROOT / "configs/calib_full.yaml").read_text(encoding="utf-8"))
 FILES = ("study", "calibration_step", "scorer")
@@ -85,7 +86,7 @@ def test_every_scorer_starts_at_nothing_and_learns_from_what_it_may_see(label: s
     learned = {name for name, weight in weights.named_parameters() if weight.grad is not None and weight.grad.any()}
     # The first layer of a perceptron has no gradient yet: its last one starts at zero.
     assert learned == {"saliency", "saliency_bias", "saliency_position", *extra} - {"saliency_first"}
-    seen_keys, seen_values = weights.saliency.grad.abs().sum((0, 1, 2)).split(3)  # type: ignore[union-attr]
+    seen_keys, seen_values = not_none(weights.saliency.grad).abs().sum((0, 1, 2)).split(3)
     assert bool(seen_keys.any()) == (label != "value alone")
     assert bool(seen_values.any()) == (label != "key alone")
 

@@ -11,6 +11,7 @@ from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
 from acckv import KVCompressor
 from acckv.cache.cache import compressed_layers
+from acckv.config import When
 from acckv.errors import InputError
 from tests.families import FAMILIES, TEXT, Family
 from tests.support import not_none
@@ -34,7 +35,7 @@ def plain(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("when", ["context", "prompt"])
-def test_a_call_without_a_cache_gets_one(family: Family, when: Any) -> None:
+def test_a_call_without_a_cache_gets_one(family: Family, when: When) -> None:
     model = family.build()
     inputs = family.clip(model)
     with torch.no_grad(), compressor(when=when)(model) as session:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from acckv import InputError, KVCompressor
 from acckv.cache.cache import CompressedCache, compressed_layers
+from acckv.config import When
 from acckv.models.batching import rope_positions
 from acckv.runtime.context_reconstruction import moved_positions
 from tests.families import FAMILIES, Family, Tokenizer
@@ -38,7 +39,7 @@ def omni(request: pytest.FixtureRequest) -> Built:
     return FAMILIES[request.param], FAMILIES[request.param].build()
 
 
-def compressor(ratio: float = 1.0, policy: Any = "keydiff", when: Any = "context") -> KVCompressor:
+def compressor(ratio: float = 1.0, policy: Any = "keydiff", when: When = "context") -> KVCompressor:
     return KVCompressor(policy, ratio=ratio, when=when)
 
 
@@ -253,7 +254,7 @@ def test_frames_that_are_no_whole_number_of_positions_apart(name: str) -> None:
 
 
 @pytest.mark.parametrize("when", ["context", "prompt"])
-def test_the_context_is_repeated_where_it_stands(built: Built, when: Any) -> None:
+def test_the_context_is_repeated_where_it_stands(built: Built, when: When) -> None:
     """KVzip under generate keeps what it keeps of a prefill of its own, whatever numbers the positions are."""
     family, model = built
     zipped = compressor(0.4, "kvzip", when)

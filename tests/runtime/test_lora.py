@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from acckv import KVCompressor
+from acckv.config import LoraScope
 from acckv.errors import InputError
 from acckv.export import LowRatio
 from acckv.models import find_adapter
 from acckv.runtime import merged_lora
 from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
-from acckv.runtime.merged_lora import MergedLora, merged_weight
+from acckv.runtime.merged_lora import LoraMode, MergedLora, merged_weight
 from tests import tiny_omni
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -35,7 +36,7 @@ def weights(model: Any, seed: int, targets: tuple[str, ...] = TARGETS) -> LoraWe
     return LoraWeights(config, tensors)
 
 
-def compressor(model: Any, scope: Any = "after") -> KVCompressor:
+def compressor(model: Any, scope: LoraScope = "after") -> KVCompressor:
     """Of two sets where the scope allows it: ratios below 0.2 have their own."""
     base = {"name": "tiny", **find_adapter(model).dimensions}
     low = LowRatio(0.2, None, weights(model, 2)) if scope == "after" else None
@@ -50,7 +51,7 @@ def logits(model: Any, compress: KVCompressor, ratio: float, **options: Any) -> 
 
 @pytest.mark.parametrize("scope", ["after", "all"])
 @pytest.mark.parametrize("ratio", [0.5, 0.1])
-def test_merged_equals_separate(scope: str, ratio: float) -> None:
+def test_merged_equals_separate(scope: LoraScope, ratio: float) -> None:
     """At ratios of either set; the same tokens, and logits to what float32 sums in another order differ by."""
     model = tiny_omni.build()
     plain = KVCompressor(**SETTING)
@@ -80,7 +81,12 @@ def test_caches_by_turns_move_no_values(monkeypatch: pytest.MonkeyPatch) -> None
     model = tiny_omni.build()
     made: list[Tensor] = []
     merge = merged_lora.merged_weight
-    monkeypatch.setattr(merged_lora, "merged_weight", lambda *parts: made.append(merge(*parts)) or made[-1])  # type: ignore[func-returns-value]
+
+    def recorded(*parts: Any) -> Tensor:
+        made.append(merge(*parts))
+        return made[-1]
+
+    monkeypatch.setattr(merged_lora, "merged_weight", recorded)
     with compressor(model)(model, lora_mode="merged") as session:
         caches = [session.compress(**tiny_omni.context(), ratio=ratio) for ratio in (0.5, 0.1)]
         alone = [session.answer(cache, QUESTION, **GREEDY) for cache in caches]
@@ -168,7 +174,7 @@ def test_fresh_lora_is_there_to_be_trained() -> None:
 
 
 @pytest.mark.parametrize("mode", ["merged", "separate"])
-def test_a_model_that_is_moved_inside_a_session_stays_whole(mode: Any) -> None:
+def test_a_model_that_is_moved_inside_a_session_stays_whole(mode: LoraMode) -> None:
     """Its base weights go with it, and LoRA is merged into them anew."""
     model, moved = tiny_omni.build(), tiny_omni.build()
     ours, fresh = compressor(model), compressor(tiny_omni.build().double())

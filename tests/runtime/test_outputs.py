@@ -12,12 +12,13 @@ from transformers import DynamicCache
 from acckv import InputError, KVCompressor
 from acckv.cache.cache import compressed_layers
 from acckv.config import When
-from tests.families import FAMILIES, Tokenizer
+from acckv.runtime.session import Session
+from tests.families import FAMILIES, Family, Tokenizer
 
 STEPS: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
 
 
-def rows_of(family: Any, model: Any) -> list[dict[str, Any]]:
+def rows_of(family: Family, model: Any) -> list[dict[str, Any]]:
     """Questions and clips of different length."""
     return [
         family.clip(model, (20, 21, 22, 23, 24), seed=1),
@@ -33,7 +34,7 @@ def plain_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name != "modality_ids"}
 
 
-def media_end(batch: dict[str, Any], model: Any, session: Any) -> Tensor:
+def media_end(batch: dict[str, Any], model: Any, session: Session) -> Tensor:
     """int64 ``[batch]``: column after the media."""
     labels = batch.get("modality_ids")
     if labels is None:

@@ -11,6 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv import InputError, KVCompressor, policies
 from acckv.cache.cache import compressed_layers
+from acckv.config import When
+from acckv.policies.base import Queries
 from tests import tiny_omni
 from tests.pairwise import by_turns
 from tests.support import not_none
@@ -43,7 +45,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("model", "policy", "when"), by_turns(ATTENTION, ["full", *POLICIES], WHEN), indirect=["model"]
 )
-def test_ratio_one_is_the_plain_model(model: Any, policy: str, when: Any) -> None:
+def test_ratio_one_is_the_plain_model(model: Any, policy: str, when: When) -> None:
     plain = model.generate(**tiny_omni.prompt(), **GREEDY)
     before = fingerprint(model)
     with KVCompressor(policy, when=when, ratio=1.0)(model, tiny_omni.Tokenizer()):
@@ -54,7 +56,7 @@ def test_ratio_one_is_the_plain_model(model: Any, policy: str, when: Any) -> Non
 
 
 @pytest.mark.parametrize(("when", "policy", "ratio"), by_turns(WHEN, POLICIES, [0.5, 0.13, 0.0]))
-def test_budget_is_exact_and_nothing_stays(sdpa: Any, policy: str, when: Any, ratio: float) -> None:
+def test_budget_is_exact_and_nothing_stays(sdpa: Any, policy: str, when: When, ratio: float) -> None:
     before = fingerprint(sdpa)
     with KVCompressor(policy, when=when, ratio=ratio)(sdpa, tiny_omni.Tokenizer()) as session:
         sdpa.generate(**tiny_omni.prompt(), **GREEDY)
@@ -123,7 +125,7 @@ def left_padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
     by_turns(ATTENTION, [name for name in POLICIES if name != "random"], WHEN),
     indirect=["model"],
 )
-def test_left_padded_batch_equals_single_rows(model: Any, policy: str, when: Any) -> None:
+def test_left_padded_batch_equals_single_rows(model: Any, policy: str, when: When) -> None:
     """Clips whose media start and end at different places, questions of different length."""
     rows = [
         tiny_omni.prompt((20, 21, 22), seed=0),
@@ -235,7 +237,7 @@ def test_a_chunk_goes_on_row_by_row(sdpa: Any) -> None:
 
 
 @pytest.mark.parametrize(("recorded", "policy"), [("none", "h2o"), ("text", "snapkv"), ("none", "expected_attention")])
-def test_a_prefill_that_recorded_too_little(sdpa: Any, recorded: Any, policy: Any) -> None:
+def test_a_prefill_that_recorded_too_little(sdpa: Any, recorded: Queries, policy: str) -> None:
     """Scores of rows that are not there would rank by nothing."""
     with KVCompressor(policy, ratio=0.4)(sdpa, tiny_omni.Tokenizer()) as session:
         prefill = session.prefill(queries=recorded, **tiny_omni.context())

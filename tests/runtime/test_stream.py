@@ -12,6 +12,7 @@ from acckv import InputError, KVCompressor
 from acckv.cache.cache import CompressedCache, compressed_layers
 from acckv.cache.layer import CompressedLayer
 from acckv.policies.keydiff import KeyDiff
+from acckv.runtime.session import Session
 from tests.families import FAMILIES, Family, Tokenizer
 from tests.reference import Reference
 from tests.runtime.test_turns import continued, whole
@@ -43,7 +44,7 @@ def stream(family: Family, model: Any, chunks: int) -> list[dict[str, Any]]:
     ]
 
 
-def run(session: Any, chunks: list[dict[str, Any]], **options: Any) -> CompressedCache:
+def run(session: Session, chunks: list[dict[str, Any]], **options: Any) -> CompressedCache:
     cache = None
     for chunk in chunks:
         cache = session.extend(chunk, cache, **options)

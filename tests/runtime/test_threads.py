@@ -19,9 +19,10 @@ from transformers.generation.streamers import BaseStreamer
 from acckv import InputError, KVCompressor
 from acckv.cache.cache import compressed_layers
 from acckv.policies import AccKV
+from acckv.runtime.session import Session
 from acckv.runtime.simulation import disable_checkpointing, enable_checkpointing
 from tests import tiny_omni
-from tests.families import FAMILIES, Tokenizer
+from tests.families import FAMILIES, Family, Tokenizer
 from tests.test_compressor import calibrated, with_low_ratio
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
@@ -44,7 +45,7 @@ def together(calls: list[Callable[[], Any]]) -> list[Any]:
         return [future.result() for future in [threads.submit(call) for call in calls]]
 
 
-def calls_of(family: Any, model: Any, session: Any) -> list[Callable[[], Any]]:
+def calls_of(family: Family, model: Any, session: Session) -> list[Callable[[], Any]]:
     """Requests of every kind, about clips of different length."""
     clips = [family.clip(model, seed=seed, frames=2 + seed) for seed in range(3)]
 

@@ -10,6 +10,8 @@ from transformers import DynamicCache
 
 from acckv import InputError, KVCompressor
 from acckv.cache.cache import CompressedCache, compressed_layers
+from acckv.config import When
+from acckv.runtime.session import Session
 from tests.families import FAMILIES, Family, Tokenizer
 from tests.reference import Reference
 from tests.support import not_none
@@ -26,7 +28,7 @@ def built(request: pytest.FixtureRequest) -> Built:
 
 
 def continued(
-    family: Family, model: Any, session: Any, cache: CompressedCache, tokens: tuple[int, ...]
+    family: Family, model: Any, session: Session, cache: CompressedCache, tokens: tuple[int, ...]
 ) -> torch.Tensor:
     """Logits of text after a cache ``[tokens, vocabulary]``, by a plain forward."""
     branch, ids = cache.branch(), torch.tensor([tokens])
@@ -79,7 +81,7 @@ def test_a_conversation_equals_one_masked_forward(built: Built, policy: str) -> 
 
 
 @pytest.mark.parametrize("when", ["context", "prompt"])
-def test_a_later_clip_under_plain_generate(built: Built, when: Any) -> None:
+def test_a_later_clip_under_plain_generate(built: Built, when: When) -> None:
     """generate goes on from the cache that generate returned, first with text, then with a new clip."""
     family, model = built
     clip = family.clip(model)
