@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from acckv.method.modality import ModalityMap
+from acckv.models.batching import DecoderInputs
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class PackedQuestions:
         offset: ``[B, T]`` position of a token in its question.
         weight: float ``[B, T]`` weight of the prediction made at this token.
         counted: int64 ``[predictions]`` positions in B x T of the tokens that weigh.
+        embedded: the tokens as they enter the decoder, in place of ids and offsets, where they are no text.
     """
 
     ids: Tensor
@@ -45,10 +47,13 @@ class PackedQuestions:
     offset: Tensor
     weight: Tensor
     counted: Tensor
+    embedded: DecoderInputs | None = None
 
     def to(self, device: torch.device) -> PackedQuestions:
-        parts = self.ids, self.question, self.offset, self.weight, self.counted
-        return PackedQuestions(*(tensor.to(device) for tensor in parts))
+        parts = (self.ids, self.question, self.offset, self.weight, self.counted)
+        ids, question, offset, weight, counted = (tensor.to(device) for tensor in parts)
+        embedded = None if self.embedded is None else self.embedded.to(device)
+        return PackedQuestions(ids, question, offset, weight, counted, embedded)
 
     def mask(self, labels: ModalityMap, dtype: torch.dtype) -> Tensor:
         """Additive attention mask ``[B, 1, T, N + T]``: the whole context and the earlier tokens of the question."""
@@ -59,6 +64,16 @@ class PackedQuestions:
         visible = torch.cat([context, same & causal], dim=-1)
         mask = torch.zeros(batch, 1, length, visible.shape[-1], dtype=dtype, device=self.ids.device)
         return mask.masked_fill(~visible[:, None], torch.finfo(dtype).min)
+
+
+def pack_embedded(embedded: DecoderInputs, first: int) -> PackedQuestions:
+    """One question a row that is made of embeddings; all its tokens from index `first` on weigh alike."""
+    labels = embedded.labels
+    question = labels.real.long() - 1
+    offset = torch.arange(question.shape[1], device=question.device).expand_as(question)
+    weight = (labels.real & (offset >= first)).float()
+    counted = weight.flatten().nonzero()[:, 0]
+    return PackedQuestions(torch.zeros_like(question), question, offset, weight, counted, embedded)
 
 
 def pack_questions(clips: Sequence[Sequence[Question]]) -> PackedQuestions:

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from acckv.data.records import Record
 from acckv.io.typed import from_json
 
+Objective = Literal["task", "general", "mixed"]
 FIELD = "calibration"
 """Of config.json."""
 
@@ -24,6 +25,7 @@ class CalibrationRecord:
         clips: number of training clips.
         questions: number of training questions.
         kinds: kind of question -> number of training questions.
+        calibrate_for: what was trained for: answers to the questions (task), whatever can be asked (general), or both.
         ratio_min, ratio_max: kept shares that were trained.
         steps: optimiser steps until the export.
     """
@@ -35,6 +37,7 @@ class CalibrationRecord:
     ratio_min: float
     ratio_max: float
     steps: int
+    calibrate_for: Objective = "task"
 
     @classmethod
     def of(
@@ -44,19 +47,21 @@ class CalibrationRecord:
         ratios: tuple[float, float],
         steps: int,
         kind: Callable[[Record], str] | None = None,
+        calibrate_for: Objective = "task",
     ) -> CalibrationRecord:
         """The record of a calibration.
 
         Args:
             data: where `records` came from, in words.
-            records: the training questions.
+            records: the training questions; 'general' asks none of them.
             ratios: least and largest kept share trained.
             steps: optimiser steps until the export.
             kind: of a question; None is its finest group, or how it is scored where it has none.
         """
-        kinds = Counter((kind or _finest_group)(record) for record in records)
         clips = len({record.clip for record in records})
-        return cls(data, clips, len(records), dict(sorted(kinds.items())), *ratios, steps)
+        asked = [] if calibrate_for == "general" else records
+        kinds = Counter((kind or _finest_group)(record) for record in asked)
+        return cls(data, clips, len(asked), dict(sorted(kinds.items())), *ratios, steps, calibrate_for)
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json holds it."""

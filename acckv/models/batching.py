@@ -77,6 +77,23 @@ class DecoderInputs:
             {name: padded([prompt.others[name] for prompt in prompts]) for name in prompts[0].others},
         )
 
+    def followed_by(self, other: DecoderInputs) -> DecoderInputs:
+        """These tokens, then others; an argument that one of both lacks is zero there."""
+        joined = {}
+        for name in sorted(self.others.keys() | other.others.keys()):
+            like = self.others[name] if name in self.others else other.others[name]
+            parts = [
+                part.others.get(name, like.new_zeros(*part.labels.labels.shape, *like.shape[2:]))
+                for part in (self, other)
+            ]
+            joined[name] = torch.cat(parts, dim=1)
+        return DecoderInputs(
+            torch.cat([self.embeds, other.embeds], dim=1),
+            torch.cat([self.position_ids, other.position_ids], dim=-1),
+            ModalityMap(torch.cat([self.labels.labels, other.labels.labels], dim=1)),
+            joined,
+        )
+
     def gather(self, columns: Tensor, position_ids: Tensor) -> DecoderInputs:
         """The tokens of a column window, at other positions."""
         labels = gather_labels(self.labels, columns)

@@ -11,7 +11,7 @@ worked off in rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,14 +77,31 @@ def reconstruction_attention(
 
 def chunks(labels: ModalityMap, chunk: int = CHUNK) -> Iterator[Tensor]:
     """Windows (see :mod:`acckv.models.batching`) over what is repeated; where they begin depends on no other row."""
-    stops = labels.media_end()
-    starts = torch.where(stops > 0, labels.host.media.long().argmax(dim=1), stops)
+    starts, stops = _repeated(labels)
     for offset in range(0, int((stops - starts).max()), chunk):
         first = torch.minimum(starts + offset, stops)
         last = torch.minimum(first + chunk, stops)
         lead = torch.maximum(first - LEAD_IN, starts)
         # Sliding windows count columns, so what is missing of a shorter row comes after it.
         yield column_window(torch.where(last > first, lead, first), last, align="left")
+
+
+def drawn_window(labels: ModalityMap, places: Sequence[float], tokens: int) -> Tensor:
+    """One window of at most `tokens` in each row of what is repeated.
+
+    Args:
+        places: by row, 0 to 1, where the window lies: drawn uniformly, every token is in it equally often.
+    """
+    starts, stops = _repeated(labels)
+    step = torch.tensor(places, dtype=torch.double) * (stops - starts + tokens - 1)
+    first = starts - tokens + 1 + step.long()
+    return column_window(torch.maximum(first, starts), torch.minimum(first + tokens, stops), align="left")
+
+
+def _repeated(labels: ModalityMap) -> tuple[Tensor, Tensor]:
+    """int64 ``[batch]`` each, on the CPU: the first column that is repeated, and the one after the last."""
+    stops = labels.media_end()
+    return torch.where(stops > 0, labels.host.media.long().argmax(dim=1), stops), stops
 
 
 def moved_positions(position_ids: Tensor, columns: Tensor, start: Tensor) -> Tensor:

@@ -53,6 +53,9 @@ class Dispatcher:
     ) -> Any:
         """The decoder's forward: compresses when media go by, otherwise as it was."""
         if request is not None and request.simulation is not None:
+            replaced = request.simulation.replaced
+            if replaced:
+                arguments = {name: value for name, value in arguments.items() if name != "input_ids"} | replaced
             return original(**arguments, **{SIMULATION: request.simulation})
         hook, cache = self.attention_hook, arguments.get("cache")
         self._adapt(cache is not None and any(layer.low_ratio for layer in compressed_layers(cache)))

@@ -17,8 +17,8 @@ from acckv.models.base import AttentionLayer, ModelAdapter
 from acckv.models.batching import DecoderInputs, next_position, rope_positions
 from acckv.planner import Planner
 from acckv.runtime.attention import AttentionHook
-from acckv.runtime.context_reconstruction import REPEAT_PROMPT, Record, reconstruction_attention
-from acckv.runtime.prefill_run import TOKEN_TYPES, ProbePrompt
+from acckv.runtime.context_reconstruction import REPEAT_PROMPT, Record, moved_positions, reconstruction_attention
+from acckv.runtime.prefill_run import ProbePrompt, decoder_arguments
 from acckv.runtime.rotary_probe import find_layouts, spread
 
 
@@ -75,13 +75,21 @@ class PolicyInputs:
         Args:
             layers: of the context's full cache, which stay as they are.
         """
+        return reconstruction_attention(embedded, layers, self._repeat_prompt(embedded), self.feed)
+
+    def repetition(self, embedded: DecoderInputs, columns: Tensor) -> tuple[DecoderInputs, int]:
+        """The repeat prompt and a column window of a context, at the positions after it; and the prompt's length."""
+        prompt = self._repeat_prompt(embedded)
+        positions = moved_positions(embedded.position_ids, columns, prompt.next_position)
+        return prompt.followed_by(embedded.gather(columns, positions)), prompt.embeds.shape[1]
+
+    def _repeat_prompt(self, embedded: DecoderInputs) -> DecoderInputs:
+        """The repeat prompt at the positions after a context."""
         batch, device = embedded.embeds.shape[0], embedded.embeds.device
         ids = self.prompt.ids(batch, device)
         text = self.adapter.embed(ids)
         positions = self.adapter.text_positions(embedded.next_position + torch.arange(ids.shape[1], device=device))
-        labels = ModalityMap(torch.zeros_like(ids))
-        prompt = DecoderInputs(text.pop("inputs_embeds"), positions, labels, text)
-        return reconstruction_attention(embedded, layers, prompt, self.feed)
+        return DecoderInputs(text.pop("inputs_embeds"), positions, ModalityMap(torch.zeros_like(ids)), text)
 
     def feed(self, cache: CompressedCache, tokens: DecoderInputs, real: Tensor, record: Record) -> None:
         """Run tokens behind what a cache holds, watched by `record` and compressed by nothing.
@@ -89,7 +97,6 @@ class PolicyInputs:
         Args:
             real: bool ``[B, tokens of the cache + new]``.
         """
-        others = {name: tensor for name, tensor in tokens.others.items() if name != TOKEN_TYPES}
 
         def listen(layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
             if layer.owner and layer.slot is not None:
@@ -98,12 +105,11 @@ class PolicyInputs:
         before, self.attention_hook.listener = self.attention_hook.listener, listen
         try:
             self.adapter.decoder(
-                inputs_embeds=tokens.embeds,
+                **decoder_arguments(self.adapter, tokens),
                 position_ids=tokens.position_ids,
                 attention_mask=real.long(),
                 cache=cache,
                 use_cache=True,
-                **self.adapter.from_tokens(others),
             )
         finally:
             self.attention_hook.listener = before

@@ -34,6 +34,12 @@ Decoder = Callable[..., Any]
 TOKEN_TYPES = "mm_token_type_ids"
 
 
+def decoder_arguments(adapter: ModelAdapter, tokens: DecoderInputs) -> dict[str, Any]:
+    """The decoder's arguments for tokens that were embedded before, without their positions and mask."""
+    others = {name: tensor for name, tensor in tokens.others.items() if name != TOKEN_TYPES}
+    return {"inputs_embeds": tokens.embeds, **adapter.from_tokens(others)}
+
+
 @dataclass(frozen=True)
 class ProbePrompt:
     """Text that is run after the media and forgotten, whose attention stands for the question's.

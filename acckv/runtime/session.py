@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, get_args
@@ -19,6 +19,7 @@ from acckv.models.batching import DecoderInputs, next_position
 from acckv.planner import Planners
 from acckv.policies.base import Queries
 from acckv.runtime.attention import attention_of_masks, hook_attention
+from acckv.runtime.context_reconstruction import drawn_window
 from acckv.runtime.continuation import generated_copies, question_inputs
 from acckv.runtime.dispatch import Dispatcher
 from acckv.runtime.hooks import served
@@ -28,7 +29,7 @@ from acckv.runtime.merged_lora import LoraMode, attach
 from acckv.runtime.new_tokens import NewTokens, embedded_tokens, new_mask, read_new_tokens
 from acckv.runtime.patching import in_use
 from acckv.runtime.prefill import Prefill
-from acckv.runtime.prefill_run import TOKEN_TYPES, ProbePrompt
+from acckv.runtime.prefill_run import ProbePrompt, decoder_arguments
 from acckv.runtime.request import Request
 from acckv.runtime.simulation import LengthCache, Simulation, without_checkpointing
 
@@ -127,7 +128,8 @@ class Session:
                 inputs["position_ids"] = self.adapter.prompt_positions(inputs, new_tokens.labels.real, start)
         else:
             embedded = embedded.to(self.adapter.device)
-            new_tokens, inputs = embedded_tokens(embedded), self._decoder_arguments(embedded)
+            new_tokens, inputs = embedded_tokens(embedded), decoder_arguments(self.adapter, embedded)
+            inputs |= {"position_ids": embedded.position_ids, "attention_mask": embedded.labels.real.long()}
         arguments = {**inputs, "cache": cache, "use_cache": True}
         request.new_tokens = new_tokens
         with torch.set_grad_enabled(gradients), without_checkpointing(self.adapter.decoder), self._serving(request):
@@ -258,6 +260,17 @@ class Session:
         return planner.plan(observations, prefill.labels, ratio, temperature)
 
     @served
+    @torch.no_grad()
+    def repetition(self, prefill: Prefill, places: Sequence[float], tokens: int) -> tuple[DecoderInputs, int]:
+        """A prompt to repeat the context, then up to `tokens` of it, for :meth:`simulate`; and the prompt's length.
+
+        Args:
+            places: by row, 0 to 1, where in the context the repeated tokens lie.
+        """
+        columns = drawn_window(prefill.labels, places, tokens)
+        return self.dispatcher.policy_inputs.repetition(prefill.embedded, columns)
+
+    @served
     def simulate(
         self, prefill: Prefill, plans: list[LayerPlan] | None, logits_at: Tensor | None = None, **inputs: Any
     ) -> Tensor:
@@ -270,18 +283,23 @@ class Session:
         Args:
             plans: None reads the full cache (the teacher).
             logits_at: int64 ``[wanted]``, tokens whose logits are wanted, counted through all rows; None: all.
-            inputs: input_ids, attention_mask (4-D additive, or 2-D) and position_ids of the new tokens.
+            inputs: input_ids, attention_mask (4-D additive, or 2-D) and position_ids of the new tokens. Where they are
+                no text: `embedded` (DecoderInputs) in place of ids and positions.
 
         Returns:
             ``[B, tokens, vocabulary]``, or ``[wanted, vocabulary]``.
         """
         layers = prefill.cache.layers
+        embedded, replaced = inputs.pop("embedded", None), {}
+        if embedded is not None:  # the model embeds some ids, and its decoder gets these instead
+            replaced = decoder_arguments(self.adapter, embedded)
+            inputs |= {"input_ids": torch.zeros_like(embedded.labels.labels), "position_ids": embedded.position_ids}
         mask = inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 4:
             positions = inputs["position_ids"]
             positions = positions[-1] if positions.ndim == 3 else positions
             inputs["attention_mask"] = self.adapter.packed_mask(mask, positions, layers)
-        simulation = Simulation(layers, plans)
+        simulation = Simulation(layers, plans, replaced)
         with self._serving(Request("simulate", simulation=simulation)):
             run = partial(self.model, cache=LengthCache(layers), use_cache=True, **inputs)
             logits = run().logits if logits_at is None else chosen_logits(self.model, at_index(logits_at), run)[0]
@@ -321,16 +339,6 @@ class Session:
 
     def _ratio(self, prefill: Prefill, ratio: float | None) -> float:
         return self.planners.default.ratio_of(prefill.labels, len(prefill.observations), ratio)
-
-    def _decoder_arguments(self, embedded: DecoderInputs) -> dict[str, Any]:
-        """The decoder's arguments for tokens that were embedded before."""
-        others = {name: tensor for name, tensor in embedded.others.items() if name != TOKEN_TYPES}
-        return {
-            "inputs_embeds": embedded.embeds,
-            "position_ids": embedded.position_ids,
-            "attention_mask": embedded.labels.real.long(),
-            **self.adapter.from_tokens(others),
-        }
 
     def _read(self, inputs: dict[str, Any], seen: int = 0) -> NewTokens:
         new_tokens = read_new_tokens(self.adapter, inputs, "prompt", inputs.get("modality_ids"), seen)

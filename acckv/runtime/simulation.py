@@ -28,10 +28,13 @@ class Simulation:
 
     Args:
         layers: of the prefill's cache; plans: one a compressed layer, or None to read everything (the teacher).
+        replaced: arguments of the decoder in place of the model's: embeddings of tokens that are no text.
     """
 
-    def __init__(self, layers: list[Any], plans: list[LayerPlan] | None) -> None:
-        self.layers, self.plans = layers, plans
+    def __init__(
+        self, layers: list[Any], plans: list[LayerPlan] | None, replaced: dict[str, Any] | None = None
+    ) -> None:
+        self.layers, self.plans, self.replaced = layers, plans, replaced or {}
         self.reached = False
 
     def attend(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 
 from acckv.config import LoraScope, When
+from acckv.data.calibration_record import Objective
 from acckv.data.media import MediaOptions
 from acckv.errors import InputError
 from acckv.method.weights import WEIGHT_GROUPS
@@ -38,6 +39,13 @@ class CalibrationConfig:
         when: compress after the media ('context') or after the whole prompt ('prompt').
         preset: training-free method that the weights start from and are residuals of: 'context' or 'paper'.
         compression: options of the preset that are to be others, such as ``{integration: true}``.
+        calibrate_for: what is trained for. 'task': answers to the data's questions; what none of them asks about is
+            not kept. 'general': whatever can be asked, without questions: a stretch of each clip's own context is fed
+            in again, and the model is to read it as it does with the full cache. 'mixed': some steps each.
+        repeated_tokens: tokens of each clip that a step of 'general' feeds in again.
+        repeated_words: count the next words that the model expects in what is fed in again, too, and not its layers'
+            features alone: of use where a clip's embeddings are those of words, as with a plain decoder.
+        mixed_share: share of the steps of 'mixed' that are 'general' ones.
         divergence: loss over words. 'forward' is KL(teacher || student): the student covers all that the teacher may
             say. 'reverse' is KL(student || teacher): it says nothing that the teacher would not.
         feature_loss: features that are brought close to the teacher's in every layer besides: 'hidden' states,
@@ -87,6 +95,10 @@ class CalibrationConfig:
     when: When = "context"
     preset: str = "context"
     compression: dict[str, Any] | None = None
+    calibrate_for: Objective = "task"
+    repeated_tokens: int = 128
+    repeated_words: bool = False
+    mixed_share: float = 0.5
     divergence: Divergence = "forward"
     feature_loss: Features | None = "attention"
     feature_loss_weight: float = 1.0
@@ -118,6 +130,11 @@ class CalibrationConfig:
     seed: int = 0
 
     @property
+    def repeated_share(self) -> float:
+        """Share of the steps that feed the context in again, in place of questions."""
+        return {"task": 0.0, "general": 1.0, "mixed": self.mixed_share}[self.calibrate_for]
+
+    @property
     def low_ratio_below(self) -> float:
         """Ratios below it are those of the low-ratio stage; 0 without one."""
         return LOW_RATIO_REACH * self.ratio_min if self.low_ratio_share else 0.0
@@ -128,6 +145,7 @@ class CalibrationConfig:
             name: share for name in ("ratio_min", "ratio_max", "anneal_fraction")
         }
         ranges |= {name: part for name in ("full_cache_probability", "low_ratio_share")}
+        ranges |= {"mixed_share": (0, 1, "()"), "repeated_tokens": (1, math.inf, "[)")}
         ranges |= {name: positive for name in ("ratio_power", "temperature_end", "temperature_start")}
         ranges |= {name: (0, math.inf, "[)") for name in ("feature_loss_weight", "feature_loss_min_ratio")}
         _check_ranges("model", vars(self), ranges)
@@ -136,6 +154,9 @@ class CalibrationConfig:
         for name in self.trainable:
             if name not in WEIGHT_GROUPS:
                 raise InputError(f"{name!r} is not one of {', '.join(WEIGHT_GROUPS)}", field="model.trainable")
+        if self.repeated_share and not self.repeated_words and self.feature_loss is None:
+            message = "is off, and features are all that is matched in what is fed in again; set feature_loss or this"
+            raise InputError(message, field="model.repeated_words")
         if not self.trainable and self.lora_rank <= 0:
             raise InputError("is empty, and there is no LoRA either", field="model.trainable")
         if self.temperature_end > self.temperature_start:
@@ -157,6 +178,7 @@ class DataConfig(MediaOptions):
     Args:
         base_model: model whose processor encodes the clips; linked to the model's by train.py.
         when: point of compression; linked to the model's.
+        calibrate_for: linked to the model's; with 'general' nothing is asked about the training clips.
         source: origin of the clips: 'clips' generates clips with questions on first use; 'music_avqa' reads your own;
             'folder' takes plain videos and lets the model, with its full cache, answer `prompts` about each of them
             once; 'precomputed' takes embeddings of your own towers for a plain decoder; 'benchmark' takes two splits of
@@ -203,6 +225,7 @@ class DataConfig(MediaOptions):
 
     base_model: str = "tiny"
     when: When = "context"
+    calibrate_for: Objective = "task"
     source: Source = "clips"
     train_clips: int = 768
     validation_clips: int = 24

@@ -119,5 +119,6 @@ class AVDataModule(LightningDataModule):
         Args:
             ratios: least and largest kept share trained; steps: optimiser steps.
         """
-        source = self.source
-        return CalibrationRecord.of(source.training_data, self.records("train"), ratios, steps, source.kind)
+        source, records = self.source, self.records("train")
+        trained_for = self.options.calibrate_for
+        return CalibrationRecord.of(source.training_data, records, ratios, steps, source.kind, trained_for)

@@ -36,6 +36,7 @@ class CalibrationBatch:
             cache held the clips when the batch was due to be read.
         questions: asked by this step.
         every: all questions about each clip; drawn: which of them this step asks, in their order.
+        places: 0 to 1, where in each clip's context the tokens lie that this step feeds in again, if it does.
     """
 
     number: int
@@ -44,6 +45,7 @@ class CalibrationBatch:
     questions: PackedQuestions
     every: list[list[Question]]
     drawn: list[list[int]]
+    places: list[float]
 
     @property
     def device(self) -> torch.device:
@@ -107,9 +109,11 @@ class ClipDataset(Dataset["CalibrationBatch | InputError"]):
         Raises:
             InputError: a clip cannot be read; it names the file.
         """
-        every, drawn, records = [], [], []
+        every, drawn, places, records = [], [], [], []
         for clip in clips:
-            order = np.random.default_rng((self.seed, number, clip)).permutation(len(self.clips[clip])).tolist()
+            generator = np.random.default_rng((self.seed, number, clip))
+            order = generator.permutation(len(self.clips[clip])).tolist()
+            places.append(generator.random())
             if self.when == "prompt":
                 record = self.clips[clip][order[0]]
                 records.append(record)
@@ -127,7 +131,7 @@ class ClipDataset(Dataset["CalibrationBatch | InputError"]):
         questions = pack_questions(
             [[asked[index] for index in chosen] for asked, chosen in zip(every, drawn, strict=True)]
         )
-        return CalibrationBatch(number, self.names(clips), inputs, questions, every, drawn)
+        return CalibrationBatch(number, self.names(clips), inputs, questions, every, drawn, places)
 
     def questions(self, clip: int) -> list[Question]:
         """All that can be asked about a clip."""

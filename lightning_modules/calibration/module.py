@@ -42,12 +42,14 @@ class Distillation:
     """The outcome of a batch.
 
     Attributes:
-        kl: KL(teacher || student) over the answer tokens, in nats a token; loss: what is minimised.
+        kl: KL(teacher || student) over the tokens that count, in nats a token; loss: what is minimised.
+        weight: of these tokens in the step's mean.
         plans: the student's, None where it read the full cache.
     """
 
     kl: Tensor
     loss: Tensor
+    weight: Tensor
     plans: list[LayerPlan] | None
 
 
@@ -187,7 +189,8 @@ class CalibrationModule(LightningModule):
     def training_step(self, batch: CalibrationBatch, batch_idx: int) -> Tensor:
         ratio = self.schedule.ratio(batch.number)
         temperature = self.schedule.temperature(self.global_step)
-        done = self.distill(batch, ratio, temperature)
+        repeats = self.schedule.repeats_context(batch.number)
+        done = self.distill(batch, ratio, temperature, repeats)
         # A tensor: a number would have to wait for the device at every step.
         kept = [plan.log_gates.detach().exp().mean() for plan in done.plans or []]
         share = torch.stack(kept).mean() if kept else done.kl.new_ones(())
@@ -196,18 +199,21 @@ class CalibrationModule(LightningModule):
         # Weights that nothing reads (of a modality that is not there, of a step that the preset leaves out) get zeros
         # as gradients: DDP waits for one from each.
         unread = cast(Tensor, sum(0.0 * weight.sum() for weight in self.weights.parameters()))
-        return self.step_mean.add(batch.questions.weight.sum(), done.loss, kl=done.kl) + unread
+        logged = {"context_kl" if repeats else "kl": done.kl}
+        return self.step_mean.add(done.weight, done.loss, **logged) + unread
 
-    def distill(self, batch: CalibrationBatch, ratio: float, temperature: float | None) -> Distillation:
-        """Let teacher and student answer a batch.
+    def distill(
+        self, batch: CalibrationBatch, ratio: float, temperature: float | None, repeats_context: bool = False
+    ) -> Distillation:
+        """Let teacher and student answer a batch, or read a stretch of its contexts again.
 
         Args:
             ratio: kept share; at 1 the student reads the full cache, as a session does, and there is no plan.
             temperature: None for the hard selection.
         """
-        session, options, questions = self.live, self.options, batch.questions
+        session, options = self.live, self.options
         training, teacher = torch.is_grad_enabled(), self.teacher
-        prefill, targets = teacher.targets(batch)
+        prefill, questions, targets = teacher.targets(batch, options.repeated_tokens if repeats_context else 0)
         if session.adapts_prompt:
             prefill = session.prefill(prefill.embedded, session.planners.policy.queries, gradients=training)
         with torch.autocast(self.device.type, enabled=False):  # sessions select in full precision
@@ -218,10 +224,12 @@ class CalibrationModule(LightningModule):
         weight = questions.weight.flatten()[questions.counted]
         kl = targets.divergence(student, weight, "forward")
         loss = kl if options.divergence == "forward" else targets.divergence(student, weight, "reverse")
+        if repeats_context and not options.repeated_words:
+            loss = 0.0 * loss  # what follows a media token is no word; every weight still gets a gradient
         if matched:
             features = features_at(questions.counted, outputs, student)
             loss = loss + options.feature_loss_weight * feature_loss(targets.features, features, weight.sum())
-        return Distillation(kl, loss, plans)
+        return Distillation(kl, loss, questions.weight.sum(), plans)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.trained_steps += 1
@@ -231,9 +239,12 @@ class CalibrationModule(LightningModule):
 
     def validation_step(self, batch: CalibrationBatch, batch_idx: int) -> None:
         for ratio in self.options.validation_ratios:
-            kl = self.distill(batch, ratio, None).kl
-            self.log(f"val/kl@{ratio:g}", kl, batch_size=len(batch.clips), sync_dist=True)
-            self.log("val/kl", kl, batch_size=len(batch.clips), sync_dist=True, prog_bar=True)
+            for name, repeats in (("kl", False), ("context_kl", True)):
+                if repeats and self.options.calibrate_for == "task":
+                    continue
+                kl = self.distill(batch, ratio, None, repeats).kl
+                self.log(f"val/{name}@{ratio:g}", kl, batch_size=len(batch.clips), sync_dist=True)
+                self.log(f"val/{name}", kl, batch_size=len(batch.clips), sync_dist=True, prog_bar=not repeats)
 
     # ---------------------------------------------------------- what is learned
 

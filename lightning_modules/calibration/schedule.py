@@ -79,6 +79,12 @@ class Schedule:
             return options.ratio_min
         return math.exp(low + (high - low) * place**options.ratio_power)
 
+    def repeats_context(self, step: int) -> bool:
+        """Whether a step feeds the context in again, in place of questions: of every run of steps, the share asked
+        for."""
+        share = self.options.repeated_share
+        return math.floor((step + 1) * share) > math.floor(step * share)
+
     def temperature(self, step: int) -> float:
         """Of the gates: it falls geometrically over the first part of each stage."""
         options, after = self.options, self.after_low_ratio_stage(step)

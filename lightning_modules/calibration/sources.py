@@ -113,12 +113,17 @@ class BenchmarkSplits(ClipSource):
 
 
 class VideoFolder(ClipSource):
-    """Plain videos, about which the model answers prompts once, with its full cache (pseudo-labels)."""
+    """Plain videos, about which the model answers prompts once, with its full cache (pseudo-labels).
+
+    A general calibration asks nothing about the training clips: prompts are answered for validation alone.
+    """
 
     def __init__(self, options: DataConfig, root: Path) -> None:
         super().__init__(options, root)
         self.folder = Path(cast(str, options.folder))
-        self.training_data = f"the model's own answers about the videos of {self.folder.name}"
+        self.asks_nothing = options.calibrate_for == "general"
+        answers = "" if self.asks_nothing else "the model's own answers about "
+        self.training_data = f"{answers}the videos of {self.folder.name}"
         self.benchmark = f"the model's own answers about held-out clips of {self.folder.name}"
         self.kind = attrgetter("question")  # prompts are all that tells questions apart
 
@@ -130,11 +135,13 @@ class VideoFolder(ClipSource):
         return found if split == "train" else list_videos(other, "data.validation_folder")
 
     def prepare(self, device: torch.device) -> None:
-        videos = [*self.videos("train"), *self.videos("validation")]
+        videos = [*([] if self.asks_nothing else self.videos("train")), *self.videos("validation")]
         label_clips(self._labels(), videos, self.options.batch_size, device, self.options.num_workers)
 
     def records(self, split: str) -> list[Record]:
         videos, labels = self.videos(split), self._labels()
+        if self.asks_nothing and split == "train":
+            return [Record(str(video), video, None, "", None, "", (), "description") for video in videos]
         records, sounds = labels.records(videos), labels.sounds(videos)
         if self.options.batch_size > 1 and len(set(sounds)) > 1:
             message = (

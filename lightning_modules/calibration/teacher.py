@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from acckv.data.batching import PackedQuestions, pack_questions
+from acckv.data.batching import PackedQuestions, pack_embedded, pack_questions
 from acckv.method.plan import LayerPlan
 from acckv.models.batching import DecoderInputs
 from acckv.runtime.prefill import Prefill
@@ -33,19 +35,27 @@ class Teacher:
         if features is not None:
             self.layers = list(adapter.decoder.layers) if features == "hidden" else adapter.decoder_attention
 
-    def targets(self, batch: CalibrationBatch) -> tuple[Prefill, TeacherTargets]:
-        """The prefill of the base model, and its targets at the tokens of the batch's questions that count."""
+    def targets(self, batch: CalibrationBatch, repeated: int = 0) -> tuple[Prefill, PackedQuestions, TeacherTargets]:
+        """The prefill of the base model, what is asked of it, and its targets at the tokens that count.
+
+        Args:
+            repeated: tokens of each context that are fed in again in place of the batch's questions; 0 asks those.
+        """
         cache = self.cache
         with self.session.base_projections():
             prefill = self._prefill(batch)
+            if repeated:
+                questions = pack_embedded(*self.session.repetition(prefill, batch.places, repeated))
+                return prefill, questions, self._ask(prefill, questions)
             if cache.keep != "prefill":
-                return prefill, self._ask(prefill, batch.questions)
+                return prefill, batch.questions, self._ask(prefill, batch.questions)
             if not cache.has("targets", batch.clips):
                 every = pack_questions(batch.every).to(batch.device)
                 parts = self._ask(prefill, every).likeliest(cache.top_p).by_question(every)
                 cache.put("targets", batch.clips, [[part.to(HOST) for part in clip] for clip in parts])
         kept = zip(cache.get("targets", batch.clips), batch.drawn, strict=True)
-        return prefill, TeacherTargets.join([parts[index] for parts, drawn in kept for index in drawn]).to(batch.device)
+        targets = TeacherTargets.join([parts[index] for parts, drawn in kept for index in drawn])
+        return prefill, batch.questions, targets.to(batch.device)
 
     def prefill_in(self, session: Session, batch: CalibrationBatch) -> Prefill:
         """A prefill of the batch's contexts in any session: the one that is kept, unless LoRA adapts the prompt."""
@@ -87,11 +97,9 @@ def answer_logits(
     Args:
         plans: of the student; None reads the full cache.
     """
-    return session.simulate(
-        prefill,
-        plans,
-        logits_at=questions.counted,
-        input_ids=questions.ids,
-        attention_mask=questions.mask(prefill.labels, session.model.dtype),
-        position_ids=session.adapter.text_positions(prefill.next_position + questions.offset),
-    )
+    mask = questions.mask(prefill.labels, session.model.dtype)
+    tokens: dict[str, Any] = {"embedded": questions.embedded}
+    if questions.embedded is None:
+        positions = session.adapter.text_positions(prefill.next_position + questions.offset)
+        tokens = {"input_ids": questions.ids, "position_ids": positions}
+    return session.simulate(prefill, plans, logits_at=questions.counted, attention_mask=mask, **tokens)

@@ -48,13 +48,13 @@ def test_the_teacher_is_the_base_model(cache: Path) -> None:
     """LoRA that is not zero moves the student, never the teacher."""
     batch = validation(cache).batch(0, [0, 1])
     with configured() as module, torch.no_grad():
-        attached, (_, before) = module.live.attached, module.teacher.targets(batch)
+        attached, (*_, before) = module.live.attached, module.teacher.targets(batch)
         same = module.distill(batch, 1.0, None).kl
         assert attached is not None
         for parameter in attached.parameters():
             parameter.normal_(std=0.3)
         moved = module.distill(batch, 1.0, None).kl
-        _, after = module.teacher.targets(batch)
+        *_, after = module.teacher.targets(batch)
     assert isinstance(before.words, Tensor) and isinstance(after.words, Tensor)
     assert torch.equal(before.words, after.words) and torch.equal(before.features, after.features)
     assert abs(float(same)) < 1e-5 < 1e-3 < float(moved)

@@ -191,7 +191,13 @@ def test_a_folder_is_calibrated_on_from_end_to_end(
     config, card = ((whole / "export" / name).read_text() for name in ("config.json", "README.md"))
     record = json.loads(config)["calibration"]
     assert record.pop("data") == f"the model's own answers about the videos of {clips.name}"
-    trained = {"kinds": {"Describe the clip.": 3}, "ratio_min": 0.02, "ratio_max": 0.5, "steps": 4}
+    trained = {
+        "kinds": {"Describe the clip.": 3},
+        "ratio_min": 0.02,
+        "ratio_max": 0.5,
+        "steps": 4,
+        "calibrate_for": "task",
+    }
     assert record == {"clips": 3, "questions": 3, **trained}
     assert "| kinds of questions | Describe the clip. (3) |" in card and "| acckv-calibrated | 0.1 |" in card
     answers = json.loads((whole / "answers.json").read_text())

@@ -301,6 +301,7 @@ def test_card_names_the_questions_of_its_calibration() -> None:
         "| | |",
         "| data | questions of train.json |",
         "| training clips, questions | 400, 1,500 |",
+        "| trained for | answers to these questions (`calibrate_for: task`) |",
         "| kinds of questions | Audio/Pitch (1,200), What is \\|heard\\| ? (300) |",
         "| compressed | after the media, before any question is seen (`when: context`) |",
         "| kept shares, steps | 0.02 to 0.5, 2,400 |",
