@@ -11,22 +11,20 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import BinaryIO
 
 from acckv.benchmarks import Mode
 from acckv.errors import InputError
 from acckv.evaluation.results import Answer
 from acckv.evaluation.run_config import RunConfig
 from acckv.evaluation.sizes import Sizes
-from acckv.io.files import whole_file
-from acckv.io.json_files import read_json
-from acckv.io.typed import from_json
+from acckv.io.files import write_text
+from acckv.io.typed import from_json, read_versioned, write_versioned
 
 FORMAT = 3
 RUN_FILE = "run.json"
 JOURNALS = "journal*.jsonl"
-_BLOCK = 1 << 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,10 @@ class Journal:
     def append(self, batch: Batch) -> None:
         """Add a batch; it is on the disk when this returns."""
         with self.path.open("a+b") as file:
-            whole = _whole_lines(file)
-            file.truncate(whole)  # a kill may have left half a line
+            if file.seek(0, os.SEEK_END):  # a kill may have left half a line
+                with mmap(file.fileno(), 0, access=ACCESS_READ) as held:
+                    whole = held.rfind(b"\n") + 1
+                file.truncate(whole)
             file.write(_line(batch).encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
@@ -132,10 +132,7 @@ def read_config(folder: Path) -> RunConfig:
     file = folder / RUN_FILE
     if not file.exists():
         raise InputError("no such file; this is no output folder of an evaluation", source=file)
-    values = read_json(file)
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise InputError("is of another version; remove the folder", source=file)
-    return from_json(RunConfig, values, file)
+    return read_versioned(RunConfig, file, FORMAT, "remove the folder")
 
 
 def read_batches(folder: Path, score: Mode | None = None) -> list[Batch]:
@@ -172,14 +169,11 @@ def by_number(batches: Iterable[Batch]) -> dict[int, Batch]:
 
 def write_evaluation(folder: Path, config: RunConfig, batches: Iterable[Batch]) -> None:
     """Make a folder's evaluation that of `config` with these batches, in one file. What it held before is discarded."""
-    with whole_file(folder / "journal.jsonl") as temporary:
-        temporary.write_text("".join(map(_line, batches)), encoding="utf-8")
+    write_text(folder / "journal.jsonl", "".join(map(_line, batches)))
     for file in folder.glob(JOURNALS):
         if file.name != "journal.jsonl":
             file.unlink()
-    with whole_file(folder / RUN_FILE) as temporary:
-        values = {"format": FORMAT, **asdict(config)}
-        temporary.write_text(json.dumps(values, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    write_versioned(folder / RUN_FILE, config, FORMAT, default=str)
 
 
 def _batch(line: bytes, config: RunConfig, file: Path, number: int) -> Batch:
@@ -197,16 +191,3 @@ def _batch(line: bytes, config: RunConfig, file: Path, number: int) -> Batch:
 
 def _line(batch: Batch) -> str:
     return json.dumps(asdict(batch), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _whole_lines(file: BinaryIO) -> int:
-    """Bytes of a file up to the end of its last whole line."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(0, end - _BLOCK)
-        file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        end = start
-    return 0

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from acckv.errors import InputError
-from acckv.io.files import whole_file
-from acckv.io.json_files import read_json, read_json_lines
-from acckv.io.typed import Amount, Count, Share, from_json
+from acckv.io.files import write_text
+from acckv.io.json_files import read_json, read_json_lines, write_json
+from acckv.io.typed import Amount, Count, Share, from_json, read_versioned, write_versioned
 from acckv.policies.acckv import CalibratedAccKV
 
 RESULTS_FORMAT = 1
@@ -210,9 +209,7 @@ def write_results(path: str | Path, results: Results) -> None:
     Raises:
         ValueError: a number that JSON cannot hold (nan or infinite).
     """
-    values = {"format": RESULTS_FORMAT, **asdict(results)}
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_versioned(path, results, RESULTS_FORMAT, indent=1, ensure_ascii=True)
 
 
 def read_results(path: str | Path) -> Results:
@@ -221,19 +218,13 @@ def read_results(path: str | Path) -> Results:
     Raises:
         InputError: no such file, no JSON, an unknown format, or a field that is missing or ill-valued.
     """
-    values = read_json(path)
-    found = values.get("format") if isinstance(values, dict) else None
-    if found != RESULTS_FORMAT:
-        message = f"unknown format {found!r}; this version reads format {RESULTS_FORMAT}"
-        raise InputError(message, source=path, field="format")
-    return from_json(Results, values, path)
+    return read_versioned(Results, path, RESULTS_FORMAT)
 
 
 def write_predictions(path: str | Path, answers: Iterable[Answer]) -> None:
     """Write `predictions.jsonl`: one answer a line."""
-    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for answer in answers:
-            file.write(json.dumps(asdict(answer), ensure_ascii=False, allow_nan=False) + "\n")
+    lines = (json.dumps(asdict(answer), ensure_ascii=False, allow_nan=False) + "\n" for answer in answers)
+    write_text(path, "".join(lines))
 
 
 def read_predictions(path: str | Path) -> Iterator[Answer]:
@@ -248,9 +239,7 @@ def read_predictions(path: str | Path) -> Iterator[Answer]:
 
 def write_failures(path: str | Path, failures: Iterable[Failure]) -> None:
     """Write `failures.json`."""
-    with whole_file(path) as temporary:
-        text = json.dumps([asdict(failure) for failure in failures], indent=1, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_json(path, [asdict(failure) for failure in failures], indent=1)
 
 
 def read_failures(path: str | Path) -> list[Failure]:

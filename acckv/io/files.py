@@ -30,6 +30,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, which is whole or not there."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
     """A folder to fill that takes the place of `path` when the block ends without an error.

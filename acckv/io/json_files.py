@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from acckv.errors import InputError
+from acckv.io.files import write_text
 
 
 def read_json(file: str | Path, remedy: str = "is the file cut off?") -> Any:
@@ -23,6 +24,18 @@ def read_json(file: str | Path, remedy: str = "is the file cut off?") -> Any:
     with _readable(file):
         text = Path(file).read_text(encoding="utf-8")
     return parse_json(text, file, remedy=remedy)
+
+
+def write_json(file: str | Path, value: Any, **options: Any) -> None:
+    """Write a value as JSON; the file is whole or not there.
+
+    Args:
+        options: of `json.dumps`.
+
+    Raises:
+        ValueError: a number that JSON cannot hold (nan or infinite).
+    """
+    write_text(file, json.dumps(value, allow_nan=False, **{"ensure_ascii": False, **options}) + "\n")
 
 
 def read_json_lines(file: str | Path) -> Iterator[tuple[int, Any]]:

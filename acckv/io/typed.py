@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from acckv.errors import InputError
+from acckv.io.json_files import read_json, write_json
 
 Made = TypeVar("Made")
 
@@ -40,6 +41,32 @@ def from_json(kind: type[Made], value: Any, source: str | Path, field: str = "")
         InputError: something is missing or ill-valued.
     """
     return _read(kind, value, source, field)
+
+
+def read_versioned(kind: type[Made], file: str | Path, version: int, remedy: str = "") -> Made:
+    """A JSON file of a dataclass's fields beside its `format`.
+
+    Args:
+        remedy: what to do with a file of another format.
+
+    Raises:
+        InputError: no such file, no JSON, another format, or a field that is missing or ill-valued.
+    """
+    values = read_json(file)
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != version:
+        message = f"unknown format {found!r}; this version reads format {version}{remedy and f'; {remedy}'}"
+        raise InputError(message, source=file, field="format")
+    return from_json(kind, values, file)
+
+
+def write_versioned(file: str | Path, value: Any, version: int, **options: Any) -> None:
+    """Write a dataclass as `read_versioned` reads it.
+
+    Args:
+        options: of `json.dumps`.
+    """
+    write_json(file, {"format": version, **asdict(value)}, **options)
 
 
 def _read(kind: Any, value: Any, source: str | Path, field: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from acckv.data.calibration_record import FIELD, CalibrationRecord
 from acckv.errors import InputError
 from acckv.evaluation.results import Results
-from acckv.io.files import whole_file
+from acckv.io.files import write_text
 from acckv.report.rendering import render
 from acckv.report.table import control_warning
 
@@ -56,6 +56,5 @@ def write_card(
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("no such folder", source=folder)
-    with whole_file(folder / CARD_FILE) as temporary:
-        temporary.write_text(render_card(config, results, command), encoding="utf-8")
+    write_text(folder / CARD_FILE, render_card(config, results, command))
     return folder / CARD_FILE

@@ -30,7 +30,7 @@ from acckv.evaluation.results import (
     read_results,
 )
 from acckv.evaluation.timeline import TIMELINES_FILE, Timeline, load_timelines
-from acckv.io.files import whole_file
+from acckv.io.files import write_text
 from acckv.metrics.intervals import Interval
 from acckv.report import timeline
 from acckv.report.answers import Answers
@@ -87,8 +87,7 @@ def write_html(folder: str | Path) -> Path:
         most=MOST_FLIPS,
         timelines=[_timeline(each) for each in timelines],
     )
-    with whole_file(folder / REPORT_FILE) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(folder / REPORT_FILE, text)
     return folder / REPORT_FILE
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from acckv.errors import InputError
-from acckv.io.files import whole_file
-from acckv.io.json_files import read_json
-from acckv.io.typed import from_json
+from acckv.io.typed import read_versioned, write_versioned
 
 RECORD_FILE = "report.json"
 _FORMAT = 1
@@ -48,18 +44,9 @@ class RunRecord:
 
 def write_run(path: str | Path, run: RunRecord) -> None:
     """Write `report.json`."""
-    with whole_file(path) as temporary:
-        text = json.dumps({"format": _FORMAT, **asdict(run)}, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_versioned(path, run, _FORMAT)
 
 
 def read_run(path: str | Path) -> RunRecord:
-    """Read `report.json`.
-
-    Raises:
-        InputError: no such file, an unknown format, or a field that is missing or ill-valued.
-    """
-    values = read_json(path)
-    if not isinstance(values, dict) or values.get("format") != _FORMAT:
-        raise InputError(f"is not of format {_FORMAT}, which this version reads", source=path, field="format")
-    return from_json(RunRecord, values, path)
+    """Read `report.json`; raises InputError as :func:`read_versioned`."""
+    return read_versioned(RunRecord, path, _FORMAT)

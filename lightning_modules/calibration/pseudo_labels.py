@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,8 +17,7 @@ from acckv.data.media import MediaOptions, read_media
 from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.evaluation.answering import answer_questions
-from acckv.io.files import whole_file
-from acckv.io.json_files import read_json
+from acckv.io.json_files import read_json, write_json
 from acckv.io.progress import Progress
 from acckv.models import load_model
 from acckv.models.clips import KINDS, Media
@@ -85,9 +83,7 @@ class PseudoLabels:
         self.clips[str(video)] = {**_stamp(video), "sound": sound, "answers": answers, "cut": ended}
 
     def save(self) -> None:
-        values = {"format": FORMAT, "settings": self._settings(), "clips": self.clips}
-        with whole_file(self.path) as temporary:
-            temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(self.path, {"format": FORMAT, "settings": self._settings(), "clips": self.clips}, indent=1)
 
     def records(self, videos: Sequence[Path]) -> list[Record]:
         """A question and answer for every clip and prompt.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from acckv.compressor import KVCompressor
 from acckv.evaluation.results import CALIBRATED, Results
-from acckv.io.files import whole_file
+from acckv.io.files import write_text
 from acckv.method.weights import CalibratedWeights
 from acckv.policies.acckv import CalibratedAccKV
 from acckv.report.calibration import KeptShares, RunFacts, render_report, write_budget_history
@@ -172,8 +172,7 @@ class CalibrationReport(EndOfCalibration):
             low_ratio_below=options.low_ratio_below,
         )
         text = render_report(facts, kept, evaluation.results if evaluation else None, (KEPT_PLOT, HISTORY_PLOT))
-        with whole_file(folder / REPORT_FILE) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / REPORT_FILE, text)
         print(f"Report: {folder / REPORT_FILE}")
 
     @torch.no_grad()

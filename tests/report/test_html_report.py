@@ -265,7 +265,7 @@ def test_made_again_from_the_files_alone(folder: Path, capsys: pytest.CaptureFix
     [
         ("predictions.jsonl", "{", "line 1: not valid JSON"),
         ("predictions.jsonl", '{"policy": "full"}', "line 1.ratio: missing"),
-        ("report.json", '{"format": 9}', "format: is not of format 1"),
+        ("report.json", '{"format": 9}', "format: unknown format 9; this version reads format 1"),
         ("report.json", '{"format": 1, "command": null}', "versions: missing"),
         ("timelines.safetensors", "xx", "not a whole file of timelines"),
         ("failures.json", "[1]", "[0]: expected an object"),
