@@ -28,8 +28,8 @@ from acckv.models import load_model
 from lightning_modules.cli.ask import AskOptions, run_ask
 from lightning_modules.evaluation.datamodule import EvaluationData
 from lightning_modules.evaluation.options import EvaluationOptions
-from lightning_modules.evaluation.run import run_evaluation
 from tests.benchmarks.scored_by_hand import BY_HAND
+from tests.evaluation import runs
 from tests.paths import FIXTURES
 
 CELLS = 5  # the full cache, three controls, and keydiff
@@ -87,10 +87,8 @@ def run(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         if not output.exists():
             data = EvaluationData(benchmark=name, root=str(FIXTURES / name))
             settings: dict[str, Any] = {"policies": "keydiff", "ratios": [0.5], "timelines": 1, "accelerator": "cpu"}
-            printed = io.StringIO()
-            options = EvaluationOptions(output=str(output), data=data, **settings)
-            run_evaluation(options, console=Console(file=printed, width=200))
-            (output / "console.txt").write_text(printed.getvalue())
+            _, printed = runs.run(EvaluationOptions(output=str(output), data=data, **settings))
+            (output / "console.txt").write_text(printed)
         return output
 
     return evaluate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -28,8 +26,8 @@ from lightning_modules.calibration.progress import CalibrationBar
 from lightning_modules.cli.train import main
 from lightning_modules.evaluation.datamodule import EvaluationData
 from lightning_modules.evaluation.options import EvaluationOptions
-from lightning_modules.evaluation.run import run_evaluation
 from tests.calibration.test_training import calibrated
+from tests.evaluation.runs import run
 from tests.support.simulated_accelerator import SimulatedAccelerator
 from tests.support.simulated_training import simulated_training
 
@@ -132,7 +130,8 @@ class SyncsByStep(Callback):
     """Host synchronisations between the begin of each step and that of the next."""
 
     def __init__(self, accelerator: SimulatedAccelerator) -> None:
-        self.accelerator, self.seen = accelerator, []
+        self.accelerator = accelerator
+        self.seen: list[Counter[str]] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
         self.seen.append(self.accelerator.syncs.copy())
@@ -180,7 +179,7 @@ def evaluated(accelerator: str, questions: Path, export: Path, output: Path) -> 
         accelerator=accelerator,
         data=data,
     )
-    return run_evaluation(options, console=Console(file=io.StringIO()))
+    return run(options)[0]
 
 
 def test_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

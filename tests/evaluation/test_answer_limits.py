@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from acckv.data.records import Record
+from acckv.data.records import Protocol, Record
 from acckv.evaluation.answer_limits import answer_limits, longest_references
 from acckv.evaluation.results import read_results
 from acckv.models import load_processor
 from lightning_modules.cli.ask import AskOptions, run_ask
 from lightning_modules.evaluation.datamodule import EvaluationData
 from lightning_modules.evaluation.options import EvaluationOptions
-from lightning_modules.evaluation.run import run_evaluation
 from tests.data.media_files import burst, write_video
+from tests.evaluation.runs import predictions, recorder, run
 
 LEAST = {"word": 4, "description": 40}
 
 
-def record(answer: str, protocol: str = "word", references: tuple[str, ...] = ()) -> Record:
-    return Record(answer, Path("a.mp4"), None, "?", None, answer, (), protocol, references)  # type: ignore[arg-type]
+def record(answer: str, protocol: Protocol = "word", references: tuple[str, ...] = ()) -> Record:
+    return Record(answer, Path("a.mp4"), None, "?", None, answer, (), protocol, references)
 
 
 def digits() -> PreTrainedTokenizerFast:
@@ -62,13 +61,11 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def evaluate(questions: Path, output: Path, **changes: object) -> tuple[list[dict], str]:
-    console = Console(file=io.StringIO(), width=140)
+def evaluate(questions: Path, output: Path, **changes: Any) -> tuple[list[dict[str, Any]], str]:
     data = EvaluationData(benchmark="custom", root=str(questions))
-    options = {"policies": "full", "ratios": 0.5, "timelines": 0, "accelerator": "cpu", "output": str(output)}
-    run_evaluation(EvaluationOptions(data=data, **{**options, **changes}), console=console)  # type: ignore[arg-type]
-    lines = (output / "predictions.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], console.file.getvalue()  # type: ignore[attr-defined]
+    options: dict[str, Any] = {"policies": "full", "ratios": 0.5, "timelines": 0, "accelerator": "cpu"}
+    _, printed = run(EvaluationOptions(data=data, output=str(output), **{**options, **changes}))
+    return predictions(output), printed
 
 
 @pytest.mark.parametrize("when", ["context", "prompt"])
@@ -94,8 +91,8 @@ def test_cut_answers_are_counted_and_named(questions: Path, tmp_path: Path, when
 
 def test_ask_says_that_an_answer_is_cut(questions: Path) -> None:
     for limit, cut in ((1, True), (40, False)):
-        console = Console(file=io.StringIO(), width=140)
+        console = recorder()
         question = "What colour was the ring?"
         options = AskOptions(str(questions / "a.mp4"), question, max_new_tokens=limit, accelerator="cpu")
         assert run_ask(options, console)[0].cut is cut
-        assert ("(cut: --max_new_tokens 1)" in console.file.getvalue()) is cut  # type: ignore[attr-defined]
+        assert ("(cut: --max_new_tokens 1)" in console.export_text()) is cut

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from acckv import KVCompressor
 from acckv.benchmarks.judging import Judge, answer_vocabulary
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
-from acckv.data.encoding import encode
-from acckv.data.media import read_media
 from acckv.data.synthetic.clips import video_folder, write_clips
-from acckv.evaluation.results import Results, read_results
+from acckv.evaluation.results import Results, Setting, read_results
 from acckv.evaluation.timeline import load_timelines
 from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter, load_model
@@ -26,14 +23,19 @@ from acckv.policies import AccKV
 from acckv.report.run_record import read_run
 from lightning_modules.evaluation.datamodule import EvaluationData
 from lightning_modules.evaluation.options import EvaluationOptions, build_compressors
-from lightning_modules.evaluation.run import run_evaluation
+from tests.evaluation.runs import generated, predictions, run
 
 CLIPS = 3
 RATIOS = [1.0, 0.2, 0.05, 0.0]
+LIMITS = {"word": 4, "description": 8}
+Tiny = tuple[Any, Any]
+"""The model and its processor."""
+Evaluated = tuple[Path, Results, str]
+"""The output folder, the results, and what was printed."""
 
 
 @pytest.fixture(scope="module")
-def question_file(tmp_path_factory) -> Path:
+def question_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three generated clips; the last has lost its sound track, the second two of its questions."""
     root = tmp_path_factory.mktemp("clips")
     file = write_clips(root / "sound", "test", CLIPS, questions_per_clip=4, workers=1, progress=False)
@@ -50,27 +52,27 @@ def question_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def tiny() -> Tiny:
     return load_model("tiny")
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory, tiny) -> Path:
+def export(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Path:
     """A calibrated compressor with weights that are not those it starts from."""
     sizes = find_adapter(tiny[0]).dimensions
     weights = CalibratedWeights(sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], 4)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in weights.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     folder = tmp_path_factory.mktemp("calib") / "export"
     compressor = KVCompressor(AccKV.preset("context"), weights=weights, base={"name": "tiny", **sizes})
     compressor.save_pretrained(folder)
     return folder
 
 
-def _options(question_file: Path, export: Path, output: Path, **changes) -> EvaluationOptions:
-    options = {
+def _options(question_file: Path, export: Path, output: Path, **changes: Any) -> EvaluationOptions:
+    options: dict[str, Any] = {
         "compressor": str(export),
         "policies": "random,snapkv,acckv-calibrated",
         "ratios": RATIOS,
@@ -84,25 +86,19 @@ def _options(question_file: Path, export: Path, output: Path, **changes) -> Eval
 
 
 @pytest.fixture(scope="module")
-def evaluated(question_file, export, tmp_path_factory) -> tuple[Path, Results, str]:
+def evaluated(question_file: Path, export: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     output = tmp_path_factory.mktemp("eval")
-    console = Console(file=io.StringIO(), width=140)
-    results = run_evaluation(_options(question_file, export, output), command="python evaluate.py", console=console)
-    return output, results, console.file.getvalue()
+    return output, *run(_options(question_file, export, output), command="python evaluate.py")
 
 
-def _predictions(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def _by_cell(output: Path) -> dict[tuple[str, float], dict[str, dict]]:
-    cells: dict[tuple[str, float], dict[str, dict]] = defaultdict(dict)
-    for line in _predictions(output):
+def _by_cell(output: Path) -> dict[tuple[str, float], dict[str, dict[str, Any]]]:
+    cells: dict[tuple[str, float], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for line in predictions(output):
         cells[line["policy"], line["ratio"]][line["id"]] = line
     return cells
 
 
-def test_every_policy_at_every_ratio_on_the_same_questions(evaluated, question_file) -> None:
+def test_every_policy_at_every_ratio_on_the_same_questions(evaluated: Evaluated, question_file: Path) -> None:
     output, results, _ = evaluated
     records = load_music_avqa(question_file, question_file.parent / "videos")
     assert len(records) == 3 * (4 + 3) - 2
@@ -117,37 +113,30 @@ def test_every_policy_at_every_ratio_on_the_same_questions(evaluated, question_f
     assert read_results(output / "results.json") == results
 
 
-def test_the_full_cache_answers_as_plain_generate(evaluated, question_file, tiny) -> None:
-    model, processor = tiny
+def test_the_full_cache_answers_as_plain_generate(evaluated: Evaluated, question_file: Path, tiny: Tiny) -> None:
     lines = _by_cell(evaluated[0])["full", 1.0]
     for record in load_music_avqa(question_file, question_file.parent / "videos"):
-        inputs = encode(processor, [read_media(record.video)], [record.question])
-        limit = 4 if record.protocol == "word" else 8
-        out = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
-        text = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        assert lines[record.id]["prediction"] == text
+        assert lines[record.id]["prediction"] == generated(*tiny, record, LIMITS[record.protocol])
 
 
-def test_a_compressed_cache_answers_as_generate_inside_the_context(evaluated, question_file, tiny) -> None:
-    model, processor = tiny
+def test_a_compressed_cache_answers_as_generate_inside_the_context(
+    evaluated: Evaluated, question_file: Path, tiny: Tiny
+) -> None:
     lines = _by_cell(evaluated[0])["snapkv", 0.2]
     records = load_music_avqa(question_file, question_file.parent / "videos")
     for record in [records[0], records[6], records[-1]]:
-        inputs = encode(processor, [read_media(record.video)], [record.question])
-        with KVCompressor("snapkv", when="context", ratio=0.2)(model, processor):
-            out = model.generate(**inputs, max_new_tokens=4 if record.protocol == "word" else 8, do_sample=False)
-        text = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        assert lines[record.id]["prediction"] == text
+        with KVCompressor("snapkv", when="context", ratio=0.2)(*tiny):
+            assert lines[record.id]["prediction"] == generated(*tiny, record, LIMITS[record.protocol])
 
 
-def test_ratio_one_changes_no_answer(evaluated) -> None:
+def test_ratio_one_changes_no_answer(evaluated: Evaluated) -> None:
     cells = _by_cell(evaluated[0])
     full = {key: line["prediction"] for key, line in cells["full", 1.0].items()}
     for policy in ("random", "snapkv", "acckv-calibrated"):
         assert {key: line["prediction"] for key, line in cells[policy, 1.0].items()} == full
 
 
-def test_kept_entries_are_exact(evaluated, tiny) -> None:
+def test_kept_entries_are_exact(evaluated: Evaluated, tiny: Tiny) -> None:
     _, results, _ = evaluated
     layers = find_adapter(tiny[0]).dimensions["layers"]
     for row in results.rows:
@@ -168,7 +157,7 @@ def test_kept_entries_are_exact(evaluated, tiny) -> None:
     assert [row.kept_entries for row in halves if row is not None] == [144, pytest.approx(128 * 2 / 3, abs=1e-4)]
 
 
-def test_accuracies_are_those_of_the_predictions(evaluated, question_file) -> None:
+def test_accuracies_are_those_of_thepredictions(evaluated: Evaluated, question_file: Path) -> None:
     output, results, _ = evaluated
     records = {record.id: record for record in load_music_avqa(question_file, question_file.parent / "videos")}
     judge = Judge(None, answer_vocabulary(records.values()), "robust")
@@ -189,12 +178,12 @@ def test_accuracies_are_those_of_the_predictions(evaluated, question_file) -> No
         assert row.groups["unparsed"].n == sum(not score.parsed for score in scores.values())
 
 
-def test_batching_changes_no_answer(evaluated, question_file, export, tmp_path) -> None:
+def test_batching_changes_no_answer(evaluated: Evaluated, question_file: Path, export: Path, tmp_path: Path) -> None:
     # The first two clips were answered together, the third alone.
     options = _options(
         question_file, export, tmp_path, batch_size=1, limit=2, policies="snapkv", ratios=0.2, timelines=0
     )
-    run_evaluation(options, console=Console(file=io.StringIO()))
+    run(options)
     alone, together = _by_cell(tmp_path), _by_cell(evaluated[0])
     for cell, lines in alone.items():
         assert len(lines) == 2 * 7 - 2
@@ -203,16 +192,16 @@ def test_batching_changes_no_answer(evaluated, question_file, export, tmp_path) 
         }
 
 
-def test_limit_takes_whole_clips(question_file, export, tmp_path) -> None:
+def test_limit_takes_whole_clips(question_file: Path, export: Path, tmp_path: Path) -> None:
     options = _options(question_file, export, tmp_path, limit=1, policies="full", update_card=False)
-    results = run_evaluation(options, console=Console(file=io.StringIO()))
+    results, _ = run(options)
     assert [(row.policy, row.n) for row in results.rows] == [
         *(("full", 7), ("control", 7), ("control_audio_evicted", 7), ("control_video_evicted", 7))
     ]
-    assert {line["clip"] for line in _predictions(tmp_path)} == {0}
+    assert {line["clip"] for line in predictions(tmp_path)} == {0}
 
 
-def test_report_files_and_card(evaluated, export) -> None:
+def test_report_files_and_card(evaluated: Evaluated, export: Path) -> None:
     output, results, text = evaluated
     assert {path.name for path in output.iterdir()} == {
         *("results.json", "predictions.jsonl", "failures.json", "pareto.png", "budgets.png"),
@@ -229,13 +218,13 @@ def test_report_files_and_card(evaluated, export) -> None:
     assert "control*" in text
 
 
-def test_report_says_what_was_measured(evaluated) -> None:
+def test_report_says_what_was_measured(evaluated: Evaluated) -> None:
     output, results, _ = evaluated
-    run = read_run(output / "report.json")
-    assert run.command == "python evaluate.py"
+    record = read_run(output / "report.json")
+    assert record.command == "python evaluate.py"
     cells = [(name, ratio) for name in ("random", "snapkv", "acckv-calibrated") for ratio in (0.2, 0.05)]
-    assert [(budget.policy, budget.ratio) for budget in run.budgets] == cells
-    for budget in run.budgets:
+    assert [(budget.policy, budget.ratio) for budget in record.budgets] == cells
+    for budget in record.budgets:
         measured = results.row(budget.policy, budget.ratio)
         assert measured is not None
         assert sum(map(sum, budget.kept)) / len(budget.kept) == pytest.approx(measured.kept_entries, abs=1e-3)
@@ -252,40 +241,38 @@ def test_report_says_what_was_measured(evaluated) -> None:
     assert "python evaluate.py" in (output / "report.html").read_text(encoding="utf-8")
 
 
-def test_model_is_untouched_afterwards(question_file, export, tmp_path, tiny) -> None:
+def test_model_is_untouched_afterwards(question_file: Path, export: Path, tmp_path: Path, tiny: Tiny) -> None:
     model, _ = tiny
     before = {name: id(module) for name, module in model.named_modules()}
     keys = set(vars(find_adapter(model).decoder))
     compressors = build_compressors(_options(question_file, export, tmp_path))
-    with compressors["snapkv", 0.2](model):
+    with compressors[Setting("snapkv", 0.2)](model):
         pass
     assert {name: id(module) for name, module in model.named_modules()} == before
     assert set(vars(find_adapter(model).decoder)) == keys
 
 
 @pytest.fixture(scope="module")
-def after_the_prompt(question_file, export, tmp_path_factory) -> Path:
+def after_the_prompt(question_file: Path, export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output, policies = tmp_path_factory.mktemp("prompt"), "snapkv,keydiff,acckv"
     options = _options(question_file, export, output, when="prompt", limit=2, policies=policies, ratios="0.1")
-    assert run_evaluation(options, console=Console(file=io.StringIO())).when == "prompt"
+    assert run(options)[0].when == "prompt"
     return output
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "keydiff", "acckv"])
-def test_when_prompt_answers_as_generate_inside_the_context(policy, after_the_prompt, question_file, tiny) -> None:
-    model, processor = tiny
+def test_when_prompt_answers_as_generate_inside_the_context(
+    policy: str, after_the_prompt: Path, question_file: Path, tiny: Tiny
+) -> None:
     lines = _by_cell(after_the_prompt)[policy, 0.1]
     records = [r for r in load_music_avqa(question_file, question_file.parent / "videos") if r.id in lines]
     assert len(records) == 12
     for record in records[::3]:
-        inputs = encode(processor, [read_media(record.video)], [record.question])
-        with KVCompressor(policy, when="prompt", ratio=0.1)(model, processor):
-            out = model.generate(**inputs, max_new_tokens=4 if record.protocol == "word" else 8, do_sample=False)
-        text = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        assert lines[record.id]["prediction"] == text
+        with KVCompressor(policy, when="prompt", ratio=0.1)(*tiny):
+            assert lines[record.id]["prediction"] == generated(*tiny, record, LIMITS[record.protocol])
 
 
-def test_generated_clips_are_the_default(tmp_path) -> None:
+def test_generated_clips_are_the_default(tmp_path: Path) -> None:
     data = EvaluationData(clips=2, cache_dir=str(tmp_path))
     records = data.records()
     assert {record.video.parent.parent.name for record in records} == {"test-2-seed0"}
@@ -294,7 +281,7 @@ def test_generated_clips_are_the_default(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("given", ["0.5, 0.2,0.5", [0.2, 0.5], "0.2,0.5"])
-def test_ratios_in_any_spelling(given) -> None:
+def test_ratios_in_any_spelling(given: list[float] | str) -> None:
     assert EvaluationOptions(ratios=given).ratio_list() == [0.5, 0.2]
     assert EvaluationOptions(ratios=0.3).ratio_list() == [0.3]
     assert list(EvaluationOptions(policies="snapkv, full,snapkv").policy_list()) == ["snapkv", "full"]

@@ -1,58 +1,36 @@
-"""Whole evaluations: benchmarks by name, cut off and resumed, shared out, with broken clips; and one clip alone."""
+"""Whole evaluations: benchmarks by name, cut off and resumed, shared out, with broken clips."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from rich.console import Console
 
-from acckv import KVCompressor
-from acckv.benchmarks import judge, load_benchmark
+from acckv.benchmarks import Mode, judge, load_benchmark
 from acckv.benchmarks.judging import ALL_OFFICIAL, ALL_ROBUST
-from acckv.benchmarks.music_avqa_questions import load_music_avqa
-from acckv.data.encoding import encode
-from acckv.data.media import read_media
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.errors import InputError
-from acckv.evaluation.results import CONTROLS, Results, read_results
-from acckv.models import load_model
-from lightning_modules.cli.ask import AskOptions, run_ask
+from acckv.evaluation.results import CONTROLS, read_results
 from lightning_modules.evaluation.datamodule import EvaluationData, Shard
 from lightning_modules.evaluation.options import EvaluationOptions
-from lightning_modules.evaluation.run import merge_evaluations, run_evaluation
+from lightning_modules.evaluation.run import merge_evaluations
+from tests.evaluation.runs import CLIPS, QUESTIONS, predictions, run
 from tests.paths import ROOT
 
-CLIPS, QUESTIONS = 5, 2
 FILES = ("results.json", "predictions.jsonl", "failures.json")
 
 
-@pytest.fixture(scope="module")
-def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Generated clips in the format for data of one's own: one-word questions alone."""
-    root = tmp_path_factory.mktemp("benchmark")
-    file = write_clips(root / "clips", "test", CLIPS, questions_per_clip=QUESTIONS, workers=1, progress=False)
-    rows = [
-        {"video": f"videos/{r.video.name}", "question": r.question, "answer": r.answer, "groups": r.groups}
-        for r in load_music_avqa(file, video_folder(file))
-        if r.protocol == "word"
-    ]
-    (root / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    video_folder(file).rename(root / "videos")
-    return root
-
-
-def options(benchmark: Path, output: Path, **changes: object) -> EvaluationOptions:
-    given = {
+def options(benchmark: Path, output: Path, **changes: Any) -> EvaluationOptions:
+    given: dict[str, Any] = {
         "policies": "random,keydiff",
         "ratios": [0.2],
         "output": str(output),
@@ -61,7 +39,7 @@ def options(benchmark: Path, output: Path, **changes: object) -> EvaluationOptio
         "accelerator": "cpu",
         "data": EvaluationData(benchmark="custom", root=str(benchmark)),
     }
-    return EvaluationOptions(**{**given, **changes})  # type: ignore[arg-type]
+    return EvaluationOptions(**{**given, **changes})
 
 
 def arguments(benchmark: Path, output: Path) -> list[str]:
@@ -69,15 +47,6 @@ def arguments(benchmark: Path, output: Path) -> list[str]:
     script = [sys.executable, str(ROOT / "evaluate.py"), "--policies", "random,keydiff", "--ratios", "0.2"]
     data = ["--data.benchmark", "custom", "--data.root", str(benchmark)]
     return [*script, *data, "--output", str(output), "--batch_size", "2", "--accelerator", "cpu"]
-
-
-def run(given: EvaluationOptions) -> tuple[Results, str]:
-    console = Console(file=io.StringIO(), width=200)
-    return run_evaluation(given, console=console), console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def lines(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -113,10 +82,10 @@ def test_a_benchmark_is_scored_by_both_parsers(benchmark: Path, whole: Path) -> 
     assert results.benchmark == "custom/test"
     assert (results.score, results.clips, results.failed_clips) == ("official", CLIPS, 0)
     for row in results.rows:
-        own = [line for line in lines(whole) if (line["policy"], line["ratio"]) == (row.policy, row.ratio)]
+        own = [line for line in predictions(whole) if (line["policy"], line["ratio"]) == (row.policy, row.ratio)]
         assert {line["id"] for line in own} == set(records) and row.n == len(own) == CLIPS * QUESTIONS
-        for name, mode in ((ALL_OFFICIAL, "official"), (ALL_ROBUST, "robust")):
-            verdicts = [judge("custom", records[line["id"]], line["prediction"], mode) for line in own]  # type: ignore[arg-type]
+        for name, mode in zip((ALL_OFFICIAL, ALL_ROBUST), get_args(Mode), strict=True):
+            verdicts = [judge("custom", records[line["id"]], line["prediction"], mode) for line in own]
             assert [line[mode] for line in own] == [verdict.score for verdict in verdicts]
             assert row.groups[name].accuracy == pytest.approx(sum(v.score for v in verdicts) / len(verdicts))
         assert row.accuracy == pytest.approx(row.groups[ALL_OFFICIAL].accuracy)
@@ -150,7 +119,7 @@ def test_finished_answers_are_scored_anew_by_the_other_parser(benchmark: Path, w
         ({"split": "tset"}, "data.split: 'tset' is not one of train, validation, test"),
     ],
 )
-def test_data_options_that_do_not_fit(data: dict, message: str) -> None:
+def test_data_options_that_do_not_fit(data: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         EvaluationData(**data).records()
 
@@ -169,15 +138,16 @@ def test_the_journal_is_what_results_are_made_of(benchmark: Path, whole: Path, c
     marked = (cut / "journal.jsonl").read_bytes().replace(b'"prediction": "', b'"prediction": "MARK ', 1)
     (cut / "journal.jsonl").write_bytes(marked)
     run(options(benchmark, cut))
-    changed = [a["id"] for a, b in zip(lines(whole), lines(cut), strict=True) if a["prediction"] != b["prediction"]]
-    assert len(changed) == 1 and lines(cut)[0]["prediction"].startswith("MARK ")
+    before, after = predictions(whole), predictions(cut)
+    changed = [one["id"] for one, other in zip(before, after, strict=True) if one["prediction"] != other["prediction"]]
+    assert len(changed) == 1 and after[0]["prediction"].startswith("MARK ")
 
 
 def test_decoded_clips_are_kept_between_evaluations(
     benchmark: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = EvaluationData(benchmark="custom", root=str(benchmark), media_cache=str(tmp_path / "media"))
-    given = {"data": data, "policies": "full", "limit": 2}
+    given: dict[str, Any] = {"data": data, "policies": "full", "limit": 2}
     run(options(benchmark, tmp_path / "first", **given))
     assert len(list((tmp_path / "media").iterdir())) == 2
 
@@ -196,7 +166,7 @@ def test_a_changed_clip_has_its_batch_answered_again(benchmark: Path, whole: Pat
     (tmp_path / "journal.jsonl").write_bytes(marked)
     os.utime(sorted((benchmark / "videos").iterdir())[0])
     run(options(benchmark, tmp_path))
-    kept = {line["clip"] for line in lines(tmp_path) if line["prediction"].startswith("MARK ")}
+    kept = {line["clip"] for line in predictions(tmp_path) if line["prediction"].startswith("MARK ")}
     assert kept == {2, 3, 4}
 
 
@@ -204,12 +174,13 @@ def test_a_folder_with_other_settings_is_not_mixed_with(benchmark: Path, whole: 
     output = tmp_path / "eval"
     shutil.copytree(whole, output)
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    for changes, named in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"seed": 1}, "seed: 0 instead of 1, compressor weights"),
         ({"ratios": [0.1]}, "policies and ratios"),
         ({"limit": 1}, "clips: 5 instead of 1, questions"),
         ({"batch_size": 3}, "batch_size: 2 instead of 3"),
-    ):
+    ]
+    for changes, named in cases:
         with pytest.raises(InputError) as caught:
             run(options(benchmark, output, **changes))
         assert str(output) in str(caught.value) and f"({named})" in str(caught.value)
@@ -235,7 +206,7 @@ def test_shards_joined_give_what_one_machine_gives(benchmark: Path, whole: Path,
     with pytest.raises(InputError, match=r"1 of 3 batches are in no folder \(1\)"):
         merge_evaluations(parts[:1], str(tmp_path / "joint"))
     run(options(benchmark, Path(parts[1]), shard="2/2"))
-    quiet = Console(file=io.StringIO())
+    quiet = Console(quiet=True)
     merge_evaluations(parts, str(tmp_path / "joint"), console=quiet)
     assert_same(whole, tmp_path / "joint")
     run(options(benchmark, Path(parts[1]), seed=3, shard="2/2", overwrite=True))
@@ -307,7 +278,7 @@ def test_a_broken_clip_is_counted_and_listed_and_asked_once_it_is_mended(
     failure = json.loads((output / "failures.json").read_text())
     assert [set(entry) for entry in failure] == [{"clip", "error"}]
     assert failure[0]["clip"] == str(broken) and str(broken) in failure[0]["error"] and str(broken) in text
-    assert {line["clip"] for line in lines(output)} == {0, 2, 3, 4}
+    assert {line["clip"] for line in predictions(output)} == {0, 2, 3, 4}
     broken.write_bytes(content)
     run(options(root, output))
     assert_same(whole, output)
@@ -322,7 +293,7 @@ def test_a_clip_that_the_processor_refuses_is_listed_too(tmp_path: Path) -> None
     data = EvaluationData(question_file=str(file), video_root=str(video_folder(file)))
     for when in ("context", "prompt"):
         results, text = run(options(tmp_path, tmp_path / when, policies="full", data=data, when=when, word_tokens=2))
-        assert results.failed_clips == 1 and {line["video"] for line in lines(tmp_path / when)} == {second.name}
+        assert results.failed_clips == 1 and {line["video"] for line in predictions(tmp_path / when)} == {second.name}
         assert "with cut_long to take the beginning" in text
 
 
@@ -333,49 +304,3 @@ def test_no_readable_clip_is_an_error(benchmark: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not one of 5 clips could be read"):
         run(options(tmp_path / "benchmark", tmp_path / "eval"))
     assert not (tmp_path / "eval" / "results.json").exists()
-
-
-# ------------------------------------------------------------------ one clip
-
-
-def test_ask_gives_what_generate_gives(benchmark: Path) -> None:
-    record = load_benchmark("custom", benchmark)[0]
-    console = Console(file=io.StringIO(), width=120)
-    asked = AskOptions(str(record.video), record.question, policy="snapkv", ratio=0.1, max_new_tokens=6)
-    full, compressed = run_ask(asked, console)
-    model, processor = load_model("tiny")
-    inputs = encode(processor, [read_media(record.video)], [record.question])
-
-    def generated() -> str:
-        new = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        return processor.tokenizer.decode(new, skip_special_tokens=True).strip()
-
-    assert full.text == generated() == record.answer
-    with KVCompressor("snapkv", when="context", ratio=0.1)(model, processor):
-        assert compressed.text == generated()
-    assert full.entries == 272 and 26 <= compressed.entries <= 27.2
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert f"full cache: {full.text}" in text and f"snapkv at 0.1: {compressed.text}" in text
-    assert f"{compressed.kv_bytes:,}" in text and "90.0% of the audio and video entries" in text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["ask", "nothere.mp4", "what?"], "nothere.mp4: no such file"),
-        (["ask", "nothere.mp4"], "the following arguments are required: question"),
-        (["ask", "x.mp4", "what?", "--ratio", "2"], "ratio: 2 is not a number from 0 to 1"),
-        (["ask", "x.mp4", "what?", "--policy", "none"], "policy: 'none' is not one of"),
-        (["ask", "x.mp4", "what?", "--policy", "acckv-calibrated"], "compressor: is missing"),
-        (["merge", "nothere", "--output", "x"], "run.json: no such file"),
-    ],
-)
-def test_other_doors_refuse_in_one_line(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]

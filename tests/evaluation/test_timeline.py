@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,11 +17,14 @@ from acckv.method.modality import Modality
 from acckv.models import load_model
 from acckv.models.clips import Media
 from acckv.policies.single_modality import EvictedModality
-from tests.data.test_media import write_video
+from tests.data.media_files import write_video
+
+Tiny = tuple[Any, Any]
+"""The model and its processor."""
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def tiny() -> Tiny:
     return load_model("tiny")
 
 
@@ -32,12 +37,12 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Media:
 
 
 @pytest.mark.parametrize("policy", ["keydiff", "snapkv", "acckv"])
-def test_recorded_entries_are_those_of_the_cache(policy: str, tiny, media: Media) -> None:
+def test_recorded_entries_are_those_of_the_cache(policy: str, tiny: Tiny, media: Media) -> None:
     model, processor = tiny
-    compressor = KVCompressor(policy)
-    inputs, full = encode_context(processor, media), KVCompressor("full")
+    compressor, everything = KVCompressor(policy), KVCompressor("full")
+    inputs = encode_context(processor, media)
     ((video, audio, heads),) = measure_kept(
-        inputs, lambda: full(model, processor), [(lambda: compressor(model, processor), 0.2)]
+        inputs, lambda: everything(model, processor), [(lambda: compressor(model, processor), 0.2)]
     )
     with compressor(model, processor) as session:
         prefill = session.prefill(**inputs)
@@ -53,11 +58,11 @@ def test_recorded_entries_are_those_of_the_cache(policy: str, tiny, media: Media
             assert found.tolist() == (per_choice * counts[number]).tolist(), (number, modality)
     assert picture_grid(processor, inputs["video_grid_thw"], video.shape[1]) == (3, 3)
     assert picture_grid(processor, inputs["video_grid_thw"], video.shape[1] + 1) is None
-    assert video.shape[1] == 9 * len(media.frames) // 2
+    assert media.frames is not None and video.shape[1] == 9 * len(media.frames) // 2
 
 
 @pytest.mark.parametrize("modality", [Modality.VIDEO, Modality.AUDIO])
-def test_control_evicts_one_modality_and_nothing_else(modality: Modality, tiny, media: Media) -> None:
+def test_control_evicts_one_modality_and_nothing_else(modality: Modality, tiny: Tiny, media: Media) -> None:
     model, processor = tiny
     inputs = encode_context(processor, media)
     control = KVCompressor(EvictedModality(modality))
@@ -81,11 +86,11 @@ def test_no_control_evicts_text() -> None:
 
 
 def test_thumbnails_and_envelope(media: Media) -> None:
+    assert media.frames is not None and media.audio is not None
     pictures = thumbnails(media.frames)
     assert pictures.shape == (6, 3, 72, 72)
     assert pictures.dtype == torch.uint8
     assert pictures[0].float().mean() == pytest.approx(media.frames[0].float().mean().item(), abs=2)
-    assert media.audio is not None
     low, high = envelope(media.audio)
     assert 400 <= len(low) <= 401
     assert (high - low > 1.8).sum() > 350
