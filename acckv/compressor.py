@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from acckv import export
-from acckv.config import CompressionConfig, LoraScope, When
+from acckv.config import CompressionConfig, HeadBudgets, LoraScope, When
 from acckv.data.calibration_record import CalibrationRecord
 from acckv.errors import InputError
 from acckv.export import Export, LowRatio
@@ -30,6 +30,8 @@ class KVCompressor(nn.Module):
         ratio: kept share of the audio and video entries, averaged over layers; 0 to 1.
         budget: kept audio and video entries a layer on average; replaces `ratio`.
         when: 'context' compresses after the media, before any question is seen; 'prompt' after the whole prompt.
+        head_budgets: 'equal': each KV head of a layer keeps as many entries. 'joint': what one ranking over all heads
+            keeps.
         weights: what calibration learned, or None for the training-free policy.
         lora: the adapter that goes with the weights, or None.
         lora_scope: 'after' adapts only tokens after compression, 'all' the prompt too.
@@ -50,6 +52,7 @@ class KVCompressor(nn.Module):
         ratio: float = CompressionConfig.ratio,
         budget: int | None = CompressionConfig.budget,
         when: When = CompressionConfig.when,
+        head_budgets: HeadBudgets = CompressionConfig.head_budgets,
         weights: CalibratedWeights | None = None,
         lora: LoraWeights | None = None,
         lora_scope: LoraScope = "after",
@@ -62,7 +65,7 @@ class KVCompressor(nn.Module):
         if low_ratio is not None and lora_scope == "all":
             raise InputError("is 'all', and the lowest ratios have an adapter of their own", field="lora_scope")
         self.policy = make_policy(policy)
-        self.config = CompressionConfig(ratio, budget, when)
+        self.config = CompressionConfig(ratio, budget, when, head_budgets)
         self.weights, self.lora = weights, lora
         self.lora_scope: LoraScope = lora_scope
         self.base, self.source, self.calibration = base, source, calibration
@@ -97,7 +100,8 @@ class KVCompressor(nn.Module):
 
     def with_ratio(self, ratio: float) -> KVCompressor:
         """The same weights at another ratio."""
-        return KVCompressor(**self._parts(), ratio=ratio, when=self.config.when, source=self.source)
+        config = {**vars(self.config), "ratio": ratio, "budget": None}
+        return KVCompressor(**self._parts(), **config, source=self.source)
 
     def keep_low_ratio(self, below: float) -> None:
         """Keep a copy of the weights as they are now for ratios below `below`, whatever becomes of these."""

@@ -11,6 +11,7 @@ from acckv.errors import InputError
 T = TypeVar("T")
 
 When = Literal["context", "prompt"]
+HeadBudgets = Literal["equal", "joint", "learned"]
 LoraScope = Literal["after", "all"]
 
 
@@ -97,6 +98,14 @@ class CompressionConfig:
         metadata={
             "help": "'context': after the media, before any question is seen. 'prompt': after the whole prompt.",
             "choices": get_args(When),
+        },
+    )
+    head_budgets: HeadBudgets = field(
+        default="equal",
+        metadata={
+            "help": "Entries of a layer's KV heads. 'equal': each keeps as many. 'joint': one ranking over all heads. "
+            "'learned': as calibrated.",
+            "choices": get_args(HeadBudgets),
         },
     )
 

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from acckv.config import CompressionConfig, check_ratio
-from acckv.method.budgets import allocate, share_out, split_layer, total_budget
+from acckv.errors import InputError
+from acckv.method.budgets import allocate, share_out, split_heads, split_layer, total_budget
+from acckv.method.heads import join_heads, join_scores, one_head
 from acckv.method.modality import ModalityMap
 from acckv.method.plan import LayerPlan, LayerScore
 from acckv.method.scoring import Observation
+from acckv.method.topk import soft_topk
 from acckv.policies import Policy
 
 
@@ -21,17 +24,17 @@ class Planner:
     Args:
         config: when is compressed, and how much is kept.
         policy: how entries are scored and budgets are shared, with its learned weights if it has any.
+
+    Raises:
+        InputError: the heads' budgets are to be as learned, and the policy has learned none.
     """
 
     def __init__(self, config: CompressionConfig, policy: Policy) -> None:
+        if config.head_budgets == "learned" and not policy.learns_heads:
+            raise InputError(
+                f"is 'learned', which {policy.name} has no weights for; set it to joint or equal", field="head_budgets"
+            )
         self.config, self.policy = config, policy
-
-    def head(self, index: int) -> Planner:
-        """The planner of a KV head that holds other entries than the rest, as if its layer had no other head.
-
-        It scores and plans; the budgets of the layers are those of the whole.
-        """
-        return Planner(self.config, self.policy.head(index))
 
     def keeps_all(self, ratio: float | None = None) -> bool:
         """Whether nothing would ever be evicted.
@@ -51,6 +54,23 @@ class Planner:
 
     # ------------------------------------------------------------------ budgets
 
+    def heads(self, *kv_heads: int) -> int:
+        """KV heads of a layer that have budgets of their own: all of them, or 1 where each keeps as many.
+
+        Budgets of more than one are counts of (head, entry) pairs.
+
+        Args:
+            kv_heads: of each layer, or of any.
+
+        Raises:
+            InputError: heads have budgets of their own, and layers have different numbers of them.
+        """
+        if self.config.head_budgets == "equal" or self.policy.share_heads or not self.policy.ranks_by_head:
+            return 1
+        if len(set(kv_heads)) > 1:
+            raise InputError("needs as many KV heads in every layer; set it to equal", field="head_budgets")
+        return kv_heads[0]
+
     def ratio_of(self, labels: ModalityMap, layers: int, ratio: float | None = None) -> float:
         """The ratio that is asked for, or the one that the config's absolute budget comes to.
 
@@ -64,7 +84,11 @@ class Planner:
         return effective_ratio(total_budget(1.0, self.config.budget, layers, counts), counts, layers)
 
     def total(self, labels: ModalityMap, layers: int, ratio: float | None = None) -> Tensor:
-        """int64 ``[B]``: entries that all layers together keep of a prompt."""
+        """int64 ``[B]``: entries that all layers together keep of a prompt.
+
+        Args:
+            layers: L, or L * K for (head, entry) pairs.
+        """
         absolute = self.config.budget if ratio is None else None
         ratio = self.config.ratio if ratio is None else ratio
         if self.policy.keeps_all:
@@ -78,8 +102,9 @@ class Planner:
         total: Tensor,
         available: Tensor,
         ratio: float,
+        heads: int = 1,
     ) -> Tensor:
-        """Entries that each layer keeps of both modalities together.
+        """Entries that each layer keeps of both modalities together; (head, entry) pairs of more than one of `heads`.
 
         Args:
             scores: one a layer; None where the policy needs none (it is not `cross_layer`).
@@ -89,21 +114,50 @@ class Planner:
         Returns:
             int64 ``[B, L]``, on the CPU, that sums to `total`.
         """
-        return share_out(total, self.policy.layer_shares(scores, labels, total, ratio), available)
+        of_a_head = total if heads == 1 else total.double() / heads
+        return share_out(total, self.policy.layer_shares(scores, labels, of_a_head, ratio), available)
 
-    def split(self, layer: int, score: LayerScore, budget: Tensor, labels: ModalityMap, ratio: float) -> Tensor:
-        """A layer's whole budget by modality, on the CPU.
+    def split(
+        self, layer: int, score: LayerScore, budget: Tensor, labels: Sequence[ModalityMap], ratio: float
+    ) -> Tensor:
+        """A layer's whole budget by modality, and by KV head where heads have budgets or labels of their own.
+
+        Args:
+            score: on the device of `labels`, its shares on the CPU.
+            budget: int64 ``[B]``, as of :meth:`layer_budgets`.
+            labels: of all heads together, or one a head.
 
         Returns:
-            int64 ``[B, 2]`` or ``[B, K, 2]``, or ``[B, 1]`` where the policy takes one top-k over both.
+            int64 ``[B, 2]`` or ``[B, K, 2]``, on the CPU; the last axis is 1 where one top-k goes over both modalities.
         """
-        if score.modality_shares is None:
-            return budget[:, None]
-        shares = self.policy.modality_shares(layer, score.modality_shares, ratio)
-        return split_layer(budget, shares, labels.counts())
+        shares, counts = score.modality_shares, torch.stack([one.counts() for one in labels], dim=1)
+        if shares is not None:
+            shares = self.policy.modality_shares(layer, shares, ratio)
+        if self.heads(score.score.shape[1]) > 1:
+            return self._joint(score.score, budget, shares, counts, labels)
+        if shares is None:
+            return budget[:, None] if len(labels) == 1 else budget[:, None, None].expand(-1, len(labels), -1)
+        return split_layer(budget, shares, counts)
 
-    def _soft_budgets(self, scores: list[LayerScore], labels: ModalityMap, total: Tensor, ratio: float) -> Tensor:
-        """Real numbers ``[B, L, 2]``, which training differentiates."""
+    def _joint(
+        self, score: Tensor, budget: Tensor, shares: Tensor | None, counts: Tensor, labels: Sequence[ModalityMap]
+    ) -> Tensor:
+        """int64 ``[B, K, 2 or 1]``: a layer's (head, entry) pairs where one top-k goes over its heads.
+
+        Args:
+            shares: ``[B, 2]`` or ``[B, K, 2]``, of which the mean over heads counts; None for one top-k over both
+                modalities; counts: ``[B, 1 or K, 2]``.
+        """
+        by_modality = budget[:, None]
+        if shares is not None:
+            existing = counts.expand(-1, score.shape[1], -1).sum(1)
+            by_modality = split_layer(budget, shares.reshape(len(budget), -1, 2).mean(1), existing)
+        return split_heads(score, _members(labels, shares is not None), by_modality).long().cpu()
+
+    def _soft_budgets(
+        self, scores: list[LayerScore], labels: ModalityMap, total: Tensor, ratio: float, heads: int
+    ) -> Tensor:
+        """Real numbers ``[B, L, 2]``, which training differentiates; of all heads that have budgets of their own."""
         device = scores[0].score.device
         split = [
             self.policy.modality_shares(layer, score.modality_shares, ratio).to(device)
@@ -112,7 +166,7 @@ class Planner:
         ]
         layer_shares = self.policy.layer_shares(scores, labels, total, ratio)
         return allocate(
-            total.to(device), layer_shares.to(device), torch.stack(split, dim=1), labels.counts().to(device)
+            total.to(device), layer_shares.to(device), torch.stack(split, dim=1), heads * labels.counts().to(device)
         )
 
     # -------------------------------------------------------------------- plans
@@ -134,21 +188,23 @@ class Planner:
         Raises:
             InputError: the ratio is no number from 0 to 1.
         """
-        layers = len(observations)
-        total, ratio = self.total(labels, layers, ratio), self.ratio_of(labels, layers, ratio)
+        layers, heads = len(observations), self.heads(*(seen.keys.shape[1] for seen in observations))
+        total, ratio = self.total(labels, layers * heads, ratio), self.ratio_of(labels, layers, ratio)
         scores = self.scores(observations, labels)
         if temperature is not None:
-            split, plans = self._soft_budgets(scores, labels, total, ratio), []
+            split, plans = self._soft_budgets(scores, labels, total, ratio, heads), []
             for layer, seen in enumerate(observations):
                 device = seen.keys.device
-                score, budget = scores[layer].to(device), split[:, layer].to(device)
-                plans.append(self.policy.plan(layer, score, seen, labels.to(device), budget, temperature))
+                score, budget, own = scores[layer].to(device), split[:, layer].to(device), labels.to(device)
+                if heads > 1:
+                    budget = split_heads(score.score, _members([own], True), budget, soft_topk(temperature))
+                plans.append(self.policy.plan(layer, score, seen, own, budget, temperature))
             return plans
         device = scores[0].score.device
-        available = labels.counts().sum(-1, keepdim=True).expand(-1, layers)
-        budgets = self.layer_budgets([score.to(device) for score in scores], labels, total, available, ratio)
+        available = heads * labels.counts().sum(-1, keepdim=True).expand(-1, layers)
+        budgets = self.layer_budgets([score.to(device) for score in scores], labels, total, available, ratio, heads)
         return [
-            self.compress_layer(layer, seen, labels, budgets[:, layer], ratio, scores[layer])
+            self.compress_layer(layer, seen, [labels], budgets[:, layer], ratio, scores[layer])
             for layer, seen in enumerate(observations)
         ]
 
@@ -156,25 +212,46 @@ class Planner:
         self,
         layer: int,
         observation: Observation,
-        labels: ModalityMap,
+        labels: Sequence[ModalityMap],
         budget: Tensor,
         ratio: float,
         score: LayerScore | None = None,
+        policies: Sequence[Policy] = (),
     ) -> LayerPlan:
         """The plan of one layer whose budget is settled.
 
         Args:
-            labels: on any device; the plan is on that of the layer's keys.
+            labels: of all heads together, or one a KV head where they hold different entries; on any device, the plan
+                is on that of the layer's keys.
             budget: int64 ``[B]``, as of :meth:`layer_budgets`.
             ratio: which learned splits depend on.
             score: of the layer, where it is known already.
+            policies: of each head that is planned as if the layer had no other; as many as `labels`, where those are
+                more than one.
         """
-        device = observation.keys.device
-        labels = labels.to(device)
-        score = (self.policy.score(layer, observation, labels) if score is None else score).on_host()
-        split = self.split(layer, score, budget, labels, ratio).cpu()
-        score = LayerScore(score.score.to(device), score.modality_shares)
-        return self.policy.plan(layer, score, observation, labels, split)
+        device, kv_heads = observation.keys.device, observation.keys.shape[1]
+        labels = [one.to(device) for one in labels]
+        if len(labels) == 1:
+            score = (self.policy.score(layer, observation, labels[0]) if score is None else score).on_host()
+            by_head = score.score.to(device).expand(-1, max(score.score.shape[1], self.heads(kv_heads)), -1)
+            score = LayerScore(by_head, score.modality_shares)
+            split = self.split(layer, score, budget, labels, ratio).cpu()
+            return self.policy.plan(layer, score, observation, labels[0], split)
+        alone = [one_head(observation, head, one.host.real) for head, one in enumerate(labels)]
+        heads = list(zip(policies, alone, labels, strict=True))
+        scores = [policy.score(layer, seen, own).on_host() for policy, seen, own in heads]
+        split = self.split(layer, join_scores(scores), budget, labels, ratio)
+        return join_heads(
+            [
+                policy.plan(layer, scores[head], seen, own, split[:, head])
+                for head, (policy, seen, own) in enumerate(heads)
+            ]
+        )
+
+
+def _members(labels: Sequence[ModalityMap], by_modality: bool) -> Tensor:
+    """bool ``[B, 1 or K, M, N]``: the entries of each modality, or of both as one, of all heads or each."""
+    return torch.stack([one.by_modality if by_modality else one.media[:, None] for one in labels], dim=1)
 
 
 def effective_ratio(total: Tensor, counts: Tensor, layers: int) -> float:

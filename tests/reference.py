@@ -77,9 +77,16 @@ class Reference:
             boundary = cache.get_seq_length() - (layer.physical - layer.region)
             times = self.evictions.setdefault(index, [])
             if all(boundary != before for before, _ in times):
-                assert layer.bias is None, "a merged entry is no token"
-                keys, held = full.layers[index].keys[0, :, :boundary], layer.keys[0, :, : layer.region]
-                times.append((boundary, missing(keys, held)))
+                bias = layer.bias
+                if layer.packed is None:
+                    held = layer.keys
+                else:
+                    held, _, empty = layer.packed.padded()
+                    bias = (torch.zeros(empty.shape) if bias is None else bias).masked_fill(empty, -torch.inf)
+                keys, held = full.layers[index].keys[0, :, :boundary], held[0, :, : layer.region]
+                bias = torch.zeros(held.shape[:2]) if bias is None else bias[0]
+                assert bool(((bias == 0) | (bias == -torch.inf)).all()), "a merged entry is no token"
+                times.append((boundary, missing(keys, held, bias == 0)))
 
 
 def hidden_columns(evictions: list[tuple[int, Tensor]], rows: int, columns: int) -> Tensor:
@@ -97,14 +104,19 @@ def cache_of(output: Any) -> Any:
     return output.get("cache", output.get("past_key_values"))
 
 
-def missing(keys: Tensor, held: Tensor) -> Tensor:
-    """bool ``[heads, tokens]`` of the keys ``[heads, tokens, size]`` that are not among those held."""
+def missing(keys: Tensor, held: Tensor, read: Tensor | None = None) -> Tensor:
+    """bool ``[heads, tokens]`` of the keys ``[heads, tokens, size]`` that are not among those held.
+
+    Args:
+        read: bool ``[heads, held]``, false at empty places; None where there are none.
+    """
     tolerance = max(1e-4, 32 * torch.finfo(keys.dtype).eps)  # of rounding: other keys are as far as they are long
     keys, held = keys.double(), held.double()
     nearest = torch.cdist(held, keys).min(dim=-1)
-    if held.numel() and nearest.values.max() > tolerance * keys.abs().max():
+    read = torch.ones(held.shape[:2], dtype=torch.bool) if read is None else read
+    if bool(read.any()) and nearest.values[read].max() > tolerance * keys.abs().max():
         raise AssertionError("entries are held that were never there")
-    return torch.ones(keys.shape[:2], dtype=torch.bool).scatter(1, nearest.indices, False)
+    return torch.zeros(keys.shape[:2]).scatter_add(1, nearest.indices, read.float()) == 0
 
 
 def source_layer(module: Any) -> int:

@@ -210,7 +210,7 @@ class CompressedLayer(DynamicLayer):
             keys, values: held, then merged: joined where anything was merged.
             bias: None is zero; gates: ``[B, 1 or K, M]``, 0 or -inf; kept: as in a plan.
         """
-        counts = kept.view(-1, 1, 1) if kept is not None else (gates > -torch.inf).sum(-1, keepdim=True).cpu()
+        counts = kept.view(len(kept), -1, 1) if kept is not None else (gates > -torch.inf).sum(-1, keepdim=True).cpu()
         width = int(counts.max())
         batch, kv_heads = self.keys.shape[:2]
         # A stable order by gate: what is evicted, then what is kept, in order of position.

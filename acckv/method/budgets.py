@@ -1,12 +1,15 @@
-"""AccKV step 2, adaptive focusing: how many entries each layer and modality keeps, exactly.
+"""AccKV step 2, adaptive focusing: how many entries each layer, modality and KV head keeps, exactly.
 
-Budgets are counts of entries. ``L`` layers, ``B`` batch rows, last axis (video, audio).
+Budgets are counts of entries that every KV head of a layer keeps; where heads keep different numbers, counts of (head,
+entry) pairs. ``L`` layers, ``B`` batch rows, ``K`` KV heads, last axis (video, audio).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from acckv.method.topk import LogGates, hard_topk
 
 
 def focus(score: Tensor, members: Tensor) -> Tensor:
@@ -81,7 +84,7 @@ def total_budget(ratio: float, budget: int | None, layers: int, counts: Tensor) 
     """Entries that all layers together may keep: ``floor(ratio * L * n_av)``, or `budget` a layer.
 
     Args:
-        counts: int64 ``[B, 2]``: video and audio entries of each row.
+        layers: L, or L * K for (head, entry) pairs; counts: int64 ``[B, 2]``: video and audio entries of each row.
 
     Returns:
         int64 ``[B]``.
@@ -114,17 +117,33 @@ def split_layer(budget: Tensor, modality_shares: Tensor, counts: Tensor) -> Tens
 
     Args:
         budget: int64 ``[B]`` entries that every head keeps; modality_shares: ``[B, 2]`` or ``[B, K, 2]``;
-        counts: int64 ``[B, 2]`` entries that exist.
+        counts: int64 ``[B, 2]``, or ``[B, 1 or K, 2]``, entries that exist.
 
     Returns:
         int64 of the shape of `modality_shares`; the last axis sums to ``min(budget, counts.sum())``.
     """
-    budget, counts, shares = budget.cpu(), counts.cpu(), modality_shares.detach().float().cpu()
-    shares = shares.reshape(counts.shape[0], -1, 2)
-    heads = shares.shape[1]
-    total, capacity = budget.repeat_interleave(heads), counts.repeat_interleave(heads, dim=0)
-    amounts = water_fill(total.float(), shares.flatten(0, 1), capacity.float())
-    return round_exactly(amounts, total, capacity).view(modality_shares.shape)
+    shares = modality_shares.reshape(len(budget), -1, 2)
+    capacity = counts.reshape(len(budget), -1, 2).expand(shares.shape)
+    by_head = share_out(budget.repeat_interleave(shares.shape[1]), shares.flatten(0, 1), capacity.flatten(0, 1))
+    return by_head.view(modality_shares.shape)
+
+
+def split_heads(score: Tensor, members: Tensor, budget: Tensor, to_gates: LogGates = hard_topk) -> Tensor:
+    """Entries that each KV head of a layer keeps of each modality where one top-k goes over all its heads.
+
+    The best entries of every head, as many as that, are what the joint top-k keeps.
+
+    Args:
+        score: ``[B, K, N]``; members: bool ``[B, 1 or K, M, N]``, of M modalities, or of both as one;
+        budget: ``[B, M]`` (head, entry) pairs; to_gates: the selection, hard or soft.
+
+    Returns:
+        ``[B, K, M]``, with `budget` as its sum over heads.
+    """
+    heads = score.shape[1]
+    among = members.expand(-1, heads, -1, -1).transpose(1, 2).flatten(2)
+    gates = to_gates(score.flatten(1)[:, None], among, budget).exp()
+    return gates.unflatten(-1, (heads, -1)).sum(-1).transpose(1, 2)
 
 
 def allocate(total: Tensor, layer_shares: Tensor, modality_shares: Tensor, counts: Tensor) -> Tensor:

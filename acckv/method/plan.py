@@ -5,7 +5,6 @@ Inference and the training simulation both call :func:`plan_layer`; they differ 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,24 +13,7 @@ from torch import Tensor
 from acckv.method.cross_calibration import alignment, integrate, rebalance
 from acckv.method.modality import ModalityMap
 from acckv.method.scoring import Observation
-from acckv.method.topk import kept, soft_log_gates
-
-#: (score [..., N], members [..., N], budget [...]) -> log gates [..., N]
-LogGates = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def hard_topk(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
-    """The selection that is shipped: log gates of 0 and -inf."""
-    return torch.where(kept(score, members, budget), 0.0, -torch.inf)
-
-
-def soft_topk(temperature: float) -> LogGates:
-    """The selection that is trained: gates in 0 to 1 that sum to the budget and pass on gradients."""
-
-    def gates(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
-        return soft_log_gates(score, members, budget, temperature)
-
-    return gates
+from acckv.method.topk import LogGates, hard_topk, soft_topk
 
 
 @dataclass(frozen=True)
@@ -112,8 +94,8 @@ class LayerPlan:
         merged_keys, merged_values: the merged entries ``[B, K, M - N, D]``.
         merged_bias: ``[B, K, M - N]`` log mass of the merged entries.
         merged_into: kept prompt entries that changed, or None.
-        kept: int64 ``[B]``, on the CPU: entries that every head of a row keeps, merged ones included; None where only
-            the gates tell.
+        kept: int64 ``[B]``, on the CPU: entries that every head of a row keeps, merged ones included, or ``[B, K]``
+            where heads keep different numbers; None where only the gates tell.
     """
 
     log_gates: Tensor
@@ -157,15 +139,20 @@ def plan_layer(
 
     Args:
         budgets: ``[B, 2]`` or by head ``[B, K, 2]`` entries to keep of each modality, merged ones included (``[B, 1]``
-            for a joint top-k). Whole ones are on the CPU, as is then `layer.modality_shares`.
+            or ``[B, K, 1]`` for one top-k over both). Whole ones are on the CPU, as is then `layer.modality_shares`.
         temperature: None for the hard selection that is shipped, above 0 for its differentiable twin.
         merge, align: None where the step is off.
     """
     if temperature is not None:
         return _plan(layer, observation, labels, budgets, soft_topk(temperature), merge, align)
     plan = _plan(layer, observation, labels, budgets, hard_topk, merge, align)
-    by_row = budgets.sum(-1)  # every head of a row keeps the same number
-    return replace(plan, kept=labels.host.text.sum(-1) + (by_row if by_row.ndim == 1 else by_row[:, 0]))
+    kept = (budgets if budgets.ndim == 3 else budgets[:, None]).sum(-1) + labels.host.text.sum(-1, keepdim=True)
+    return replace(plan, kept=alike(kept))
+
+
+def alike(kept: Tensor) -> Tensor:
+    """Entries kept by each head, ``[B, K]``; ``[B]`` where all heads of a row keep equally many."""
+    return kept[:, 0] if bool((kept == kept[:, :1]).all()) else kept
 
 
 def _plan(
@@ -181,7 +168,8 @@ def _plan(
     members = labels.by_modality
     always = labels.text_gates
     if layer.modality_shares is None:
-        log_gates = torch.maximum(always, to_gates(score, labels.media[:, None], budgets))
+        by_row = budgets if budgets.ndim == 2 else budgets[..., 0]
+        log_gates = torch.maximum(always, to_gates(score, labels.media[:, None], by_row))
         return _without_merging(log_gates, keys, values)
 
     by_head = budgets if budgets.ndim == 3 else budgets[:, None, :]

@@ -108,7 +108,7 @@ def redistribution_weights(
     """Weights ``((i + 1) / (N - j)) ** gamma`` of docs/method.md, step 1, as a row and a column factor.
 
     ``i + 1`` undoes the dilution of query i, ``N - j`` divides by the number of queries that can see column j.
-    Padding on the left counts in neither, so that a padded row equals the row alone; its columns get 0.
+    Padding counts in neither, so that a padded row equals the row alone; its columns get 0.
 
     Args:
         query_positions, real: of an :class:`Observation`.
@@ -116,9 +116,8 @@ def redistribution_weights(
     Returns:
         row factor ``[B, R]`` and column factor ``[B, N]``, on the device.
     """
-    entries = real.shape[1]
     row = (query_positions + 1 - (~real).sum(-1, keepdim=True)).clamp_min(1).float()
-    column = torch.arange(entries, 0, -1).float().expand(real.shape)
+    column = real.flip(-1).cumsum(-1).flip(-1).clamp_min(1).float()  # in a stream, padding may stand in the middle
     return row.to(device) ** gamma, column.to(device) ** -gamma * real.to(device)
 
 

@@ -5,9 +5,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+#: (score [..., N], members [..., N], budget [...]) -> log gates [..., N]
+LogGates = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def hard_topk(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
+    """The selection that is shipped: log gates of 0 and -inf."""
+    return torch.where(kept(score, members, budget), 0.0, -torch.inf)
+
+
+def soft_topk(temperature: float) -> LogGates:
+    """The selection that is trained: gates in 0 to 1 that sum to the budget and pass on gradients."""
+
+    def gates(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:
+        return soft_log_gates(score, members, budget, temperature)
+
+    return gates
 
 
 def kept(score: Tensor, members: Tensor, budget: Tensor) -> Tensor:

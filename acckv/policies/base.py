@@ -39,6 +39,9 @@ class Policy(ABC):
         keeps_all: whether it evicts nothing, whatever the ratio; None where the ratio decides.
         cross_layer: whether a layer's score or budget depends on other layers' scores. Then nothing can be evicted
             before the last layer has run, and a prefill's peak is the full cache.
+        ranks_by_head: whether KV heads have scores of their own, unless `share_heads`; else they keep the same entries
+            whatever the `head_budgets`.
+        learns_heads: whether it has learned budgets of the KV heads (`head_budgets: learned`).
 
     Raises:
         InputError: an option is out of its range; the message names it.
@@ -52,6 +55,8 @@ class Policy(ABC):
     queries: ClassVar[Queries] = "none"
     keeps_all: ClassVar[bool | None] = None
     cross_layer: ClassVar[bool] = False
+    ranks_by_head: ClassVar[bool] = True
+    learns_heads: ClassVar[bool] = False
     window_size = 1
     n_future_positions = 0
 
@@ -112,7 +117,8 @@ class Policy(ABC):
 
         Args:
             scores: one a layer; None where the policy is not `cross_layer` and nothing has been scored yet.
-            total: int64 ``[B]`` entries that all layers together keep, the share `ratio` of all.
+            total: ``[B]`` entries that all layers together keep, the share `ratio` of all; where heads keep different
+                numbers, their mean over heads.
 
         Returns:
             float ``[L]`` or ``[B, L]``; equal unless overridden.
@@ -139,7 +145,7 @@ class Policy(ABC):
         """The plan of one layer: the entries of largest score, unless overridden.
 
         Args:
-            budget: ``[B, 2]`` or ``[B, K, 2]`` entries by modality, ``[B, 1]`` for one top-k over both.
+            budget: ``[B, 2]`` or ``[B, K, 2]`` entries by modality; the last axis is 1 for one top-k over both.
             temperature: None for the hard selection that is shipped, above 0 for its differentiable twin.
         """
         return plan_layer(score, observation, labels, budget, temperature)

@@ -35,6 +35,7 @@ class FastV(Policy):
 
     queries = "window"
     cross_layer = True
+    ranks_by_head = False
 
     def scores(self, observations: list[Observation], labels: ModalityMap) -> list[LayerScore]:
         layer = min(self.agg_layer, len(observations)) - 1

@@ -19,6 +19,7 @@ class Full(Policy):
     """Every entry stays, at any ratio."""
 
     keeps_all = True
+    ranks_by_head = False
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
         batch, _, entries = observation.keys.shape[:3]

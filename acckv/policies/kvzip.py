@@ -24,8 +24,8 @@ class KVzip(Policy):
     It asks for no question, with `when: prompt` too. How the context is repeated:
     :mod:`acckv.runtime.context_reconstruction`.
 
-    Deviation from arXiv 2505.23416: the paper ranks the pairs of all layers and heads together; here that ranking sets
-    the budget of each layer, and the KV heads of a layer keep equally many, so that its storage stays rectangular.
+    With `head_budgets: joint` it keeps what arXiv 2505.23416 keeps: the best (head, entry) pairs of all layers
+    together. With equal heads that ranking sets the budget of each layer alone.
     """
 
     queries = "reconstruction"
@@ -43,6 +43,7 @@ class KVzip(Policy):
         heads = ranked.shape[2]
         ranked = ranked.masked_fill(~labels.media[:, None, None], -torch.inf).flatten(1)
         order = ranked.argsort(dim=-1, descending=True, stable=True)
-        kept = torch.arange(order.shape[1], device=order.device) < heads * total[:, None].to(order.device)
+        pairs = (heads * total.double()).round()[:, None].to(order.device)
+        kept = torch.arange(order.shape[1], device=order.device) < pairs
         among = torch.zeros_like(ranked).scatter_(1, order, kept.to(ranked.dtype))
         return among.view(len(total), len(scores), -1).sum(-1)

@@ -31,6 +31,7 @@ class EvictedModality(Policy):
 
     name = "evicted_modality"
     keeps_all = False
+    ranks_by_head = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,6 +22,8 @@ class StreamingLLM(Policy):
 
     n_sink: int = field(default=4, metadata={"help": "First audio and video entries that are always kept.", "low": 0})
 
+    ranks_by_head = False
+
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
         order = labels.media.long().cumsum(-1)
         total = order[:, -1:]

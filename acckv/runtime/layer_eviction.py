@@ -13,13 +13,12 @@ from transformers.cache_utils import Cache
 from acckv.cache.cache import compressed_layers
 from acckv.errors import InputError
 from acckv.method.budgets import total_budget
-from acckv.method.heads import join_heads, one_head
 from acckv.method.modality import Modality, ModalityMap
-from acckv.method.plan import LayerPlan, LayerScore
+from acckv.method.plan import LayerPlan, LayerScore, alike
 from acckv.method.scoring import Observation
 from acckv.models.base import AttentionLayer
 from acckv.models.batching import DecoderInputs
-from acckv.planner import Planner, Planners, effective_ratio
+from acckv.planner import Planners, effective_ratio
 from acckv.policies.base import Policy
 from acckv.runtime.observation import Observer
 from acckv.runtime.policy_inputs import PolicyInputs, behind
@@ -66,14 +65,13 @@ class LayerEviction:
         self.rotations = policy_inputs.rotations(embedded.position_ids)
         self.new = observer.labels.counts()
         self.held = self._held_labels()
-        self.available = torch.stack([held.media_count for held in self.held], dim=1)
-        self.total = self._total()
         if self.competing:
-            self.ratio = effective_ratio(self.total, self._offered(), len(self.layers))
+            heads = planners.default.heads(max(len(held.planned) for held in self.held))
+            total = self._total(heads, self._available(heads))
+            self.ratio = effective_ratio(total, self._offered(), len(self.layers) * heads)
         self.is_low = planners.is_low(self.ratio)
         self.planner = planners.at(self.ratio)
-        if not self.planner.policy.cross_layer:
-            self.budgets = self._budgets([None] * len(self.layers))
+        self.budgets: Tensor | None = None
         self.waiting: list[Observation] = []
         self._new: dict[torch.device, Tensor] = {}
 
@@ -99,6 +97,8 @@ class LayerEviction:
         for layer, before in zip(self.layers, self.before, strict=True):
             held = self.observer.held_labels(layer, before)
             planned = held if self.competing else _text_before(held, before)
+            if self.config.head_budgets == "equal" and bool((planned == planned[:, :1]).all()):
+                planned = planned[:, :1]  # heads that came to hold the same are planned as one
             maps = [ModalityMap(planned[:, head]).to(device) for head in range(planned.shape[1])]
             found.append(HeldLabels(held, before, maps))
         return found
@@ -108,13 +108,17 @@ class LayerEviction:
         before = self.layers[0].candidates
         return self.new if before is None else before.cpu() + self.new
 
-    def _total(self) -> Tensor:
+    def _available(self, heads: int) -> Tensor:
+        """int64 ``[B, L]``: entries that compete in each layer; (head, entry) pairs of more than one of `heads`."""
+        return torch.stack([held.competing(heads) for held in self.held], dim=1)
+
+    def _total(self, heads: int, available: Tensor) -> Tensor:
         """int64 ``[B]``: entries that all layers together may keep of those that compete now."""
-        count, most = len(self.layers), self.available.sum(-1)
+        count, most = len(self.layers) * heads, available.sum(-1)
         if self.competing:
             return torch.minimum(torch.full_like(most, (self.config.budget or 0) * count), most)
         total = total_budget(self.ratio, None, count, self._offered())
-        total = total - torch.stack([held.kept_before for held in self.held]).sum(0)
+        total = total - torch.stack([held.kept_before(heads) for held in self.held]).sum(0)
         return torch.minimum(total.clamp_min(0), most)
 
     def __call__(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
@@ -132,24 +136,26 @@ class LayerEviction:
         self.observer.forget_probe(self.cache, layer)
 
     @cached_property
-    def heads(self) -> list[Planner]:
-        """The planner of each KV head where heads hold different entries; the same in all layers."""
-        return [self.planner.head(index) for index in range(max(len(held.planned) for held in self.held))]
+    def _policies(self) -> list[Policy]:
+        """The policy of each KV head where heads hold different entries; the same in all layers."""
+        return [self.planner.policy.head(index) for index in range(max(len(held.planned) for held in self.held))]
 
     def _plan(self, slot: int, seen: Observation) -> LayerPlan:
-        """The plan of a layer whose budget is settled."""
-        maps = [labels.to(seen.keys.device) for labels in self.held[slot].planned]
-        if len(maps) == 1:
-            return self.planner.compress_layer(slot, seen, maps[0], self.budgets[:, slot], self.ratio)
-        # Heads hold different entries: each is planned as if the layer had no other.
-        heads = [(self.heads[index], one_head(seen, index), labels) for index, labels in enumerate(maps)]
-        budget = self.budgets[:, slot]
-        return join_heads([head.compress_layer(slot, one, labels, budget, self.ratio) for head, one, labels in heads])
+        """The plan of a layer that need not wait for the others."""
+        kv_heads = seen.keys.shape[1]
+        if self.budgets is None:
+            self.kv_heads, self.budgets = kv_heads, self._budgets([None] * len(self.layers), kv_heads)
+        self.planner.heads(self.kv_heads, kv_heads)  # refuses a layer that has others
+        labels = self.held[slot].planned
+        policies = self._policies if len(labels) > 1 else ()
+        return self.planner.compress_layer(slot, seen, labels, self.budgets[:, slot], self.ratio, policies=policies)
 
-    def _budgets(self, scores: Sequence[LayerScore | None]) -> Tensor:
-        """int64 ``[B, L]``: entries that each layer keeps of those that compete."""
-        labels, available = self.observer.labels, self.available
-        return self.planner.layer_budgets(scores, labels, self.total, available, self.ratio)
+    def _budgets(self, scores: Sequence[LayerScore | None], *kv_heads: int) -> Tensor:
+        """int64 ``[B, L]``: entries that each layer keeps of those that compete, as of `layer_budgets`."""
+        heads = self.planner.heads(*kv_heads)
+        available = self._available(heads)
+        total = self._total(heads, available)
+        return self.planner.layer_budgets(scores, self.observer.labels, total, available, self.ratio, heads)
 
     def finish(self) -> None:
         """Evict what had to wait for the last layer."""
@@ -159,10 +165,9 @@ class LayerEviction:
         waiting = self.policy_inputs.complete(self.waiting, self.cache.layers, self.embedded, [])
         device = self.embedded.embeds.device
         scores = [score.to(device).on_host() for score in self.planner.scores(waiting, labels)]
-        self.budgets = self._budgets(scores)
+        budgets = self._budgets(scores, *(seen.keys.shape[1] for seen in waiting))
         for slot, seen in enumerate(waiting):
-            budget = self.budgets[:, slot]
-            plan = self.planner.compress_layer(slot, seen, labels, budget, self.ratio, scores[slot])
+            plan = self.planner.compress_layer(slot, seen, [labels], budgets[:, slot], self.ratio, scores[slot])
             self._commit(slot, self._behind(slot, plan))
 
     def _new_alone(self, slot: int, seen: Observation) -> Observation:
@@ -182,13 +187,14 @@ class LayerEviction:
         first = self.before[slot]
         if not first:
             return plan
-        stays = self.held[slot].planned[0].labels[:, None, :first] != Modality.PADDING
-        stays = torch.where(stays.to(plan.log_gates.device), 0.0, -torch.inf).to(plan.log_gates)
-        gates = torch.cat([stays.expand(-1, plan.log_gates.shape[1], -1), plan.log_gates], dim=-1)
+        held = self.held[slot].labels[..., :first] != Modality.PADDING
+        stays = torch.where(held.to(plan.log_gates.device), 0.0, -torch.inf).to(plan.log_gates)
+        heads = max(stays.shape[1], plan.log_gates.shape[1])
+        gates = torch.cat([part.expand(-1, heads, -1) for part in (stays, plan.log_gates)], dim=-1)
         merged_into = (
             None if plan.merged_into is None else replace(plan.merged_into, index=plan.merged_into.index + first)
         )
-        kept = None if plan.kept is None else plan.kept + self.held[slot].real[:, :first].sum(-1)
+        kept = None if plan.kept is None else alike(plan.kept.view(len(held), -1) + held.sum(-1))
         return replace(plan, log_gates=gates, merged_into=merged_into, kept=kept)
 
     def _commit(self, slot: int, plan: LayerPlan) -> None:
@@ -215,18 +221,16 @@ class HeldLabels:
 
     @cached_property
     def real(self) -> Tensor:
-        """bool ``[B, N]``, on the CPU: which entries are no padding; the same in all heads."""
+        """bool ``[B, N]``, on the CPU: which entries are no padding; of the first head, where heads differ."""
         return self.labels[:, 0] != Modality.PADDING
 
-    @property
-    def media_count(self) -> Tensor:
-        """int64 ``[B]``: audio and video entries that compete; all heads hold equally many."""
-        return self.planned[0].counts().sum(-1)
+    def competing(self, heads: int) -> Tensor:
+        """int64 ``[B]``: audio and video entries that compete; (head, entry) pairs of more than one of `heads`."""
+        return _over(heads, torch.stack([one.counts().sum(-1) for one in self.planned], dim=1))
 
-    @property
-    def kept_before(self) -> Tensor:
-        """int64 ``[B]``: audio and video entries among those that were held before."""
-        return ModalityMap(self.labels[:, 0, : self.before]).counts().sum(-1)
+    def kept_before(self, heads: int) -> Tensor:
+        """int64 ``[B]``: audio and video entries among those that were held before, counted alike."""
+        return _over(heads, _is_media(self.labels[..., : self.before]).sum(-1))
 
     def on(self, device: torch.device) -> Tensor:
         """int8 ``[B, 1 or K, N]`` on a device."""
@@ -236,10 +240,16 @@ class HeldLabels:
 
 
 def _text_before(labels: Tensor, before: int) -> Tensor:
-    """Labels ``[B, 1, N]`` in which what was held before does not compete: it is text.
+    """Labels ``[B, 1 or K, N]`` in which what was held before does not compete: it is text."""
+    was_kept = _is_media(labels)
+    was_kept[..., before:] = False
+    return labels.masked_fill(was_kept, Modality.TEXT)
 
-    Where only padding and text differ from it, all heads are alike.
-    """
-    old = labels[:, :1, :before]
-    kept = (old == Modality.VIDEO) | (old == Modality.AUDIO)
-    return torch.cat([old.masked_fill(kept, Modality.TEXT), labels[:, :1, before:]], dim=-1)
+
+def _is_media(labels: Tensor) -> Tensor:
+    return (labels == Modality.VIDEO) | (labels == Modality.AUDIO)
+
+
+def _over(heads: int, counts: Tensor) -> Tensor:
+    """The sum of counts ``[B, 1 or K]`` over heads that have budgets of their own; of one, since they are alike."""
+    return counts[:, 0] if heads == 1 else counts.expand(-1, heads).sum(-1)

@@ -58,8 +58,6 @@ class Observer:
         if layer.labels is None:
             return torch.cat([after, new], dim=-1)
         held = layer.labels.cpu().long()
-        if bool((held == held[:, :1]).all()):  # heads that came to hold the same are planned as one
-            held = held[:, :1]
         heads = held.shape[1]
         return torch.cat([held, after.expand(-1, heads, -1), new.expand(-1, heads, -1)], dim=-1)
 

@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 
 from acckv import InputError, KVCompressor
-from acckv.method.heads import join_heads, one_head
-from acckv.method.plan import LayerPlan
-from acckv.method.scoring import Observation
 from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter
-from acckv.planner import Planner
 from acckv.policies import AccKV
 from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
 from acckv.runtime.prefill import Prefill
@@ -217,14 +213,10 @@ def test_a_head_alone_is_planned_as_beside_the_others(built: Built, preset: str)
     assert observed is not None
     labels = prefill.labels
 
-    def plan(planner: Planner, seen: Observation) -> LayerPlan:
-        return planner.compress_layer(1, seen, labels, torch.tensor([7]), 0.3)
-
-    planner = compressor.planners.default
-    seen = observed[1]
-    whole = plan(planner, seen)
-    heads = range(seen.keys.shape[1])
-    joined = join_heads([plan(planner.head(head), one_head(seen, head)) for head in heads])
+    planner, budget = compressor.planners.default, torch.tensor([7])
+    policies = [planner.policy.head(head) for head in range(observed[1].keys.shape[1])]
+    whole = planner.compress_layer(1, observed[1], [labels], budget, 0.3)
+    joined = planner.compress_layer(1, observed[1], [labels] * len(policies), budget, 0.3, policies=policies)
     assert torch.equal(whole.log_gates, joined.log_gates)
     torch.testing.assert_close((whole.merged_keys, whole.merged_values), (joined.merged_keys, joined.merged_values))
     torch.testing.assert_close(whole.merged_bias, joined.merged_bias)

@@ -15,10 +15,10 @@ from acckv.method.plan import (
     MergedInto,
     MergeRule,
     plan_layer,
-    soft_topk,
 )
 from acckv.method.rotary import RotaryLayout, rotate, unrotate
 from acckv.method.scoring import Observation, standardise
+from acckv.method.topk import soft_topk
 from tests.support import not_none
 
 LABELS = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 0, 1], [3, 2, 2, 1, 2, 1, 1, 1, 1, 0]])

@@ -173,26 +173,27 @@ def test_a_head_alone_and_heads_joined() -> None:
         0.5,
     )
     for head in range(KV_HEADS):
-        alone = one_head(seen, head)
+        alone = one_head(seen, head, seen.real)
         assert torch.equal(alone.queries, seen.queries[:, 3 * head : 3 * head + 3])
         assert torch.equal(alone.keys, seen.keys[:, head : head + 1])
         assert torch.equal(alone.values, seen.values[:, head : head + 1])
         assert alone.reconstruction is None and alone.scaling == 0.5
     attention = random(2, KV_HEADS, 8)
-    fed = one_head(Observation(**vars(seen) | {"reconstruction": attention}), 1)
+    fed = one_head(Observation(**vars(seen) | {"reconstruction": attention}), 1, seen.real)
     assert fed.reconstruction is not None and torch.equal(fed.reconstruction, attention[:, 1:])
 
-    def plan(merged: bool) -> LayerPlan:
+    def plan(merged: bool, kept: list[int]) -> LayerPlan:
         into = MergedInto(torch.tensor([[[1]], [[4]]]), random(2, 1, 1, SIZE), random(2, 1, 1, SIZE))
         parts = random(2, 1, 10), random(2, 1, 2, SIZE), random(2, 1, 2, SIZE), random(2, 1, 2)
-        return LayerPlan(*parts, into if merged else None, torch.tensor([3, 4]))
+        return LayerPlan(*parts, into if merged else None, torch.tensor(kept))
 
-    plans = [plan(True), plan(True)]
+    plans = [plan(True, [3, 4]), plan(True, [3, 4])]
     joined = join_heads(plans)
     for name in ("log_gates", "merged_keys", "merged_values", "merged_bias"):
         assert torch.equal(getattr(joined, name), torch.cat([getattr(each, name) for each in plans], dim=1))
     for name in ("index", "keys", "values"):
         parts = [getattr(each.merged_into, name) for each in plans]
         assert torch.equal(getattr(joined.merged_into, name), torch.cat(parts, dim=1))
-    assert joined.kept is plans[0].kept
-    assert join_heads([plan(False), plan(False)]).merged_into is None
+    assert joined.kept is not None and joined.kept.tolist() == [3, 4]
+    apart = join_heads([plan(False, [3, 4]), plan(False, [3, 5])])
+    assert apart.merged_into is None and apart.kept is not None and apart.kept.tolist() == [[3, 3], [4, 5]]

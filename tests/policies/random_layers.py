@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from acckv import KVCompressor
-from acckv.config import When, option_fields
+from acckv.config import HeadBudgets, When, option_fields
 from acckv.method.modality import Modality, ModalityMap
 from acckv.method.rotary import RotaryLayout, Rotation
 from acckv.method.scoring import Observation
@@ -123,11 +123,19 @@ def layer_budgets(planner: Planner, observations: list[Observation], labels: Mod
     return planner.layer_budgets(planner.scores(observations, labels), labels, total, available, planner.config.ratio)
 
 
-def compressor_of(policy: str, ratio: float = 0.2, when: When = "context", **options: Any) -> KVCompressor:
+def compressor_of(
+    policy: str,
+    ratio: float = 0.2,
+    when: When = "context",
+    head_budgets: HeadBudgets = "equal",
+    budget: int | None = None,
+    **options: Any,
+) -> KVCompressor:
     """With those of the options that the policy has."""
     known = option_fields(POLICIES[policy])
     own = {name: value for name, value in options.items() if name in known}
-    return KVCompressor(make_policy({"class_path": policy, "init_args": own}), ratio=ratio, when=when)
+    made = make_policy({"class_path": policy, "init_args": own})
+    return KVCompressor(made, ratio=ratio, budget=budget, when=when, head_budgets=head_budgets)
 
 
 def totals(labels: ModalityMap, ratio: float) -> list[int]:

@@ -127,7 +127,7 @@ def test_madakv(seed: int, ratio: float, coverage: float) -> None:
     planner = compressor.planners.default
     scores = planner.scores(seen, labels)
     by_layer = layer_budgets(planner, seen, labels)
-    split = [planner.split(layer, score, by_layer[:, layer], labels, ratio) for layer, score in enumerate(scores)]
+    split = [planner.split(layer, score, by_layer[:, layer], [labels], ratio) for layer, score in enumerate(scores)]
     budgets = torch.stack(split, dim=1)
     demands = compressor.policy.layer_shares(scores, labels, torch.tensor(totals(labels, ratio)), ratio)
     for b, total in enumerate(totals(labels, ratio)):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv.cache.cache import compressed_layers
-from acckv.config import When
+from acckv.config import HeadBudgets, When
 from acckv.method.plan import MergedInto
 from acckv.policies import POLICIES
 from tests import tiny_omni
@@ -115,14 +115,23 @@ def test_a_padded_row_is_planned_as_the_row_alone(policy: str, seed: int, ratio:
 
 
 @pytest.mark.parametrize(
-    ("model", "policy", "when", "ratio"),
-    by_turns(ATTENTION, [name for name in COMPRESSING if name != "acckv"], ["context", "prompt"], [0.6, 0.2]),
+    ("model", "policy", "when", "amount"),
+    by_turns(
+        ATTENTION,
+        [name for name in COMPRESSING if name != "acckv"],
+        ["context", "prompt"],
+        [(0.6, "equal"), (0.2, "equal"), (0.15, "joint")],
+    ),
     indirect=["model"],
 )
-def test_eviction_is_simulation_is_masking(model: Any, policy: str, when: When, ratio: float) -> None:
+def test_eviction_is_simulation_is_masking(
+    model: Any, policy: str, when: When, amount: tuple[float, HeadBudgets]
+) -> None:
     """The evicted cache, the gated full cache and masked full attention without a cache give the same logits."""
     inputs = tiny_omni.context() if when == "context" else tiny_omni.prompt()
-    with compressor_of(policy, ratio=ratio, when=when)(model, tiny_omni.Tokenizer()) as session, torch.no_grad():
+    ratio, heads = amount
+    compressor = compressor_of(policy, ratio=ratio, when=when, head_budgets=heads)
+    with compressor(model, tiny_omni.Tokenizer()) as session, torch.no_grad():
         prefill = session.prefill(**inputs)
         plans = session.plan(prefill)
         evicted_cache = session.compress(prefill)
@@ -139,7 +148,8 @@ def test_eviction_is_simulation_is_masking(model: Any, policy: str, when: When, 
     assert (evicted - reference).abs().max() < 1e-5
     assert (simulated - evicted).abs().max() < 1e-5
     media = tiny_omni.VIDEO_TOKENS + tiny_omni.AUDIO_TOKENS
-    assert float(evicted_cache.kept_entries().sum()) == int(ratio * 3 * media + 1e-9)
+    apart = compressor.planners.default.heads(2)
+    assert float(evicted_cache.kept_entries().sum()) == int(ratio * 3 * apart * media + 1e-9) / apart
 
 
 def test_kept_modalities_are_the_mean_over_heads(model: Any) -> None:

@@ -68,19 +68,33 @@ class Peak:
         monkeypatch.setattr(CompressedLayer, "update", watched)
 
 
-@pytest.mark.parametrize("policy", ["keydiff", "h2o", "streaming_llm"])
-def test_a_stream_equals_one_masked_forward(built: Built, policy: str) -> None:
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("keydiff", {}),
+        ("h2o", {}),
+        ("streaming_llm", {}),
+        ("keydiff", {"head_budgets": "joint"}),
+        ("h2o", {"head_budgets": "joint"}),
+        ("keydiff", {"head_budgets": "joint", "budget": None, "ratio": 0.3}),
+    ],
+)
+def test_a_stream_equals_one_masked_forward(built: Built, policy: str, options: dict[str, Any]) -> None:
     """With an absolute budget all that is held competes, and heads hold different entries of different modality."""
     family, model = built
     chunks = stream(family, model, 5)
     cache, reference = None, Reference(model)
-    with KVCompressor(policy, budget=BUDGET)(model) as session:
+    with KVCompressor(policy, **{"budget": BUDGET} | options)(model) as session:
         for number, chunk in enumerate(chunks):
             cache = session.extend(chunk, cache)
             reference.read(family.join(chunks[: number + 1]), cache)
         logits = continued(family, model, session, not_none(cache), (20, 21))
-    kept = [int(not_none(layer.kept).sum()) for layer in compressed_layers(not_none(cache))]
-    assert kept == [BUDGET] * family.layers
+    held = torch.tensor([float(not_none(layer.kept).sum()) for layer in compressed_layers(not_none(cache))])
+    if "ratio" in options:
+        heads = session.adapter.dimensions["kv_heads"]
+        assert float(held.sum() * heads) == pytest.approx(int(0.3 * family.layers * heads * 5 * CHUNK + 1e-9))
+    else:
+        assert held.tolist() == [BUDGET] * family.layers
     expected = whole(family, reference, [*chunks, family.text(model, (20, 21))], 2)
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -122,7 +136,9 @@ def test_a_ratio_keeps_its_share_of_every_chunk(decoder: Built) -> None:
             assert kept == int(0.1 * family.layers * CHUNK * count + 1e-9)
 
 
-def test_a_stream_in_a_batch(decoder: Built) -> None:
+@pytest.mark.parametrize("options", [{"budget": BUDGET}, {"ratio": 0.3}])
+@pytest.mark.parametrize("heads", ["equal", "joint"])
+def test_a_stream_in_a_batch(decoder: Built, options: dict[str, Any], heads: Any) -> None:
     """Two streams side by side, one of which goes quiet sooner, equal each alone."""
     family, model = decoder
     rows = [
@@ -130,11 +146,11 @@ def test_a_stream_in_a_batch(decoder: Built) -> None:
         for row in (0, 1)
     ]
     question = torch.tensor([[20, 21]])
-    with KVCompressor("acckv", budget=BUDGET)(model, Tokenizer()) as session:
+    with KVCompressor("acckv", head_budgets=heads, **options)(model, Tokenizer()) as session:
         batch = run(session, [family.collate([rows[0][n], rows[1][n]]) for n in range(4)])
-        together = session.answer(batch, question.expand(2, -1), max_new_tokens=5, do_sample=False)
+        together = session.answer(batch, question.expand(2, -1), max_new_tokens=5, do_sample=False, num_beams=2)
         for row, chunks in enumerate(rows):
-            alone = session.answer(run(session, chunks), question, max_new_tokens=5, do_sample=False)
+            alone = session.answer(run(session, chunks), question, max_new_tokens=5, do_sample=False, num_beams=2)
             assert torch.equal(together[row], alone[0])
 
 
