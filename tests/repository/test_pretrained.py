@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections import Counter
@@ -19,7 +20,7 @@ from acckv.models import load_model
 from benchmarks.pretrained import rival
 from benchmarks.pretrained.__main__ import main
 from benchmarks.pretrained.clips import longest_answer, tokenize, write_clips, write_tokens
-from benchmarks.pretrained.decoder import About, answer_loss, make_decoder, pack, save_decoder, share_right
+from benchmarks.pretrained.decoder import About, answer_loss, finetune, make_decoder, pack, save_decoder, share_right
 from benchmarks.pretrained.kinds import FIRST_SEED, KINDS, SIZES, START, Size, make_clip
 from benchmarks.pretrained.results import Cell, Row, append_rows, read_rows, tables
 from benchmarks.pretrained.scoring import score
@@ -28,6 +29,7 @@ from tests import checkpoints
 
 TINY = Size(facts=2, prose=0, quoted=3)
 SPLITS = ("train", "validation", "test")
+ABOUT = About("abc", "none", ["facts"], 80, 0.0, {"facts": 1.0})
 CELL = Cell("abc", "facts", 500, 2, "acckv", "kvzip", "joint", "", 0.1, 0)
 
 # ------------------------------------------------------------------ clips
@@ -151,7 +153,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
             answer_loss(model, packed)[0].backward()
             optimizer.step()
             optimizer.zero_grad()
-        save_decoder(output / "decoder", model, processor.tokenizer, About("abc", "none", 80, 1.0, 0.0))
+        save_decoder(output / "decoder", model, processor.tokenizer, ABOUT)
     return output, *load_model(output / "decoder")
 
 
@@ -227,9 +229,25 @@ def test_a_table_is_that_of_plain_generation_and_is_measured_once(
 
 def test_a_decoder_that_is_there_is_kept_and_another_fine_tuning_refused(trained: tuple[Path, Any, Any]) -> None:
     folder = trained[0] / "decoder"
-    assert make_decoder(folder, 80, 3, print) == About("abc", "none", 80, 1.0, 0.0)
-    with pytest.raises(InputError, match="had 80 steps of fine-tuning, not 2"):
-        make_decoder(folder, 2, 3, print)
+    assert make_decoder(folder, ["facts"], 80, 3, print) == ABOUT
+    for kinds, steps in ((["facts"], 2), (["facts", "joined"], 80)):
+        with pytest.raises(InputError, match="was fine-tuned for 80 steps on facts; give another"):
+            make_decoder(folder, kinds, steps, 3, print)
+
+
+def test_a_fine_tuning_lowers_the_loss_of_its_clips_and_leaves_a_plain_decoder(trained: tuple[Path, Any, Any]) -> None:
+    _, model, processor = trained
+    kinds = ("other", "counted")
+    clips = [make_clip(kind, "finetuning", number, TINY) for number in range(2) for kind in kinds]
+
+    def loss(model: Any) -> float:
+        with torch.no_grad():
+            return sum(float(answer_loss(model, pack(clip, processor.tokenizer))[0]) for clip in clips)
+
+    lines: list[str] = []
+    tuned = finetune(copy.deepcopy(model), processor.tokenizer, kinds, 15, 2, lines.append, TINY)
+    assert loss(tuned) < 0.9 * loss(model) and len(lines) == 15
+    assert type(tuned) is type(model) and tuned.state_dict().keys() == model.state_dict().keys()
 
 
 def test_the_rivals_presses_are_those_of_its_script() -> None:
