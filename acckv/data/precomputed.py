@@ -117,7 +117,8 @@ def load_precomputed(folder: str | Path, split: str, held_out: float | None = No
     clips = sorted({record.video for record in records})
     if len(clips) < 2:
         raise InputError("asks about one clip, of which none can be held out; give each line a split", source=file)
-    parts = dict(zip(("train", "validation"), hold_out(folder, clips, held_out), strict=True))
+    sides = hold_out(folder, clips, held_out, f"give each line of {QUESTIONS} a split")
+    parts = dict(zip(("train", "validation"), sides, strict=True))
     return [record for record in records if record.video in parts[split]]
 
 

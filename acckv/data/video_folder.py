@@ -27,7 +27,9 @@ def list_videos(folder: str | Path, field: str = "data.folder") -> list[Path]:
     return videos
 
 
-def hold_out(folder: str | Path, videos: list[Path], share: float) -> tuple[list[Path], list[Path]]:
+def hold_out(
+    folder: str | Path, videos: list[Path], share: float, remedy: str = "set data.validation_folder"
+) -> tuple[list[Path], list[Path]]:
     """Split videos into (training, validation), each by a hash of its own name: no other video has an influence on it.
 
     So a video stays where it is whatever is added or removed; the share that is held out is about the one asked for.
@@ -35,6 +37,7 @@ def hold_out(folder: str | Path, videos: list[Path], share: float) -> tuple[list
     Args:
         folder: that the videos are in; where it lies has no influence.
         share: chance of a video to be held out, above 0 and below 1.
+        remedy: what to do instead, for the message.
 
     Raises:
         InputError: one of both is empty, as may be in a small folder; the message has a share that fills both.
@@ -43,14 +46,14 @@ def hold_out(folder: str | Path, videos: list[Path], share: float) -> tuple[list
     validation = [path for path in videos if _hash(path.relative_to(folder)) < share]
     training = [path for path in videos if _hash(path.relative_to(folder)) >= share]
     if len(hashes) < 2:
-        message = "holds one video, of which none can be held out; add more, or set data.validation_folder"
+        message = "holds one video, of which none can be held out; add more, or " + remedy
         raise InputError(message, source=folder, field="data.folder")
     if not validation or not training:
         what, other = ("all are", len(videos) - 1) if validation else ("none is", 1)
         fitting = _short_between(hashes[0], hashes[1]) if not validation else _short_between(hashes[-2], hashes[-1])
         message = (
             f"of {len(videos)} videos {what} held out at {share:g} (each by its name alone, so that none moves as "
-            f"others come); {fitting} holds out {other}, or set data.validation_folder"
+            f"others come); {fitting} holds out {other}, or {remedy}"
         )
         raise InputError(message, source=folder, field="data.validation_share")
     return training, validation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from acckv.models import load_processor
 from lightning_modules.calibration.clip_cache import ClipCache
 from lightning_modules.calibration.config import DataConfig
 from lightning_modules.calibration.dataset import ClipDataset, ClipLoader, StepSampler
-from lightning_modules.calibration.sources import SOURCES, ClipSource
+from lightning_modules.calibration.sources import ClipSource
 
 
 class AVDataModule(LightningDataModule):
@@ -42,7 +43,7 @@ class AVDataModule(LightningDataModule):
     @property
     def source(self) -> ClipSource:
         """The origin of clips and questions."""
-        return SOURCES[self.options.source](self.options, self._root or Path())
+        return ClipSource(self.options, self._root or Path())
 
     @property
     def _root(self) -> Path | None:
@@ -119,6 +120,7 @@ class AVDataModule(LightningDataModule):
         Args:
             ratios: least and largest kept share trained; steps: optimiser steps.
         """
-        source, records = self.source, self.records("train")
-        trained_for = self.options.calibrate_for
-        return CalibrationRecord.of(source.training_data, records, ratios, steps, source.kind, trained_for)
+        options, (data, _) = self.options, self.source.names
+        # Prompts are all that tells questions of plain videos apart.
+        kind = attrgetter("question") if options.source == "folder" else None
+        return CalibrationRecord.of(data, self.records("train"), ratios, steps, kind, options.calibrate_for)

@@ -77,7 +77,7 @@ class EvaluateExport(EndOfCalibration):
         # Of a model that is split over processes this one has a part.
         loaded = None if is_sharded(module) else (module.model, module.processor)
         self.results = run_evaluation(
-            options, "python train.py", questions=(data.source.benchmark, records), model=loaded
+            options, "python train.py", questions=(data.source.names[1], records), model=loaded
         )
 
 

@@ -61,7 +61,7 @@ def test_the_closing_evaluation_asks_the_model_in_memory(
         output=str(tmp_path / "again"),
         accelerator="cpu",
     )
-    again = evaluation_run.run_evaluation(options, questions=(data.source.benchmark, data.records("validation")))
+    again = evaluation_run.run_evaluation(options, questions=(data.source.names[1], data.records("validation")))
     assert evaluation.results is not None and evaluation.results.rows == again.rows
     answers = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("eval", "again")]
     assert answers[0] == answers[1] and answers[0]

@@ -39,7 +39,7 @@ def test_a_benchmark_is_trained_on_in_its_own_words(root: Path) -> None:
     assert end == tokenizer.eos_token_id
     assert batch.inputs["input_ids"].shape[0] == 1
     made = data.calibration_record((0.1, 0.5), 3)
-    assert made.data.endswith("/train") and made.questions == 2 and data.source.benchmark.endswith("/validation")
+    assert made.data.endswith("/train") and made.questions == 2 and data.source.names[1].endswith("/validation")
 
 
 @pytest.mark.parametrize(

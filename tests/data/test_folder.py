@@ -24,7 +24,6 @@ from acckv.models import load_model, load_processor
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.dataset import ClipDataset
 from lightning_modules.calibration.pseudo_labels import PROMPTS, LabelSettings, PseudoLabels, label_clips
-from lightning_modules.calibration.sources import VideoFolder
 from lightning_modules.cli.train import main
 from tests.paths import ROOT
 
@@ -126,9 +125,7 @@ def test_answers_go_on_where_they_were(clips: Path, tmp_path: Path) -> None:
 
 
 def videos(split: str, **options: Any) -> list[Path]:
-    source = AVDataModule(source="folder", **options).source
-    assert isinstance(source, VideoFolder)
-    return source.videos(split)
+    return AVDataModule(source="folder", **options).source.videos(split)
 
 
 def test_bad_folders(clips: Path, tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ def test_questions(tmp_path: Path) -> None:
     parts = [load_precomputed(tmp_path, split, held_out=0.5) for split in ("train", "validation")]
     assert {record.video for record in parts[0]}.isdisjoint(record.video for record in parts[1])
     assert sorted(record.id for part in parts for record in part) == ["one#1", "two#2", "two#3"]
+    with pytest.raises(InputError, match=r"held out at 0\.0001 .*, or give each line of questions\.jsonl a split"):
+        load_precomputed(tmp_path, "train", held_out=0.0001)
     folder_of(tmp_path, [row(split="train"), row("two", split="validation"), row("three", split="train")])
     assert [record.id for record in load_precomputed(tmp_path, "train", 0.5)] == ["one#1", "three#3"]
 
