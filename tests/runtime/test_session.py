@@ -11,14 +11,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv import InputError, KVCompressor, policies
 from acckv.cache.cache import compressed_layers
-from acckv.config import When
+from acckv.config import HeadBudgets, When
 from acckv.policies.base import Queries
 from tests import tiny_omni
 from tests.pairwise import by_turns
 from tests.support import not_none
 
 POLICIES = [name for name in policies.POLICIES if name != "full"]
-ATTENTION, WHEN = ["sdpa", "eager"], ["context", "prompt"]
+ATTENTION, WHEN, HEADS = ["sdpa", "eager"], ["context", "prompt"], ["equal", "joint"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
 
@@ -83,10 +83,12 @@ def test_an_error_inside_leaves_nothing(sdpa: Any) -> None:
     assert fingerprint(sdpa) == before
 
 
-@pytest.mark.parametrize(("model", "policy"), by_turns(ATTENTION, POLICIES), indirect=["model"])
-def test_generate_equals_compress_then_answer(model: Any, policy: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "heads", "policy"), by_turns(by_turns(ATTENTION, HEADS), POLICIES), indirect=["model"]
+)
+def test_generate_equals_compress_then_answer(model: Any, heads: HeadBudgets, policy: str) -> None:
     question = torch.tensor([[20, 21, 22]])
-    with KVCompressor(policy, ratio=0.3)(model, tiny_omni.Tokenizer()) as session:
+    with KVCompressor(policy, ratio=0.3, head_budgets=heads)(model, tiny_omni.Tokenizer()) as session:
         whole = model.generate(**tiny_omni.prompt(), **GREEDY)
         cache = session.compress(**tiny_omni.context())
         held = cache.kv_bytes()
@@ -121,28 +123,28 @@ def left_padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("model", "policy", "when"),
-    by_turns(ATTENTION, [name for name in POLICIES if name != "random"], WHEN),
+    ("model", "heads", "policy", "when"),
+    by_turns(by_turns(ATTENTION, HEADS), [name for name in POLICIES if name != "random"], WHEN),
     indirect=["model"],
 )
-def test_left_padded_batch_equals_single_rows(model: Any, policy: str, when: When) -> None:
+def test_left_padded_batch_equals_single_rows(model: Any, heads: HeadBudgets, policy: str, when: When) -> None:
     """Clips whose media start and end at different places, questions of different length."""
     rows = [
         tiny_omni.prompt((20, 21, 22), seed=0),
         tiny_omni.prompt((25,), seed=1, intro=(2, 10, 11, 12, 13, 14)),
         tiny_omni.prompt((26, 27, 28, 29, 30, 31, 32), seed=2, intro=(2,)),
     ]
-    compressor = KVCompressor(policy, when=when, ratio=0.35)
+    compressor = KVCompressor(policy, when=when, ratio=0.35, head_budgets=heads)
     with compressor(model, tiny_omni.Tokenizer()):
         single = [model.generate(**row, **GREEDY)[0, -6:].tolist() for row in rows]
         batch = model.generate(**left_padded(rows), **GREEDY)[:, -6:].tolist()
     assert batch == single
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "acckv"])
-def test_beams_samples_and_several_returns(sdpa: Any, policy: str) -> None:
+@pytest.mark.parametrize(("policy", "heads"), [("snapkv", "equal"), ("acckv", "equal"), ("keydiff", "joint")])
+def test_beams_samples_and_several_returns(sdpa: Any, policy: str, heads: HeadBudgets) -> None:
     """Beam search reorders the cache: each beam's sequence must score as when it is replayed alone."""
-    with KVCompressor(policy, ratio=0.3)(sdpa, tiny_omni.Tokenizer()) as session:
+    with KVCompressor(policy, ratio=0.3, head_budgets=heads)(sdpa, tiny_omni.Tokenizer()) as session:
         beams = sdpa.generate(
             **tiny_omni.prompt(),
             max_new_tokens=6,
