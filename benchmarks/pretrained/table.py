@@ -80,7 +80,7 @@ def measure_policies(
 def measure_export(given: Measurement, kind: str, export: Path, ratios: Sequence[float]) -> None:
     """Add the rows of a calibrated export that are missing."""
     config = read_json(export / CONFIG)
-    on, heads = "+".join(config["calibration"]["kinds"]), config["compression"].get("head_budgets", "equal")
+    on, heads = "+".join(config["calibration"]["kinds"]), config["compression"]["head_budgets"]
     lacking = given.missing(given.cell(kind, CALIBRATED, heads, ratio, on) for ratio in ratios)
     if lacking:
         at = [cell.ratio for cell in lacking]
@@ -92,9 +92,7 @@ def _run(given: Measurement, kind: str, head_budgets: str, calibrated_on: str, *
     size, tokenizer = SIZES[given.length], given.processor.tokenizer
     clips = given.output / "clips" / f"{kind}-{given.length}-{given.clips}"
     write_clips(clips, [kind], {"test": given.clips}, size, given.model, tokenizer)
-    if head_budgets != "equal":
-        options["head_budgets"] = head_budgets
-    settings = [given.digest, given.seed, given.batch_size, options]
+    settings = [given.digest, given.seed, given.batch_size, head_budgets, options]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     folder = given.output / "evaluations" / f"{clips.name}-{name}"
     limit, started = longest_answer(kind, given.clips, size, tokenizer), time.monotonic()
@@ -110,6 +108,7 @@ def _run(given: Measurement, kind: str, head_budgets: str, calibrated_on: str, *
             timelines=0,
             update_card=False,
             accelerator="cpu",
+            head_budgets=head_budgets,
             **options,
         ),
         console=Console(quiet=True, width=200),

@@ -11,7 +11,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from acckv import KVCompressor
 from acckv.benchmarks import Mode
-from acckv.config import When
+from acckv.config import HeadBudgets, When
 from acckv.errors import InputError
 from acckv.evaluation.results import AUDIO_EVICTED, CALIBRATED, CONTROL, FULL, VIDEO_EVICTED, Setting
 from acckv.io.registry import load_plugins
@@ -39,6 +39,8 @@ class EvaluationOptions:
             defaults is `{class_path: snapkv, init_args: {window_size: 64}}` in the list.
         ratios: kept shares of the audio and video entries, 0 to 1, separated by commas.
         when: compress after the media, before any question is seen (context), or after the whole prompt (prompt).
+        head_budgets: how many entries each KV head of a layer keeps: equal, or joint, one ranking over all heads. None
+            is equal, and what an export has.
         limit: measure only this many clips, each with all its questions.
         output: folder of results.json, predictions.jsonl, failures.json, pareto.png, budgets.png and report.html. A run
             that was cut off goes on where it was.
@@ -69,6 +71,7 @@ class EvaluationOptions:
     policies: list[str | dict[str, Any]] | str = field(default_factory=known_policies)
     ratios: list[float] | float | str = field(default_factory=lambda: [1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.0])
     when: When = "context"
+    head_budgets: HeadBudgets | None = None
     limit: int | None = None
     output: str = "runs/eval"
     overwrite: bool = False
@@ -158,6 +161,7 @@ def build_compressors(options: EvaluationOptions) -> dict[Setting, KVCompressor]
     Raises:
         InputError: the export of the calibrated compressor is not usable.
     """
+    shared = _shared_options(options)
     found: dict[Setting, KVCompressor] = {
         Setting(FULL, 1.0): KVCompressor("full", when=options.when),
         Setting(CONTROL, 0.0): KVCompressor(Random(seed=options.seed), when=options.when),
@@ -170,10 +174,16 @@ def build_compressors(options: EvaluationOptions) -> dict[Setting, KVCompressor]
         elif policy.keeps_all:
             continue
         else:
-            compressor = KVCompressor(policy, when=options.when)
+            compressor = KVCompressor(policy, **shared)
         ratios = [ratio for ratio in options.ratio_list() if ratio > 0 or policy is None]
         found |= {Setting(name, ratio): compressor for ratio in ratios}
     return found
+
+
+def _shared_options(options: EvaluationOptions) -> dict[str, Any]:
+    """Options of every compressor that is measured, in place of its own."""
+    heads = {} if options.head_budgets is None else {"head_budgets": options.head_budgets}
+    return {"when": options.when, **heads}
 
 
 def _load_compressor(options: EvaluationOptions) -> KVCompressor:
@@ -181,7 +191,7 @@ def _load_compressor(options: EvaluationOptions) -> KVCompressor:
     if not Path(name).exists() and (name == EvaluationOptions.compressor or name.count("/") != 1):
         remedy = "no such folder; calibrate first (python train.py --config configs/calib.yaml) or leave out the policy"
         raise InputError(f"{remedy} {CALIBRATED}", source=name, field="compressor")
-    compressor = KVCompressor.from_pretrained(name, when=options.when)
+    compressor = KVCompressor.from_pretrained(name, **_shared_options(options))
     if compressor.weights is None:
         raise InputError("holds no learned weights", source=name, field="compressor")
     return compressor

@@ -14,6 +14,7 @@ import torch
 from acckv import KVCompressor
 from acckv.benchmarks.judging import Judge, answer_vocabulary
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
+from acckv.config import HeadBudgets
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.evaluation.results import Results, Setting, read_results
 from acckv.evaluation.timeline import load_timelines
@@ -270,6 +271,22 @@ def test_when_prompt_answers_as_generate_inside_the_context(
     for record in records[::3]:
         with KVCompressor(policy, when="prompt", ratio=0.1)(*tiny):
             assert lines[record.id]["prediction"] == generated(*tiny, record, LIMITS[record.protocol])
+
+
+def test_head_budgets_are_those_asked_for_or_an_exports_own(export: Path, tmp_path: Path) -> None:
+    own = tmp_path / "export"
+    KVCompressor.from_pretrained(export, head_budgets="joint").save_pretrained(own)
+    cases: list[tuple[HeadBudgets | None, str, str]] = [
+        (None, "equal", "joint"),
+        ("equal", "equal", "equal"),
+        ("joint", "joint", "joint"),
+    ]
+    for asked, free, calibrated in cases:
+        options = EvaluationOptions(
+            compressor=str(own), policies="keydiff,acckv-calibrated", ratios=0.2, head_budgets=asked
+        )
+        found = {setting.policy: one.config.head_budgets for setting, one in build_compressors(options).items()}
+        assert (found["keydiff"], found["acckv-calibrated"]) == (free, calibrated)
 
 
 def test_generated_clips_are_the_default(tmp_path: Path) -> None:

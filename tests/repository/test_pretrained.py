@@ -224,7 +224,11 @@ def test_a_table_is_that_of_plain_generation_and_is_measured_once(
     main([*command, "--ratios", "0.5"])
     assert (output / "results.jsonl").read_text() == written
     main([*command, "--ratios", "0.5,0.2"])
-    assert [row.cell.ratio for row in read_rows(output)] == [1, 0, 0, 0, 0.5, 0.2]
+    main([*command, "--ratios", "0.2", "--head-budgets", "joint"])  # the last option of a name counts
+    *_, equal, joint = read_rows(output)
+    assert [row.cell.ratio for row in read_rows(output)] == [1, 0, 0, 0, 0.5, 0.2, 0.2]
+    assert joint.cell == replace(equal.cell, head_budgets="joint")
+    assert joint.kept == pytest.approx(equal.kept, abs=1)
 
 
 def test_a_decoder_that_is_there_is_kept_and_another_fine_tuning_refused(trained: tuple[Path, Any, Any]) -> None:
