@@ -66,7 +66,9 @@ class PackedEntries:
         if self.shared or frozen or new > self.room:
             # Room for one in fifty, so that what is free stays below the share of memory that it saves copies for.
             self._replace(self._copied(None, new + max(8, int(self.lengths.float().mean()) // 50)))
-        places = (self._ends[:, None] + torch.arange(new, device=self.keys.device)).flatten()
+        places = self._ends
+        if new > 1:
+            places = (places[:, None] + torch.arange(new, device=places.device)).flatten()
         self.keys.index_copy_(0, places, keys.reshape(-1, keys.shape[-1]).to(self.keys.dtype))
         self.values.index_copy_(0, places, values.reshape(-1, values.shape[-1]).to(self.values.dtype))
         self._ends = self._ends + new
