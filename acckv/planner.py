@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from acckv.config import CompressionConfig, check_ratio
+from acckv.config import CompressionConfig, HeadBudgets, check_ratio
 from acckv.errors import InputError
 from acckv.method.budgets import allocate, share_out, split_heads, split_layer, total_budget
 from acckv.method.heads import join_heads, join_scores, one_head
@@ -54,6 +54,12 @@ class Planner:
 
     # ------------------------------------------------------------------ budgets
 
+    @property
+    def head_budgets(self) -> HeadBudgets:
+        """The config's, but equal where all heads have one score."""
+        ranks_apart = self.policy.ranks_by_head and not self.policy.share_heads
+        return self.config.head_budgets if ranks_apart else "equal"
+
     def heads(self, *kv_heads: int) -> int:
         """KV heads of a layer that have budgets of their own: all of them, or 1 where each keeps as many.
 
@@ -65,7 +71,7 @@ class Planner:
         Raises:
             InputError: heads have budgets of their own, and layers have different numbers of them.
         """
-        if self.config.head_budgets == "equal" or self.policy.share_heads or not self.policy.ranks_by_head:
+        if self.head_budgets == "equal":
             return 1
         if len(set(kv_heads)) > 1:
             raise InputError("needs as many KV heads in every layer; set it to equal", field="head_budgets")

@@ -36,6 +36,19 @@ REFERENCE_NAMES = {
 """Names, in tables for readers, of the rows that are no compression."""
 
 
+def with_heads(policy: str, head_budgets: str) -> str:
+    """The name of a policy's rows, which names the budgets of the KV heads where they are not equal."""
+    if head_budgets == "equal":
+        return policy
+    options = f"{policy[:-1]}, " if policy.endswith(")") else f"{policy}("
+    return f"{options}head_budgets={head_budgets})"
+
+
+def is_calibrated(policy: str) -> bool:
+    """Whether a name is that of an export's rows."""
+    return policy.partition("(")[0] == CALIBRATED
+
+
 class Setting(NamedTuple):
     """A policy at a ratio: one row of the table."""
 
@@ -113,7 +126,7 @@ class Row:
     """One policy at one ratio.
 
     Attributes:
-        policy: a policy's name, "acckv-calibrated", or one of `CONTROLS`.
+        policy: a policy's name with options that are not the defaults, "acckv-calibrated", or one of `CONTROLS`.
         ratio: kept share of the audio and video entries, 0..1; 0 for every control, the kept modality not counted.
         n: questions.
         accuracy: mean item score, 0..1.

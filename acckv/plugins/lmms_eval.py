@@ -38,6 +38,7 @@ class Acckv(lmms):  # type: ignore[misc]
         policy: a training-free policy instead.
         ratio: kept share of the audio and video entries; budget: kept entries a layer instead.
         when: context (compress before any question is seen) or prompt (after the whole prompt).
+        head_budgets: entries of a layer's KV heads: equal, joint (one ranking over all heads) or learned (an export's).
         seed: of the random policy.
         dtype: float32, bfloat16 or float16; attn_implementation: sdpa or eager.
         fps, max_pixels: frames a second, and pixels a frame at most, that are read; max_frames: of a file, evenly.
@@ -59,6 +60,7 @@ class Acckv(lmms):  # type: ignore[misc]
         ratio: float | None = None,
         budget: int | None = None,
         when: str | None = None,
+        head_budgets: str | None = None,
         seed: int = 0,
         dtype: str = "float32",
         attn_implementation: str = "sdpa",
@@ -82,7 +84,8 @@ class Acckv(lmms):  # type: ignore[misc]
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.batch_size = int(batch_size)
         self.device = torch.device(device or _own_device())
-        kept = build_compressor(compressor, policy, seed=seed, ratio=ratio, budget=budget, when=when)
+        shared = {"ratio": ratio, "budget": budget, "when": when, "head_budgets": head_budgets}
+        kept = build_compressor(compressor, policy, seed=seed, **shared)
         model, processor = load_model(pretrained, dtype, str(self.device), attn_implementation)
         self._warned: set[str] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="acckv-")

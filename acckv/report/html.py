@@ -16,7 +16,6 @@ from markupsafe import Markup
 
 from acckv.errors import InputError
 from acckv.evaluation.results import (
-    CALIBRATED,
     FAILURES_FILE,
     FULL,
     PREDICTIONS_FILE,
@@ -25,6 +24,7 @@ from acckv.evaluation.results import (
     Results,
     Row,
     Setting,
+    is_calibrated,
     read_failures,
     read_predictions,
     read_results,
@@ -94,8 +94,9 @@ def write_html(folder: str | Path) -> Path:
 def shown_policy(results: Results) -> str | None:
     """The policy that a report is about: the calibrated one, else the most accurate that looks at the entries."""
     names = results.policies
-    if CALIBRATED in names or not names:
-        return CALIBRATED if names else None
+    calibrated = [name for name in names if is_calibrated(name)]
+    if calibrated or not names:
+        return calibrated[0] if names else None
 
     def accuracy(name: str) -> float:
         rows = [row.accuracy for row in results.rows if row.policy == name and row.setting.compresses]

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from torch import Tensor
 
-from acckv.evaluation.results import CALIBRATED, FULL, REFERENCE_NAMES, Results, Row, Setting
+from acckv.evaluation.results import FULL, REFERENCE_NAMES, Results, Row, Setting, is_calibrated
 from acckv.io.files import whole_file
 
 INK, MUTED, LINE = "#1c2128", "#57606a", "#d9dde2"
@@ -144,7 +144,7 @@ def _style(axes: Axes) -> None:
 
 def _line_style(name: str, index: int) -> dict[str, Any]:
     """Options of a policy's curve: the calibrated one stands out, the others take their turn by `index`."""
-    if name == CALIBRATED:
+    if is_calibrated(name):
         line = {"color": _CALIBRATED_COLOUR, "marker": "o", "linestyle": "-"}
         return {**line, "markersize": 6, "linewidth": 2.4, "zorder": 4}
     line = {

@@ -12,7 +12,6 @@ from acckv.benchmarks.corpus import CIDER
 from acckv.benchmarks.judging import UNPARSED
 from acckv.evaluation.results import (
     AUDIO_EVICTED,
-    CALIBRATED,
     CONTROL,
     CONTROLS,
     FAILURES_FILE,
@@ -22,6 +21,7 @@ from acckv.evaluation.results import (
     Results,
     Row,
     Setting,
+    is_calibrated,
 )
 from acckv.evaluation.scores import Outcome
 
@@ -56,14 +56,14 @@ def _leads(outcome: Outcome) -> list[str]:
         others = {
             other.policy: theirs
             for other, theirs in outcome.scores.items()
-            if other.ratio == setting.ratio and other.policy not in (CALIBRATED, *REFERENCE_NAMES)
+            if other.ratio == setting.ratio and other.policy not in REFERENCE_NAMES and not is_calibrated(other.policy)
         }
-        if setting.policy != CALIBRATED or not setting.compresses or not others:
+        if not is_calibrated(setting.policy) or not setting.compresses or not others:
             continue
         best = max(others, key=lambda name: float(others[name].accuracy.compute()["accuracy"]))
         difference, (low, high) = scores.against(others[best])
         lines.append(
-            f"ratio {setting.ratio:g}: {CALIBRATED} against {best}, the best training-free policy: "
+            f"ratio {setting.ratio:g}: {setting.policy} against {best}, the best training-free policy: "
             f"{100 * difference:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
         )
     return lines

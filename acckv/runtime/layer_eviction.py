@@ -54,7 +54,7 @@ class LayerEviction:
     ) -> None:
         self.cache, self.observer = cache, observer
         self.embedded, self.policy_inputs = embedded, policy_inputs
-        self.config = planners.config
+        self.config, self.head_budgets = planners.config, planners.default.head_budgets
         self.layers = compressed_layers(cache)
         for held in self.layers:
             held.unpack()  # what is observed is a rectangle; a commit packs it anew
@@ -97,7 +97,7 @@ class LayerEviction:
         for layer, before in zip(self.layers, self.before, strict=True):
             held = self.observer.held_labels(layer, before)
             planned = held if self.competing else _text_before(held, before)
-            if self.config.head_budgets == "equal" and bool((planned == planned[:, :1]).all()):
+            if self.head_budgets == "equal" and bool((planned == planned[:, :1]).all()):
                 planned = planned[:, :1]  # heads that came to hold the same are planned as one
             maps = [ModalityMap(planned[:, head]).to(device) for head in range(planned.shape[1])]
             found.append(HeldLabels(held, before, maps))

@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from acckv import KVCompressor
+from acckv.config import HeadBudgets
 from acckv.data.encoding import encode_context
 from acckv.data.media import MediaOptions, read_media
 from acckv.errors import InputError
 from acckv.evaluation.answering import answer_questions
-from acckv.evaluation.results import CALIBRATED
+from acckv.evaluation.results import CALIBRATED, with_heads
 from acckv.evaluation.sizes import Sizes
 from acckv.io.registry import load_plugins
 from acckv.models import load_model
@@ -44,6 +45,8 @@ class AskOptions(MediaOptions):
         compressor: export of a calibration, a folder or a hub id; none takes a training-free policy.
         policy: a training-free policy; None is acckv-calibrated with a compressor, keydiff without.
         ratio: kept share of the audio and video entries, 0 to 1.
+        head_budgets: entries of a layer's KV heads: equal, joint (one ranking over all heads) or learned (an export's);
+            None is equal, or what the export was calibrated with.
         max_new_tokens: longest answer, in tokens.
         seed: of random eviction.
         dtype: of the model: float32, bfloat16, float16, or auto (what the checkpoint is stored in).
@@ -67,6 +70,7 @@ class AskOptions(MediaOptions):
     compressor: str | None = None
     policy: str | None = None
     ratio: float = 0.1
+    head_budgets: HeadBudgets | None = None
     max_new_tokens: int = 40
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
@@ -146,7 +150,8 @@ def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked,
     with compressor(model, processor) as session:
         own = session.prefill(**inputs) if session.adapts_prompt else prefill
         compressed = asked(session, own, options.ratio)
-    named = {"full cache": full, f"{options.named_policy} at {options.ratio:g}": compressed}
+    name = with_heads(options.named_policy, compressor.planners.default.head_budgets)
+    named = {"full cache": full, f"{name} at {options.ratio:g}": compressed}
     for name, one in named.items():
         cut = f" ... (cut: --max_new_tokens {options.max_new_tokens})" if one.cut else ""
         console.print(f"{name}: {one.text}{cut}", markup=False, highlight=False, soft_wrap=True)
@@ -162,11 +167,12 @@ def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked,
 
 def _compressor(options: AskOptions) -> KVCompressor:
     name = options.compressor
+    heads: dict[str, Any] = {} if options.head_budgets is None else {"head_budgets": options.head_budgets}
     if name is None:
-        return KVCompressor(make_policy(options.named_policy).seeded(options.seed))
+        return KVCompressor(make_policy(options.named_policy).seeded(options.seed), **heads)
     if not Path(name).exists() and name.count("/") != 1:
         raise InputError("no such folder", source=name, field="compressor")
-    return KVCompressor.from_pretrained(name, when="context")
+    return KVCompressor.from_pretrained(name, when="context", **heads)
 
 
 def _device(accelerator: str) -> str:

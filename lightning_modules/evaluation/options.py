@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
@@ -13,7 +14,7 @@ from acckv import KVCompressor
 from acckv.benchmarks import Mode
 from acckv.config import HeadBudgets, When
 from acckv.errors import InputError
-from acckv.evaluation.results import AUDIO_EVICTED, CALIBRATED, CONTROL, FULL, VIDEO_EVICTED, Setting
+from acckv.evaluation.results import AUDIO_EVICTED, CALIBRATED, CONTROL, FULL, VIDEO_EVICTED, Setting, with_heads
 from acckv.io.registry import load_plugins
 from acckv.method.modality import Modality
 from acckv.policies import POLICIES, Policy, Random, make_policy
@@ -39,8 +40,8 @@ class EvaluationOptions:
             defaults is `{class_path: snapkv, init_args: {window_size: 64}}` in the list.
         ratios: kept shares of the audio and video entries, 0 to 1, separated by commas.
         when: compress after the media, before any question is seen (context), or after the whole prompt (prompt).
-        head_budgets: how many entries each KV head of a layer keeps: equal, or joint, one ranking over all heads. None
-            is equal, and what an export has.
+        head_budgets: entries of a layer's KV heads: equal, joint (one ranking over all heads) or learned (an export's);
+            of several, separated by commas, each is measured. None is equal, and what an export was calibrated with.
         limit: measure only this many clips, each with all its questions.
         output: folder of results.json, predictions.jsonl, failures.json, pareto.png, budgets.png and report.html. A run
             that was cut off goes on where it was.
@@ -71,7 +72,7 @@ class EvaluationOptions:
     policies: list[str | dict[str, Any]] | str = field(default_factory=known_policies)
     ratios: list[float] | float | str = field(default_factory=lambda: [1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.0])
     when: When = "context"
-    head_budgets: HeadBudgets | None = None
+    head_budgets: list[HeadBudgets] | str | None = None
     limit: int | None = None
     output: str = "runs/eval"
     overwrite: bool = False
@@ -104,6 +105,7 @@ class EvaluationOptions:
         if self.accelerator not in known:
             raise InputError(f"{self.accelerator!r} is not one of {', '.join(known)}", field="accelerator")
         self.policy_list()
+        self.head_budget_list()
         self.ratio_list()
         Shard.parse(self.shard)
 
@@ -131,6 +133,19 @@ class EvaluationOptions:
                 policy = make_policy(one)
                 found[policy.label] = policy.seeded(self.seed)
         return found
+
+    def head_budget_list(self) -> list[str | None]:
+        """The budgets of the KV heads that are measured, each once; None for those that are not chosen.
+
+        Raises:
+            InputError: one that there is not.
+        """
+        given, known = self.head_budgets, get_args(HeadBudgets)
+        names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given or ()
+        for name in names:
+            if name not in known:
+                raise InputError(f"{name!r} is not one of {', '.join(known)}", field="head_budgets")
+        return list(dict.fromkeys(names)) or [None]
 
     def ratio_list(self) -> list[float]:
         """The ratios, each once, largest first.
@@ -161,37 +176,29 @@ def build_compressors(options: EvaluationOptions) -> dict[Setting, KVCompressor]
     Raises:
         InputError: the export of the calibrated compressor is not usable.
     """
-    shared = _shared_options(options)
     found: dict[Setting, KVCompressor] = {
         Setting(FULL, 1.0): KVCompressor("full", when=options.when),
         Setting(CONTROL, 0.0): KVCompressor(Random(seed=options.seed), when=options.when),
         Setting(AUDIO_EVICTED, 0.0): KVCompressor(EvictedModality(Modality.AUDIO), when=options.when),
         Setting(VIDEO_EVICTED, 0.0): KVCompressor(EvictedModality(Modality.VIDEO), when=options.when),
     }
-    for name, policy in options.policy_list().items():
-        if policy is None:
-            compressor = _load_compressor(options)
-        elif policy.keeps_all:
+    for (label, policy), heads in product(options.policy_list().items(), options.head_budget_list()):
+        if policy is not None and policy.keeps_all:
             continue
-        else:
-            compressor = KVCompressor(policy, **shared)
+        shared = {"when": options.when} if heads is None else {"when": options.when, "head_budgets": heads}
+        compressor = _load_compressor(options, shared) if policy is None else KVCompressor(policy, **shared)
+        name = with_heads(label, compressor.planners.default.head_budgets)
         ratios = [ratio for ratio in options.ratio_list() if ratio > 0 or policy is None]
-        found |= {Setting(name, ratio): compressor for ratio in ratios}
+        found |= {Setting(name, ratio): compressor for ratio in ratios if Setting(name, ratio) not in found}
     return found
 
 
-def _shared_options(options: EvaluationOptions) -> dict[str, Any]:
-    """Options of every compressor that is measured, in place of its own."""
-    heads = {} if options.head_budgets is None else {"head_budgets": options.head_budgets}
-    return {"when": options.when, **heads}
-
-
-def _load_compressor(options: EvaluationOptions) -> KVCompressor:
+def _load_compressor(options: EvaluationOptions, shared: dict[str, Any]) -> KVCompressor:
     name = options.compressor
     if not Path(name).exists() and (name == EvaluationOptions.compressor or name.count("/") != 1):
         remedy = "no such folder; calibrate first (python train.py --config configs/calib.yaml) or leave out the policy"
         raise InputError(f"{remedy} {CALIBRATED}", source=name, field="compressor")
-    compressor = KVCompressor.from_pretrained(name, **_shared_options(options))
+    compressor = KVCompressor.from_pretrained(name, **shared)
     if compressor.weights is None:
         raise InputError("holds no learned weights", source=name, field="compressor")
     return compressor

@@ -9,13 +9,13 @@ from pathlib import Path
 from torch import Tensor
 
 from acckv.evaluation.results import (
-    CALIBRATED,
     FAILURES_FILE,
     PREDICTIONS_FILE,
     RESULTS_FILE,
     Answer,
     Results,
     Setting,
+    is_calibrated,
     write_failures,
     write_predictions,
     write_results,
@@ -52,7 +52,7 @@ def write_files(output: Path, outcome: Outcome) -> None:
     kept = {setting: one.sizes.kept_entries for setting, one in outcome.scores.items() if setting.compresses}
     if kept:
         names = [policy for policy, _ in kept]
-        shown = CALIBRATED if CALIBRATED in names else names[-1]
+        shown = next(filter(is_calibrated, names), names[-1])
         budgets = {ratio: entries for (policy, ratio), entries in kept.items() if policy == shown}
         plot_budgets(output / BUDGETS_FILE, budgets, outcome.full.sizes.full_entries, shown)
     write_results(output / RESULTS_FILE, outcome.results)

@@ -22,7 +22,7 @@ from acckv.errors import InputError
 from acckv.evaluation.answer_limits import LEAST, WORDS, answer_limits, longest_references
 from acckv.evaluation.journal import Batch, Journal, by_number, read_batches, read_config, write_evaluation
 from acckv.evaluation.progress import EvaluationProgress
-from acckv.evaluation.results import CALIBRATED, Results, Setting
+from acckv.evaluation.results import Results, Setting, is_calibrated
 from acckv.evaluation.run_config import RunConfig, describe_options
 from acckv.evaluation.scores import Outcome, score_batches
 from acckv.evaluation.timeline import Timeline
@@ -117,7 +117,8 @@ def run_evaluation(
     elif trainer.is_global_zero:
         measured = partial(measure_timelines, module, outcome, options.timelines, options.data.reader())
         _publish(output, outcome, command, console, measured)
-        if options.update_card and CALIBRATED in outcome.results.policies and Path(options.compressor).is_dir():
+        measured_export = any(map(is_calibrated, outcome.results.policies))
+        if options.update_card and measured_export and Path(options.compressor).is_dir():
             export = read_json(Path(options.compressor) / "config.json")
             write_card(options.compressor, export, outcome.results, command=command)
     return outcome.results

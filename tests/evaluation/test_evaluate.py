@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from acckv import KVCompressor
+from acckv import InputError, KVCompressor
 from acckv.benchmarks.judging import Judge, answer_vocabulary
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
-from acckv.config import HeadBudgets
 from acckv.data.synthetic.clips import video_folder, write_clips
-from acckv.evaluation.results import Results, Setting, read_results
+from acckv.evaluation.results import Results, Setting, read_results, with_heads
 from acckv.evaluation.timeline import load_timelines
 from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter, load_model
@@ -242,6 +241,29 @@ def test_report_says_what_was_measured(evaluated: Evaluated) -> None:
     assert "python evaluate.py" in (output / "report.html").read_text(encoding="utf-8")
 
 
+def test_rows_name_the_budgets_of_their_heads(question_file: Path, export: Path, tmp_path: Path) -> None:
+    policies, chosen = "keydiff,fastv,acckv-calibrated", {"ratios": "0.2", "head_budgets": "equal, joint"}
+    options = _options(question_file, export, tmp_path, policies=policies, **chosen)
+    rows = {row.policy: one.config.head_budgets for row, one in build_compressors(options).items() if row.ratio == 0.2}
+    assert rows == {
+        "keydiff": "equal",
+        "keydiff(head_budgets=joint)": "joint",
+        "fastv": "equal",  # all heads have one score
+        "acckv-calibrated": "equal",
+        "acckv-calibrated(head_budgets=joint)": "joint",
+    }
+    KVCompressor.from_pretrained(export, head_budgets="joint").save_pretrained(tmp_path / "export")
+    options = _options(question_file, tmp_path / "export", tmp_path, policies=policies, ratios="0.2")
+    assert {row.policy for row in build_compressors(options) if row.ratio == 0.2} == {
+        "keydiff",
+        "fastv",
+        "acckv-calibrated(head_budgets=joint)",  # its own
+    }
+    assert with_heads("snapkv(window_size=64)", "joint") == "snapkv(window_size=64, head_budgets=joint)"
+    with pytest.raises(InputError, match="'all' is not one of equal, joint, learned"):
+        EvaluationOptions(head_budgets="joint,all")
+
+
 def test_model_is_untouched_afterwards(question_file: Path, export: Path, tmp_path: Path, tiny: Tiny) -> None:
     model, _ = tiny
     before = {name: id(module) for name, module in model.named_modules()}
@@ -271,22 +293,6 @@ def test_when_prompt_answers_as_generate_inside_the_context(
     for record in records[::3]:
         with KVCompressor(policy, when="prompt", ratio=0.1)(*tiny):
             assert lines[record.id]["prediction"] == generated(*tiny, record, LIMITS[record.protocol])
-
-
-def test_head_budgets_are_those_asked_for_or_an_exports_own(export: Path, tmp_path: Path) -> None:
-    own = tmp_path / "export"
-    KVCompressor.from_pretrained(export, head_budgets="joint").save_pretrained(own)
-    cases: list[tuple[HeadBudgets | None, str, str]] = [
-        (None, "equal", "joint"),
-        ("equal", "equal", "equal"),
-        ("joint", "joint", "joint"),
-    ]
-    for asked, free, calibrated in cases:
-        options = EvaluationOptions(
-            compressor=str(own), policies="keydiff,acckv-calibrated", ratios=0.2, head_budgets=asked
-        )
-        found = {setting.policy: one.config.head_budgets for setting, one in build_compressors(options).items()}
-        assert (found["keydiff"], found["acckv-calibrated"]) == (free, calibrated)
 
 
 def test_generated_clips_are_the_default(tmp_path: Path) -> None:
