@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 
-def word_hits(prediction: str, reference: str) -> tuple[int, int]:
-    """Words of the reference that the prediction has at the same position, and words of the reference.
+def word_accuracy(prediction: str, reference: str) -> float:
+    """Share (0..1) of the reference's words that the prediction has at the same position.
 
     Words are split at white space and compared without regard to case. A word too many or too few shifts all that
     follows, which then counts as wrong: the descriptions measured here are read slot by slot.
@@ -16,10 +16,4 @@ def word_hits(prediction: str, reference: str) -> tuple[int, int]:
     if not expected:
         raise ValueError("the reference description has no words")
     given = prediction.lower().split()
-    return sum(a == b for a, b in zip(given, expected, strict=False)), len(expected)
-
-
-def word_accuracy(prediction: str, reference: str) -> float:
-    """Share (0..1) of the reference's words that the prediction has at the same position; see `word_hits`."""
-    right, total = word_hits(prediction, reference)
-    return right / total
+    return sum(a == b for a, b in zip(given, expected, strict=False)) / len(expected)

@@ -16,7 +16,6 @@ from acckv.metrics import (
     wilson,
     word_accuracy,
 )
-from acckv.metrics.words import word_hits
 
 
 def test_grouped_accuracy_by_hand() -> None:
@@ -178,8 +177,7 @@ def test_share_of_a_reference_that_is_always_wrong_is_not_defined() -> None:
         ("", 0),
     ],
 )
-def test_word_hits_by_position(prediction: str, hits: int) -> None:
-    assert word_hits(prediction, "red circle none silent") == (hits, 4)
+def test_words_count_by_position(prediction: str, hits: int) -> None:
     assert word_accuracy(prediction, "red circle none silent") == hits / 4
 
 
