@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -22,16 +21,11 @@ from transformers import (
 )
 
 from acckv.errors import InputError
-from acckv.method.modality import ModalityMap
 from acckv.models import ChatEncoder, Family, Media, ModelAdapter, load_processor, register_family
-from acckv.models.placeholders import label_placeholders
 
 
 class LlavaAdapter(ModelAdapter):
     """Where the defaults fit: `model.model` is the backbone, `model.model.language_model` the decoder."""
-
-    def label(self, input_ids: Tensor, attention_mask: Tensor | None) -> ModalityMap:
-        return label_placeholders(self.model.config, input_ids, attention_mask)
 
 
 class LlavaEncoder(ChatEncoder):

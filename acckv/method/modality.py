@@ -184,26 +184,3 @@ class ModalityMap:
 
     def slice(self, start: int, stop: int | None = None) -> ModalityMap:
         return ModalityMap(self.labels[:, start:stop])
-
-
-def label_tokens(
-    input_ids: Tensor,
-    video_token_id: int,
-    audio_token_id: int,
-    attention_mask: Tensor | None = None,
-    image_token_id: int | None = None,
-) -> ModalityMap:
-    """Label a batch of prompts by their placeholder tokens.
-
-    Args:
-        input_ids: ``[batch, tokens]``; image placeholders count as video.
-        attention_mask: ``[batch, tokens]``, 0 where padded; longer masks are cut to the last `tokens` columns.
-    """
-    labels = torch.zeros_like(input_ids)
-    labels[input_ids == video_token_id] = Modality.VIDEO
-    if image_token_id is not None:
-        labels[input_ids == image_token_id] = Modality.VIDEO
-    labels[input_ids == audio_token_id] = Modality.AUDIO
-    if attention_mask is not None:
-        labels[attention_mask[:, -input_ids.shape[1] :] == 0] = Modality.PADDING
-    return ModalityMap(labels)

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from acckv.errors import InputError
-from acckv.method.modality import ModalityMap, label_tokens
+from acckv.method.modality import ModalityMap
 from acckv.models.batching import gather_columns
 from acckv.models.lora_targets import is_linear, match_names
+from acckv.models.placeholders import label_placeholders
 
 
 @dataclass(frozen=True)
@@ -175,10 +176,7 @@ class ModelAdapter:
 
     def label(self, input_ids: Tensor, attention_mask: Tensor | None) -> ModalityMap:
         """The modality of every token of ``[batch, tokens]`` placeholders."""
-        config = self.model.config
-        return label_tokens(
-            input_ids, config.video_token_id, config.audio_token_id, attention_mask, config.image_token_id
-        )
+        return label_placeholders(self.model.config, input_ids, attention_mask)
 
     @property
     def closing_tokens(self) -> tuple[int, ...]:

@@ -20,7 +20,6 @@ from acckv.errors import InputError
 from acckv.method.modality import ModalityMap
 from acckv.models.base import ModelAdapter
 from acckv.models.batching import gather_columns, is_full_window
-from acckv.models.placeholders import label_placeholders
 
 #: Arguments of a forward that bring media, by their names in transformers.
 MEDIA_INPUTS = re.compile("pixel_values|image|video|audio|speech|input_features|input_values|mm_encoder_outputs")
@@ -58,7 +57,7 @@ class GenericAdapter(ModelAdapter):
 
     def label(self, input_ids: Tensor, attention_mask: Tensor | None) -> ModalityMap:
         if not input_ids.is_floating_point():
-            labels = label_placeholders(self.model.config, input_ids, attention_mask)
+            labels = super().label(input_ids, attention_mask)
             if bool(labels.media.any()):
                 return labels
         raise InputError(

@@ -13,26 +13,19 @@ from acckv.method.modality import Modality, ModalityMap
 KINDS = {"image": Modality.VIDEO, "video": Modality.VIDEO, "audio": Modality.AUDIO}
 
 
-def placeholder_tokens(config: Any) -> dict[int, Modality]:
-    """Token id -> what it stands for."""
-    tokens = {}
-    for kind, modality in KINDS.items():
-        for name in (f"{kind}_token_id", f"{kind}_token_index"):
-            token = getattr(config, name, None)
-            if isinstance(token, int):
-                tokens[token] = modality
-    return tokens
-
-
 def label_placeholders(config: Any, input_ids: Tensor, attention_mask: Tensor | None) -> ModalityMap:
     """The modality of every token of ``[batch, tokens]`` placeholders.
 
     Args:
-        attention_mask: ``[batch, tokens]``, 0 where padded.
+        config: of the model.
+        attention_mask: ``[batch, tokens]``, 0 where padded; of a longer mask the last columns count.
     """
     labels = torch.zeros_like(input_ids)
-    for token, modality in placeholder_tokens(config).items():
-        labels = labels.masked_fill(input_ids == token, modality)
+    for kind, modality in KINDS.items():
+        for name in (f"{kind}_token_id", f"{kind}_token_index"):
+            token = getattr(config, name, None)
+            if isinstance(token, int):
+                labels = labels.masked_fill(input_ids == token, modality)
     if attention_mask is not None:
-        labels = labels.masked_fill(attention_mask == 0, Modality.PADDING)
+        labels = labels.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, Modality.PADDING)
     return ModalityMap(labels)

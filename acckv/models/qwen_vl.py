@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acckv.method.modality import ModalityMap
 from acckv.models.base import ModelAdapter
 from acckv.models.deepstack import Deepstack
 from acckv.models.family import Family, register_family
-from acckv.models.placeholders import label_placeholders
 
 
 class QwenVLAdapter(ModelAdapter):
@@ -20,9 +18,6 @@ class QwenVLAdapter(ModelAdapter):
     @property
     def closing_tokens(self) -> tuple[int, ...]:
         return (self.model.config.vision_end_token_id,)
-
-    def label(self, input_ids: Tensor, attention_mask: Tensor | None) -> ModalityMap:
-        return label_placeholders(self.model.config, input_ids, attention_mask)
 
     def text_positions(self, positions: Tensor) -> Tensor:
         return positions[None].expand(3, -1, -1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from acckv.method.budgets import allocate, focus, round_exactly, share_out, split_layer, total_budget, water_fill
 from acckv.method.cross_calibration import alignment, integrate, rebalance
-from acckv.method.modality import ModalityMap, label_tokens
+from acckv.method.modality import ModalityMap
 from acckv.method.scoring import Observation, heavy_hitter_score, inverse_norm, key_diversity, redundancy, standardise
 from acckv.method.topk import kept, soft_log_gates
 from tests.support import not_none
@@ -244,16 +244,6 @@ def test_rebalance_hands_on_what_the_threshold_freed() -> None:
     for aligned, expected in ((2, [5, 2]), (5, [3, 4]), (0, [6, 1])):
         split = rebalance(torch.tensor([[[3.0, 4.0]]]), torch.tensor([[aligned]]), high, counts)
         assert split.tolist() == [[expected]]
-
-
-def test_labels() -> None:
-    ids = torch.tensor([[0, 0, 5, 8, 8, 9, 7, 5], [5, 8, 9, 9, 7, 5, 5, 5]])
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
-    labels = label_tokens(ids, video_token_id=8, audio_token_id=9, attention_mask=mask, image_token_id=7)
-    assert labels.labels.tolist() == [[3, 3, 0, 1, 1, 2, 1, 0], [0, 1, 2, 2, 1, 0, 0, 0]]
-    assert labels.counts().tolist() == [[3, 1], [2, 2]]
-    assert labels.media_end().tolist() == [7, 5]
-    assert ModalityMap(torch.zeros(1, 3, dtype=torch.long)).media_end().tolist() == [0]
 
 
 @settings(max_examples=25, deadline=None)
