@@ -7,22 +7,22 @@ clips without touching a file again.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import Progress
+from rich.progress import track
 from torch import Tensor
 
 from acckv.data.encoding import encode_context
 from acckv.data.media import read_media
 from acckv.data.synthetic.events import CELLS, COLOURS, PITCHES, SHAPES, TIMBRES, ClipScript
 from acckv.data.synthetic.render import render_audio, render_frames, write_mp4
+from acckv.io.files import whole_file
 from acckv.tiny.build import build_processor
 
 NOTHING = -1
@@ -89,15 +89,12 @@ def load_bank(folder: Path, clips: int, seed: int, workers: int = 2) -> SlotBank
         workers: processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {folder / f"slots-{seed}-{i}.npz": i for i in range(-(-clips // CLIPS_A_PART))}
-    missing = [(path, seed, index) for path, index in parts.items() if not path.is_file()]
+    parts = [folder / f"slots-{seed}-{index}.npz" for index in range(-(-clips // CLIPS_A_PART))]
+    missing = [(path, seed, index) for index, path in enumerate(parts) if not path.is_file()]
     if missing:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool, Progress() as progress:
-            task = progress.add_task("rendering slots", total=len(missing))
-            for done in as_completed([pool.submit(_render_part, *job) for job in missing]):
-                done.result()
-                progress.advance(task)
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for _ in track(pool.map(_render_part, *zip(*missing, strict=True)), "rendering slots", len(missing)):
+                pass
     loaded = [np.load(path) for path in parts]
     return SlotBank(
         torch.from_numpy(np.concatenate([part["pixels"] for part in loaded])),
@@ -120,16 +117,12 @@ def _render_part(path: Path, seed: int, index: int) -> None:
             pixels.append(inputs["pixel_values_videos"].view(BANK_SLOTS, -1, inputs["pixel_values_videos"].shape[-1]))
             bins = inputs["input_features"].shape[1]
             mel.append(inputs["input_features"][0].view(bins, BANK_SLOTS, -1).permute(1, 0, 2))
-            labels += [_labels(script, slot) for slot in range(BANK_SLOTS)]
-    partial = path.with_name(path.name + ".part")
-    with open(partial, "wb") as file_object:
-        np.savez(
-            file_object,
-            pixels=torch.cat(pixels).half().numpy(),
-            mel=torch.cat(mel).half().numpy(),
-            labels=np.array(labels),
-        )
-    os.replace(partial, path)
+            for slot in range(BANK_SLOTS):
+                shape, sound = (events.get(slot, (NOTHING, NOTHING)) for events in (script.shapes, script.sounds))
+                labels.append((*shape, script.cells.get(slot, NOTHING), *sound))
+    features = {"pixels": torch.cat(pixels).half().numpy(), "mel": torch.cat(mel).half().numpy()}
+    with whole_file(path) as partial:
+        np.savez(partial, labels=np.array(labels), **features)
 
 
 def _dense_script(rng: np.random.Generator) -> ClipScript:
@@ -142,8 +135,3 @@ def _dense_script(rng: np.random.Generator) -> ClipScript:
         {s: (int(rng.integers(len(TIMBRES))), int(rng.integers(len(PITCHES)))) for s in sound_slots},
         {s: int(rng.integers(CELLS)) for s in shape_slots},
     )
-
-
-def _labels(script: ClipScript, slot: int) -> tuple[int, ...]:
-    shape = script.shapes.get(slot, (NOTHING, NOTHING))
-    return (*shape, script.cells.get(slot, NOTHING), *script.sounds.get(slot, (NOTHING, NOTHING)))

@@ -96,17 +96,21 @@ class PackedLayout:
             context["video_second_per_grid"],
         )
         self.grid, self.seconds = context["video_grid_thw"], context["video_second_per_grid"]
-        self.lengths = [len(tokens) for tokens, _ in self._turns(self._draw(np.random.default_rng(0), "train"), 0)]
-        self._positions = positions[:, 0]
-        self._mask_and_positions()
+        script = self._draw(np.random.default_rng(0), "train")
+        self.lengths = [len(tokens) for tokens, _ in self._turns(script, np.random.default_rng(0))]
+        turns = [(positions.max() + 1 + torch.arange(length)).expand(3, -1) for length in self.lengths]
+        self.positions = torch.cat([positions[:, 0], *turns], 1)[:, None]  # [3, 1, tokens]
+        turn = torch.cat([torch.full((n,), i) for i, n in enumerate([len(self.prefix), *self.lengths])])
+        visible = (turn[None, :] == 0) | (turn[:, None] == turn[None, :])
+        visible &= torch.ones_like(visible).tril()
+        self.mask = torch.zeros(1, 1, *visible.shape).masked_fill(~visible, float("-inf"))
 
     @property
     def tokens(self) -> int:
         return len(self.prefix) + sum(self.lengths)
 
-    def batch(self, bank: SlotBank, rng: np.random.Generator, split: str, size: int | None = None) -> PackedBatch:
-        """Draw `size` clips of `split` with their turns (the stage's batch size by default)."""
-        size = size or self.stage.batch
+    def batch(self, bank: SlotBank, rng: np.random.Generator, split: str, size: int) -> PackedBatch:
+        """Draw `size` clips of `split` with their turns."""
         scripts = [self._draw(rng, split) for _ in range(size)]
         ids = torch.zeros(size, self.tokens, dtype=torch.long)
         targets, kinds = torch.zeros_like(ids), torch.full_like(ids, -1)
@@ -144,9 +148,8 @@ class PackedLayout:
         stage = self.stage
         return draw_script(rng, split, stage.slots, stage.both, stage.video_only, stage.audio_only)
 
-    def _turns(self, script: ClipScript, rng: np.random.Generator | int) -> list[tuple[list[int], list[int]]]:
+    def _turns(self, script: ClipScript, rng: np.random.Generator) -> list[tuple[list[int], list[int]]]:
         """Each turn's tokens (question to last answer word) and the targets of its last tokens (answer and end)."""
-        rng = np.random.default_rng(rng) if isinstance(rng, int) else rng
         turns = []
         for kind in self.turns:
             question = ask(script, kind, rng)
@@ -155,16 +158,6 @@ class PackedLayout:
             answer = self._words(question.answer)
             turns.append((self._suffix(question.text) + answer, [*answer, self.end]))
         return turns
-
-    def _mask_and_positions(self) -> None:
-        """`mask` float32 [1, 1, tokens, tokens] (0 or -inf) and `positions` int64 [3, 1, tokens]."""
-        first = int(self._positions.max()) + 1
-        turns = [(first + torch.arange(length)).expand(3, -1) for length in self.lengths]
-        self.positions = torch.cat([self._positions, *turns], 1)[:, None]
-        turn = torch.cat([torch.full((n,), i) for i, n in enumerate([len(self.prefix), *self.lengths])])
-        visible = (turn[None, :] == 0) | (turn[:, None] == turn[None, :])
-        visible &= torch.ones_like(visible).tril()
-        self.mask = torch.zeros(1, 1, *visible.shape).masked_fill(~visible, float("-inf"))
 
 
 def _slot_labels(script: ClipScript) -> Tensor:

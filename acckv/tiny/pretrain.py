@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from acckv.data.synthetic.events import DESCRIPTION_TYPES, SINGLE_TYPES
+from acckv.io.files import whole_file
 from acckv.tiny.bank import SlotBank, load_bank
 from acckv.tiny.build import POSITION_IDS_PER_SECOND, build_model, build_processor, save
 from acckv.tiny.encoders import unit_rms, warm_up
@@ -245,15 +245,14 @@ class Pretraining:
 
     def store(self) -> None:
         """Write the checkpoint, replacing the last one at once."""
-        partial = self.checkpoint.with_suffix(".part")
         state = {
             "model": self.model.state_dict(),
             "auxiliary_head": self.auxiliary_head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": vars(self.progress),
         }
-        torch.save(state, partial)
-        os.replace(partial, self.checkpoint)
+        with whole_file(self.checkpoint) as partial:
+            torch.save(state, partial)
 
     def load(self) -> None:
         """Continue from the checkpoint in the output folder."""
@@ -283,8 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, clips and batches")
     parser.add_argument("--workers", type=int, default=2, help="CPU threads, each with its part of a batch")
     options = parser.parse_args(arguments)
-    settings = replace(PretrainSettings(output=options.output), minutes=options.minutes)
-    settings = replace(settings, seed=options.seed, workers=options.workers)
+    settings = PretrainSettings(options.output, options.seed, options.workers, options.minutes)
     Pretraining(settings).run(options.resume)
     return 0
 

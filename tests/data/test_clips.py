@@ -156,7 +156,7 @@ def test_decoded_sound_is_where_and_what_the_script_says(questions: Path) -> Non
             if TIMBRES[timbre] != "beep":
                 continue
             hertz = int(torch.fft.rfft(audio[slot]).abs().argmax())
-            assert int(np.abs(np.log(np.array(PITCH_HZ) / hertz)).argmin()) == pitch, PITCHES[pitch]
+            assert int(np.abs(np.log(np.array([*PITCH_HZ.values()]) / hertz)).argmin()) == pitch, PITCHES[pitch]
 
 
 def test_controls_keep_the_questions_and_lose_the_media(tmp_path: Path) -> None:

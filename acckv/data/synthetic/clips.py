@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ import numpy as np
 from acckv.data.synthetic.events import DESCRIPTION_TYPES, SINGLE_TYPES, SPLITS, ClipScript, ask, draw_script
 from acckv.data.synthetic.render import render_audio, render_frames, write_mp4
 from acckv.errors import InputError
+from acckv.io.files import whole_folder
 from acckv.io.json_files import read_json
 from acckv.io.progress import Progress
 
@@ -167,20 +167,13 @@ def write_clips(
     if is_complete(folder, chosen):
         return question_file
     _refuse_foreign_files(folder)
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    (scratch / "videos").mkdir(parents=True)
-    try:
+    with whole_folder(folder) as scratch:
+        (scratch / "videos").mkdir()
         _write_videos(scratch / "videos", chosen, workers, progress)
         questions = json.dumps(make_questions(chosen), indent=1)
         (scratch / question_file.name).write_text(questions, encoding="utf-8")
         manifest = {"format": FORMAT, "settings": asdict(chosen), "files": _sizes(scratch)}
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return question_file
 
 
@@ -218,7 +211,7 @@ def is_complete(folder: Path, settings: ClipSettings) -> bool:
     # A manifest that is older than an option was written with its default.
     if {**asdict(ClipSettings("test", 1)), **manifest["settings"]} != asdict(settings):
         return False
-    return all(_size(folder / name) == size for name, size in manifest["files"].items())
+    return manifest["files"].items() <= _sizes(folder).items()
 
 
 def _write_videos(folder: Path, settings: ClipSettings, workers: int, progress: bool) -> None:
@@ -278,7 +271,3 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 def _sizes(folder: Path) -> dict[str, int]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None

@@ -22,18 +22,6 @@ CELLS = 4
 """Places of an object: it spans 2x2 of the 3x3 cells of a picture."""
 
 SPLITS = ("train", "validation", "test")
-SINGLE_TYPES = (
-    ("Visual", "Colour"),
-    ("Visual", "After"),
-    ("Audio", "Pitch"),
-    ("Audio", "After"),
-    ("Audio-Visual", "Shape during sound"),
-    ("Audio-Visual", "Sound during shape"),
-    ("Audio-Visual", "Pitch during shape"),
-    ("Audio-Visual", "Colour during sound"),
-)
-DESCRIPTION_TYPES = (("Visual", "Description"), ("Audio", "Description"), ("Audio-Visual", "Description"))
-
 TEMPLATES = {
     ("Visual", "Colour"): "What colour was the <Shape>?",
     ("Visual", "After"): "Which shape came after the <Shape>?",
@@ -47,6 +35,8 @@ TEMPLATES = {
     ("Audio", "Description"): "List the sounds in order.",
     ("Audio-Visual", "Description"): "Describe the clip.",
 }
+DESCRIPTION_TYPES = tuple(kind for kind in TEMPLATES if kind[1] == "Description")
+SINGLE_TYPES = tuple(kind for kind in TEMPLATES if kind not in DESCRIPTION_TYPES)
 
 
 @dataclass(frozen=True)
@@ -155,47 +145,32 @@ def ask(script: ClipScript, kind: tuple[str, str], rng: np.random.Generator) -> 
     Raises:
         KeyError: `kind` is in neither SINGLE_TYPES nor DESCRIPTION_TYPES.
     """
-    template = TEMPLATES[kind]
-    shape_slots, sound_slots = sorted(script.shapes), sorted(script.sounds)
+    template, (medium, name) = TEMPLATES[kind], kind
     if kind in DESCRIPTION_TYPES:
-        return Question(kind, template, (), _describe(script, kind))
-    name = kind[1]
-    if name == "After":
-        slots = shape_slots if kind[0] == "Visual" else sound_slots
-        if len(slots) < 2:
-            return None
-        first = int(rng.integers(0, len(slots) - 1))
-        word = script.shape if kind[0] == "Visual" else script.timbre
-        return Question(kind, template, (word(slots[first]),), word(slots[first + 1]))
-    if kind[0] == "Visual":
-        candidates = shape_slots
-    elif kind[0] == "Audio":
-        candidates = sound_slots
+        return Question(kind, template, (), _describe(script, medium))
+    if medium == "Audio-Visual":
+        slots = sorted(script.shapes.keys() & script.sounds.keys())
     else:
-        candidates = [slot for slot in shape_slots if slot in script.sounds]
-    if not candidates:
+        slots = sorted(script.shapes if medium == "Visual" else script.sounds)
+    count = len(slots) - (name == "After")  # the last has none after it
+    if count < 1:
         return None
-    slot = candidates[int(rng.integers(0, len(candidates)))]
+    index = int(rng.integers(0, count))
     subject = script.shape if "<Shape>" in template else script.timbre
-    answers = {
-        "Colour": script.colour,
-        "Pitch": script.pitch,
-        "Shape during sound": script.shape,
-        "Sound during shape": script.timbre,
-        "Pitch during shape": script.pitch,
-        "Colour during sound": script.colour,
-    }
-    return Question(kind, template, (subject(slot),), answers[name](slot))
+    if name == "After":
+        answer = subject(slots[index + 1])
+    else:
+        words = {"Colour": script.colour, "Pitch": script.pitch, "Shape": script.shape, "Sound": script.timbre}
+        answer = words[name.split()[0]](slots[index])
+    return Question(kind, template, (subject(slots[index]),), answer)
 
 
-def _describe(script: ClipScript, kind: tuple[str, str]) -> str:
-    if kind[0] == "Visual":
-        return " ".join(f"{script.colour(slot)} {script.shape(slot)}" for slot in sorted(script.shapes))
-    if kind[0] == "Audio":
-        return " ".join(f"{script.pitch(slot)} {script.timbre(slot)}" for slot in sorted(script.sounds))
-    moments = []
-    for slot in sorted(set(script.shapes) | set(script.sounds)):
-        seen = f"{script.colour(slot)} {script.shape(slot)}" if slot in script.shapes else "none"
-        heard = f"{script.pitch(slot)} {script.timbre(slot)}" if slot in script.sounds else "silent"
-        moments.append(f"{seen} {heard} ;")
-    return " ".join(moments)
+def _describe(script: ClipScript, medium: str) -> str:
+    seen = {slot: f"{script.colour(slot)} {script.shape(slot)}" for slot in sorted(script.shapes)}
+    heard = {slot: f"{script.pitch(slot)} {script.timbre(slot)}" for slot in sorted(script.sounds)}
+    if medium == "Visual":
+        return " ".join(seen.values())
+    if medium == "Audio":
+        return " ".join(heard.values())
+    moments = sorted(seen.keys() | heard.keys())
+    return " ".join(f"{seen.get(slot, 'none')} {heard.get(slot, 'silent')} ;" for slot in moments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,13 +9,14 @@ import av
 import numpy as np
 
 from acckv.data.synthetic.events import PITCHES, TIMBRES, ClipScript
+from acckv.io.files import whole_file
 
 SIDE = 84
 """Width and height of a picture in pixels: 3x3 cells of 28."""
 CELL = 28
 FPS = 2
 SAMPLING_RATE = 16_000
-PITCH_HZ = (250.0, 600.0, 1300.0, 2600.0)
+PITCH_HZ = {"low": 250.0, "mid": 600.0, "high": 1300.0, "ultra": 2600.0}
 RGB = np.array([[0.9, 0.1, 0.1], [0.1, 0.8, 0.15], [0.15, 0.2, 0.95], [0.95, 0.9, 0.1], [0.65, 0.1, 0.75], [1, 1, 1]])
 
 
@@ -79,7 +79,7 @@ def _tone(timbre: int, pitch: int, rng: np.random.Generator) -> np.ndarray:
     """One second with one sound event that starts and ends inside it: float32 [16000]."""
     count = SAMPLING_RATE
     time = np.arange(count, dtype=np.float32) / SAMPLING_RATE
-    hertz = PITCH_HZ[pitch] * float(np.exp(rng.normal(0, 0.04)))
+    hertz = PITCH_HZ[PITCHES[pitch]] * float(np.exp(rng.normal(0, 0.04)))
     length = rng.uniform(0.5, 0.9)
     start = rng.uniform(0.02, 0.98 - length)
     phase = rng.uniform(0, 2 * np.pi)
@@ -116,8 +116,7 @@ def write_mp4(path: Path, frames: np.ndarray, audio: np.ndarray | None, fps: int
         audio: float32 [samples] within -1..1.
         fps: frames a second.
     """
-    partial = path.with_name(path.name + ".part")
-    with av.open(str(partial), "w", format="mp4") as container:
+    with whole_file(path) as partial, av.open(str(partial), "w", format="mp4") as container:
         options = {"preset": "ultrafast", "crf": "20", "threads": "1"}
         video = container.add_stream("libx264", rate=fps, options=options)
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
@@ -133,8 +132,3 @@ def write_mp4(path: Path, frames: np.ndarray, audio: np.ndarray | None, fps: int
             block.sample_rate, block.pts, block.time_base = SAMPLING_RATE, 0, Fraction(1, SAMPLING_RATE)
             container.mux(sound.encode(block))
             container.mux(sound.encode(None))
-    os.replace(partial, path)
-
-
-if len(PITCH_HZ) != len(PITCHES):
-    raise RuntimeError("one frequency a pitch")
