@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from acckv.data.media import read_media, read_record_media
 from acckv.data.records import Record
-from acckv.errors import InputError
 from acckv.io.files import whole_file
 from acckv.models.clips import Media
 
@@ -39,13 +37,10 @@ class MediaCache:
 
     Args:
         folder: made when the first clip is written.
-        max_bytes: when the folder holds more, the clips that were not used for longest are removed; None keeps all.
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int | None = None) -> None:
-        if max_bytes is not None and max_bytes < 1:
-            raise InputError(f"{max_bytes} is less than 1", field="max_bytes")
-        self.folder, self.max_bytes = Path(folder), max_bytes
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
 
     def read_media(self, path: str | Path, *, audio: str | Path | None = None, **options: Any) -> Media:
         """As :func:`acckv.data.media.read_media`."""
@@ -58,19 +53,14 @@ class MediaCache:
         call = {"call": "record", "audio": record.audio is not None, "start": record.start, "end": record.end}
         return self._read(files, {**call, **options}, lambda: read_record_media(record, **options))
 
-    def file(self, files: Sequence[Path], options: dict[str, Any]) -> Path:
-        """The file of the clip of these files and options."""
-        return self.folder / f"{hashlib.sha256(_key(files, options).encode()).hexdigest()[:32]}.safetensors"
-
     def _read(self, files: Sequence[Path], options: dict[str, Any], read: Callable[[], Media]) -> Media:
         if not all(file.is_file() for file in files):
             return read()  # raises the error that names the file
         key = _key(files, options)
-        kept = self.file(files, options)
+        kept = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if kept.exists():
             try:
                 clip, said = _load(kept, key)
-                os.utime(kept)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 _log.warning("%s: damaged (%s); decoding %s anew", kept, error, files[0])
             else:
@@ -83,26 +73,7 @@ class MediaCache:
         _repeat(said)
         with whole_file(kept) as temporary:
             _save(temporary, key, clip, said)
-        self._shrink()
         return clip
-
-    def _shrink(self) -> None:
-        """Remove the clips that were not used for longest (and what a killed process left half-written)."""
-        if self.max_bytes is None:
-            return
-        entries = []
-        for file in self.folder.glob("*.safetensors"):
-            try:
-                status = file.stat()
-            except FileNotFoundError:  # another process was faster
-                continue
-            entries.append((status.st_mtime_ns, status.st_size, file))
-        held = sum(size for _, size, _ in entries)
-        for _, size, file in sorted(entries)[:-1]:
-            if held <= self.max_bytes:
-                return
-            file.unlink(missing_ok=True)
-            held -= size
 
 
 def _key(files: Sequence[Path], options: dict[str, Any]) -> str:

@@ -95,24 +95,19 @@ def load_plugins(names: str | Sequence[str]) -> None:
         InputError: there is no such module or file, or another module has the file's name.
     """
     for name in names.split(",") if isinstance(names, str) else names:
-        _load_plugin(name.strip())
-
-
-def _load_plugin(name: str) -> None:
-    file = Path(name).resolve()
-    is_file = file.suffix == ".py"
-    if is_file:
-        if not file.is_file():
+        name = name.strip()
+        file = Path(name).resolve() if name.endswith(".py") else None
+        if file is not None and not file.is_file():
             raise InputError("no such file", source=name, field="plugins")
-        if str(file.parent) not in sys.path:
+        if file is not None and str(file.parent) not in sys.path:
             sys.path.append(str(file.parent))
-    module = file.stem if is_file else name
-    try:
-        spec = find_spec(module)
-    except (ModuleNotFoundError, ValueError):  # its package is missing
-        spec = None
-    if spec is None:
-        raise InputError(f"{name!r} is no module that can be imported, and no .py file", field="plugins")
-    if is_file and Path(spec.origin or "").resolve() != file:
-        raise InputError(f"{spec.origin} has the name {module}, too; rename the file", source=name, field="plugins")
-    import_module(module)
+        module = name if file is None else file.stem
+        try:
+            spec = find_spec(module)
+        except (ModuleNotFoundError, ValueError):  # its package is missing
+            spec = None
+        if spec is None:
+            raise InputError(f"{name!r} is no module that can be imported, and no .py file", field="plugins")
+        if file is not None and Path(spec.origin or "").resolve() != file:
+            raise InputError(f"{spec.origin} has the name {module}, too; rename the file", source=name, field="plugins")
+        import_module(module)

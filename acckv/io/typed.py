@@ -8,7 +8,7 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -16,6 +16,14 @@ from acckv.errors import InputError
 from acckv.io.json_files import read_json, write_json
 
 Made = TypeVar("Made")
+PLAIN: dict[type, tuple[Any, str]] = {
+    float: (int | float, "a number"),
+    int: (int, "a whole number"),
+    str: (str, "a text"),
+    bool: (bool, "true or false"),
+    Path: (str, "a path"),
+}
+"""Type of a field -> type in JSON, and its name in messages."""
 
 
 class Within(NamedTuple):
@@ -76,9 +84,11 @@ def _read(kind: Any, value: Any, source: str | Path, field: str) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
-    if is_dataclass(kind):
+    if is_dataclass(kind) or origin is dict:
         if not isinstance(value, Mapping):
             raise refuse("expected an object")
+        if origin is dict:
+            return {name: _read(inner[1], each, source, f"{field}.{name}") for name, each in value.items()}
         return _dataclass(kind, value, source, f"{field}." if field else "")
     if origin is Annotated:
         number, bounds = _read(inner[0], value, source, field), inner[1]
@@ -93,10 +103,6 @@ def _read(kind: Any, value: Any, source: str | Path, field: str) -> Any:
         if value not in inner:
             raise refuse(f"{value!r} is neither {' nor '.join(map(repr, inner))}")
         return value
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise refuse("expected an object")
-        return {name: _read(inner[1], each, source, f"{field}.{name}") for name, each in value.items()}
     if origin in (list, tuple):
         if not isinstance(value, list):
             raise refuse("expected a list")
@@ -107,37 +113,20 @@ def _read(kind: Any, value: Any, source: str | Path, field: str) -> Any:
             _read(one, part, source, f"{field}[{index}]")
             for index, (one, part) in enumerate(zip(each, value, strict=True))
         )
-    return _plain(kind, value, refuse)
+    accepted, expected = PLAIN[kind]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise refuse(f"{value!r} is not {expected}")
+    return Path(value) if kind is Path else value
 
 
 def _dataclass(kind: Any, values: Mapping[str, Any], source: str | Path, prefix: str) -> Any:
     made = {}
-    for name, (hint, optional) in _hints(kind).items():
-        if name in values:
-            made[name] = _read(hint, values[name], source, f"{prefix}{name}")
-        elif not optional:
-            raise InputError("missing", source=source, field=f"{prefix}{name}")
+    for each in fields(kind):
+        if each.name in values:
+            made[each.name] = _read(_hints(kind)[each.name], values[each.name], source, prefix + each.name)
+        elif each.default is MISSING and each.default_factory is MISSING:
+            raise InputError("missing", source=source, field=prefix + each.name)
     return kind(**made)
 
 
-@cache
-def _hints(kind: type) -> dict[str, tuple[Any, bool]]:
-    """By field of a dataclass: its type, and whether it may be missing."""
-    hints = get_type_hints(kind, include_extras=True)
-    found = {}
-    for each in fields(kind):
-        found[each.name] = hints[each.name], each.default is not MISSING or each.default_factory is not MISSING
-    return found
-
-
-def _plain(kind: Any, value: Any, refuse: Any) -> Any:
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return value
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if kind in (str, bool) and isinstance(value, kind):
-        return value
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    names = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", Path: "a path"}
-    raise refuse(f"{value!r} is not {names[kind]}")
+_hints = cache(partial(get_type_hints, include_extras=True))

@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from acckv.errors import InputError
-from acckv.method.modality import ModalityMap
+from acckv.method.modality import Modality, ModalityMap
 from acckv.models.batching import gather_columns
 from acckv.models.lora_targets import is_linear, match_names
-from acckv.models.placeholders import label_placeholders
 
 
 @dataclass(frozen=True)
@@ -175,8 +174,21 @@ class ModelAdapter:
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
     def label(self, input_ids: Tensor, attention_mask: Tensor | None) -> ModalityMap:
-        """The modality of every token of ``[batch, tokens]`` placeholders."""
-        return label_placeholders(self.model.config, input_ids, attention_mask)
+        """The modality of every token of ``[batch, tokens]`` placeholders, by the ids that the configuration names.
+
+        Args:
+            attention_mask: ``[batch, tokens]``, 0 where padded; of a longer mask the last columns count.
+        """
+        labels = torch.zeros_like(input_ids)
+        # In this order, so that a token that stands for both pictures and video is video either way.
+        for kind, modality in (("image", Modality.VIDEO), ("video", Modality.VIDEO), ("audio", Modality.AUDIO)):
+            for name in (f"{kind}_token_id", f"{kind}_token_index"):
+                token = getattr(self.model.config, name, None)
+                if isinstance(token, int):
+                    labels = labels.masked_fill(input_ids == token, modality)
+        if attention_mask is not None:
+            labels = labels.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, Modality.PADDING)
+        return ModalityMap(labels)
 
     @property
     def closing_tokens(self) -> tuple[int, ...]:

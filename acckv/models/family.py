@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from acckv.errors import InputError
@@ -14,7 +15,6 @@ from acckv.models.base import ModelAdapter
 from acckv.models.encoder import Encoder
 from acckv.models.generic import GenericAdapter
 from acckv.models.plain_decoder import EmbeddingsEncoder
-from acckv.models.wrappers import unwrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def find_adapter(model: Any, family: Family | None = None) -> ModelAdapter:
     Raises:
         InputError: nothing fits; the message says what is missing and which model types are supported.
     """
-    model = unwrapped(model)
+    model = _unwrapped(model)
     if family is None:
         family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), GENERIC)
     try:
@@ -78,6 +78,21 @@ def find_adapter(model: Any, family: Family | None = None) -> ModelAdapter:
         raise InputError(f"{error}; supported model types: {known}, and decoders given modality_ids") from error
     adapter.check()
     return adapter
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model that generates text: inside a peft wrapper, whose adapters go on acting, or inside a full Omni model.
+
+    Raises:
+        InputError: the wrapper adds entries to the cache that no token stands for.
+    """
+    if isinstance(model, PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            kind = model.active_peft_config.peft_type.value
+            raise InputError(f"{kind} adds entries to the cache that no modality names; unload it first", field="model")
+        return _unwrapped(model.get_base_model())
+    thinker = getattr(model, "thinker", None)
+    return model if thinker is None else thinker
 
 
 def find_encoder(processor: Any) -> Encoder:

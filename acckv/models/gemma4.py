@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from transformers import (
     Gemma4UnifiedProcessor,
 )
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_masks_for_generate
 from transformers.video_utils import VideoMetadata
 
 from acckv.models.base import ModelAdapter
@@ -32,7 +31,14 @@ from acckv.models.family import Family, register_family
 
 
 class Gemma4Adapter(ModelAdapter):
-    """``Gemma4ForConditionalGeneration``."""
+    """``Gemma4ForConditionalGeneration``.
+
+    Attributes:
+        vision_masks: the function of the model's module that makes masks in which the frames of a video see each other
+            whole, here in sliding layers.
+    """
+
+    vision_masks: ClassVar[str] = "create_masks_for_vision_model"
 
     @property
     def closing_tokens(self) -> tuple[int, ...]:
@@ -59,8 +65,9 @@ class Gemma4Adapter(ModelAdapter):
         config = self.decoder.config
         if config.use_bidirectional_attention != "vision" or token_types is None:
             return real.long()
-        return self._vision_masks(
-            token_types,
+        module = sys.modules[type(self.model).__module__]
+        return getattr(module, self.vision_masks)(
+            block_sequence_ids=module.get_block_sequence_ids_for_mask(token_types, device=token_types.device),
             config=config,
             inputs_embeds=arguments["inputs_embeds"],
             attention_mask=real,
@@ -80,21 +87,11 @@ class Gemma4Adapter(ModelAdapter):
         sliding = window_mask(mask[..., mask.shape[-1] - cached - tokens :], positions, keys, windows[0].sliding_window)
         return {"full_attention": mask, "sliding_attention": sliding}
 
-    def _vision_masks(self, token_types: Tensor, **arguments: Any) -> dict[str, Tensor | None]:
-        """The frames of a video see each other whole, in sliding layers."""
-        module = sys.modules[type(self.model).__module__]
-        blocks = module.get_block_sequence_ids_for_mask(token_types, device=token_types.device)
-        return module.create_masks_for_vision_model(block_sequence_ids=blocks, **arguments)
-
 
 class Gemma4UnifiedAdapter(Gemma4Adapter):
     """``Gemma4UnifiedForConditionalGeneration``: patches and samples straight into the decoder, without towers."""
 
-    def _vision_masks(self, token_types: Tensor, **arguments: Any) -> dict[str, Tensor | None]:
-        """As its forward makes them: frames see each other whole in full layers too."""
-        module = sys.modules[type(self.model).__module__]
-        blocks = module.get_block_sequence_ids_for_mask(token_types, device=token_types.device)
-        return create_masks_for_generate(block_sequence_ids=blocks, **arguments)
+    vision_masks = "create_masks_for_generate"  # as its forward: frames see each other whole in full layers too
 
 
 def window_mask(mask: Tensor, query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:

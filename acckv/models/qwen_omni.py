@@ -6,7 +6,7 @@ A clip with a sound track is interleaved (audio in video); one without is video 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -35,7 +35,13 @@ _CUTS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 class Qwen25OmniAdapter(ModelAdapter):
-    """The thinker, ``Qwen2_5OmniThinkerForConditionalGeneration``."""
+    """The thinker, ``Qwen2_5OmniThinkerForConditionalGeneration``.
+
+    Attributes:
+        whole_positions: whether the decoder reads positions as whole numbers, though some media give them as floats.
+    """
+
+    whole_positions: ClassVar[bool] = True
 
     @property
     def closing_tokens(self) -> tuple[int, ...]:
@@ -58,19 +64,13 @@ class Qwen25OmniAdapter(ModelAdapter):
             lengths,
             inputs.get("video_second_per_grid"),
         )
-        return self.as_read(positions) + start
-
-    def as_read(self, positions: Tensor) -> Tensor:
-        """Positions of get_rope_index as the decoder reads them: whole, though given as floats with some media."""
-        return positions.long()
+        return (positions.long() if self.whole_positions else positions) + start
 
 
 class Qwen3OmniMoeAdapter(Deepstack, Qwen25OmniAdapter):
     """The thinker, ``Qwen3OmniMoeThinkerForConditionalGeneration``, with visual features in the first layers again."""
 
-    def as_read(self, positions: Tensor) -> Tensor:
-        """As they are: frames that are no whole number of positions apart stay so."""
-        return positions
+    whole_positions = False
 
 
 def timing(processor: Any) -> tuple[int, float]:

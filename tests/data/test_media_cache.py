@@ -140,19 +140,3 @@ def test_warnings_come_again_with_the_clip(cache: MediaCache, video: Path) -> No
         with pytest.warns(UserWarning, match="is longer than max_seconds; its first 1 s are read"):
             clips.append(cache.read_media(video, max_seconds=1, cut_long=True))
     assert same(*clips) and len(files(cache)) == 1
-
-
-def test_the_clips_unused_for_longest_go_first(video: Path, tmp_path: Path) -> None:
-    size = MediaCache(tmp_path / "one")
-    size.read_media(video)
-    cache = MediaCache(tmp_path / "cache", max_bytes=int(2.5 * files(size)[0].stat().st_size))
-    for place, end in enumerate((None, 3.0, 4.0)):
-        cache.read_media(video, end=end)
-        for file in files(cache):
-            os.utime(file, ns=(0, file.stat().st_mtime_ns - 10**9))  # a second passes
-        if place == 1:
-            cache.read_media(video)  # the first is used again
-    kept = [cache.file([video], {"call": "media", **options}) for options in ({}, {"end": 4.0})]
-    assert files(cache) == sorted(kept)
-    with pytest.raises(InputError, match="max_bytes"):
-        MediaCache(tmp_path, max_bytes=0)

@@ -14,7 +14,6 @@ import transformers
 from acckv import InputError, KVCompressor
 from acckv.method.modality import ModalityMap
 from acckv.models import Family, GenericAdapter, ModelAdapter, find_adapter, load_model, loading
-from acckv.models.placeholders import label_placeholders
 from tests.families import FAMILIES, TEXT
 
 SERVED = ["qwen2_5_omni", "qwen3_omni_moe", "gemma4", "gemma4_unified"]
@@ -146,10 +145,10 @@ def test_a_family_of_ones_own_takes_the_place_of_the_generic_one() -> None:
 def test_placeholders_are_labelled_by_the_ids_of_the_configuration() -> None:
     ids = torch.tensor([[0, 0, 5, 8, 8, 9, 7, 5], [5, 8, 9, 9, 7, 5, 5, 5]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
-    config = SimpleNamespace(image_token_id=7, video_token_index=8, audio_token_id=9)
+    model: Any = SimpleNamespace(config=SimpleNamespace(image_token_id=7, video_token_index=8, audio_token_id=9))
     longer = torch.cat([torch.zeros_like(mask), mask], dim=1)
     for given in (mask, longer):
-        labels = label_placeholders(config, ids, given)
+        labels = ModelAdapter(model).label(ids, given)
         assert labels.labels.tolist() == [[3, 3, 0, 1, 1, 2, 1, 0], [0, 1, 2, 2, 1, 0, 0, 0]]
     assert labels.counts().tolist() == [[3, 1], [2, 2]]
     assert labels.media_end().tolist() == [7, 5]
