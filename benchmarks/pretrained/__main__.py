@@ -23,9 +23,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 
+from acckv.data.calibration_record import Objective
 from acckv.errors import InputError
 from acckv.models import load_model
 from acckv.policies import POLICIES
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, action="append", default=[], help="a calibrated export; repeatable")
     parser.add_argument("--presses", default=",".join(PRESSES), help="of kvpress")
     parser.add_argument("--calibrate-on", default="facts", help="kinds of clips to calibrate on, dealt out evenly")
+    parser.add_argument("--calibrate-for", default="task", choices=get_args(Objective), help="as model.calibrate_for")
     parser.add_argument("--steps", type=int, default=200, help="of a calibration")
     parser.add_argument("--finetune-on", default="facts", help="kinds of clips to fine-tune the decoder on, by turns")
     parser.add_argument("--finetuning-steps", type=int, default=30, help="of the decoder")
@@ -116,7 +119,7 @@ def _measure(given: argparse.Namespace, stages: Sequence[str], console: Console)
     sizes = {"length": given.length, "clips": given.clips, "seed": given.seed, "batch_size": given.batch_size}
     measured = Measurement(output, decoder, about.digest, model, processor, **sizes)
     if "calibrate" in stages:
-        calibrate(measured, given.calibrate_on, given.steps)
+        calibrate(measured, given.calibrate_on, given.calibrate_for, given.steps)
     exports = [*given.export, *sorted(output.glob("calibrations/*/export"))]
     for kind in given.kinds:
         if "table" in stages:

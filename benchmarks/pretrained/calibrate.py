@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from acckv.data.calibration_record import Objective
 from acckv.errors import InputError
 from acckv.export import CONFIG
 from benchmarks.pretrained.clips import write_clips
@@ -19,13 +20,13 @@ COUNTS = {"train": 240, "validation": 16}
 """Clips of each split, dealt out to the kinds."""
 
 
-def calibrate(given: Measurement, kinds: Sequence[str], steps: int) -> Path:
+def calibrate(given: Measurement, kinds: Sequence[str], objective: Objective, steps: int) -> Path:
     """The export of a calibration, which is run unless it is there; one that was cut off goes on from its checkpoint.
 
     Raises:
         InputError: train.py fails; what it says stands above.
     """
-    name = f"{'+'.join(kinds)}-{given.length}-{steps}"
+    name = f"{objective}-{'+'.join(kinds)}-{given.length}-{steps}"
     folder = given.output / "calibrations" / name
     if not (folder / "export" / CONFIG).exists():
         clips = given.output / "clips" / f"training-{'+'.join(kinds)}-{given.length}"
@@ -33,6 +34,7 @@ def calibrate(given: Measurement, kinds: Sequence[str], steps: int) -> Path:
         options = {
             "config": SETTINGS,
             "model.base_model": given.decoder,
+            "model.calibrate_for": objective,
             "data.precomputed": clips,
             "trainer.max_steps": steps,
             "trainer.default_root_dir": folder,

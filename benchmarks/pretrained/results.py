@@ -27,7 +27,7 @@ class Cell:
         kind, length: of the clips, in tokens; clips: how many.
         system: who compressed, with its release; policy: its method.
         head_budgets: how the heads of a layer share its entries; empty where nothing is chosen or it is not known.
-        calibrated_on: kinds of questions of the calibration; empty where nothing was learned.
+        calibrated_on: the calibration, in words; export: digest of what it learned. Empty where nothing was learned.
         ratio: kept share of the entries that stand for video and audio.
         seed: of random eviction and of the interval.
     """
@@ -40,6 +40,7 @@ class Cell:
     policy: str
     head_budgets: str
     calibrated_on: str
+    export: str
     ratio: Share
     seed: Count
 

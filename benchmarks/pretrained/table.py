@@ -8,14 +8,14 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 import acckv
+from acckv import KVCompressor
+from acckv.evaluation.fingerprint import compressor_digest
 from acckv.evaluation.results import CALIBRATED, PREDICTIONS_FILE, REFERENCE_NAMES, Answer, read_predictions
-from acckv.export import CONFIG
-from acckv.io.json_files import read_json
 from benchmarks.pretrained.clips import longest_answer, tokenize, write_clips
 from benchmarks.pretrained.kinds import KINDS, SIZES, make_clip
 from benchmarks.pretrained.results import Cell, Row, append_rows, read_rows
@@ -25,6 +25,16 @@ from lightning_modules.evaluation.options import EvaluationOptions
 from lightning_modules.evaluation.run import run_evaluation
 
 SYSTEM = f"acckv {acckv.__version__}"
+
+
+class Learned(NamedTuple):
+    """A calibration in words, and the digest of what it learned; both empty where nothing was."""
+
+    calibrated_on: str
+    digest: str
+
+
+NOTHING = Learned("", "")
 
 
 @dataclass(frozen=True)
@@ -49,11 +59,22 @@ class Measurement:
     batch_size: int
 
     def cell(
-        self, kind: str, policy: str, head_budgets: str, ratio: float, calibrated_on: str = "", system: str = SYSTEM
+        self, kind: str, policy: str, head_budgets: str, ratio: float, learned: Learned = NOTHING, system: str = SYSTEM
     ) -> Cell:
         """The cell of a policy at a ratio, on clips of a kind."""
-        heads = "" if policy in REFERENCE_NAMES else head_budgets
-        return Cell(self.digest, kind, self.length, self.clips, system, policy, heads, calibrated_on, ratio, self.seed)
+        return Cell(
+            decoder=self.digest,
+            kind=kind,
+            length=self.length,
+            clips=self.clips,
+            system=system,
+            policy=policy,
+            head_budgets="" if policy in REFERENCE_NAMES else head_budgets,
+            calibrated_on=learned.calibrated_on,
+            export=learned.digest,
+            ratio=ratio,
+            seed=self.seed,
+        )
 
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
         """Those of some cells that have no row yet."""
@@ -74,25 +95,29 @@ def measure_policies(
         at.setdefault(tuple(cell.ratio for cell in cells), []).append(policy)
     for lacking, group in at.items():
         if lacking:
-            _run(given, kind, head_budgets, "", policies=group, ratios=list(lacking))
+            _run(given, kind, head_budgets, NOTHING, policies=group, ratios=list(lacking))
 
 
 def measure_export(given: Measurement, kind: str, export: Path, ratios: Sequence[float]) -> None:
     """Add the rows of a calibrated export that are missing."""
-    config = read_json(export / CONFIG)
-    on, heads = "+".join(config["calibration"]["kinds"]), config["compression"]["head_budgets"]
-    lacking = given.missing(given.cell(kind, CALIBRATED, heads, ratio, on) for ratio in ratios)
+    compressor = KVCompressor.from_pretrained(export)
+    found, heads = compressor.calibration, compressor.config.head_budgets
+    on = "unknown"
+    if found is not None:
+        on = ": ".join(filter(None, (found.calibrate_for, "+".join(found.kinds)))) + f", {found.steps} steps"
+    learned = Learned(on, compressor_digest(compressor))
+    lacking = given.missing(given.cell(kind, CALIBRATED, heads, ratio, learned) for ratio in ratios)
     if lacking:
         at = [cell.ratio for cell in lacking]
-        _run(given, kind, heads, on, policies=[CALIBRATED], ratios=at, compressor=str(export))
+        _run(given, kind, heads, learned, policies=[CALIBRATED], ratios=at, compressor=str(export))
 
 
-def _run(given: Measurement, kind: str, head_budgets: str, calibrated_on: str, **options: Any) -> None:
+def _run(given: Measurement, kind: str, head_budgets: str, learned: Learned, **options: Any) -> None:
     """One evaluation. A run that was cut off goes on where it was, as evaluations do."""
     size, tokenizer = SIZES[given.length], given.processor.tokenizer
     clips = given.output / "clips" / f"{kind}-{given.length}-{given.clips}"
     write_clips(clips, [kind], {"test": given.clips}, size, given.model, tokenizer)
-    settings = [given.digest, given.seed, given.batch_size, head_budgets, options]
+    settings = [given.digest, given.seed, given.batch_size, head_budgets, learned.digest, options]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     folder = given.output / "evaluations" / f"{clips.name}-{name}"
     limit, started = longest_answer(kind, given.clips, size, tokenizer), time.monotonic()
@@ -121,8 +146,7 @@ def _run(given: Measurement, kind: str, head_budgets: str, calibrated_on: str, *
     text = tokenize(make_clip(kind, "test", 0, size), tokenizer).text
     rows = []
     for row in results.rows:
-        on = calibrated_on if row.policy == CALIBRATED else ""
-        cell = given.cell(kind, row.policy, head_budgets, row.ratio, on)
+        cell = given.cell(kind, row.policy, head_budgets, row.ratio, learned if row.policy == CALIBRATED else NOTHING)
         own = answers[row.setting]
         scores = [(one.clip, score(KINDS[kind].scored, one.prediction, one.answer)) for one in own]
         rows.append(Row.of(cell, scores, row.kept_entries + text, sum(one.cut for one in own), minutes))

@@ -14,9 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from acckv import KVCompressor
+from acckv.data.calibration_record import CalibrationRecord
 from acckv.data.precomputed import load_precomputed, read_precomputed_clip
 from acckv.errors import InputError
-from acckv.models import load_model
+from acckv.method.weights import CalibratedWeights
+from acckv.models import find_adapter, load_model
+from acckv.policies import AccKV
 from benchmarks.pretrained import rival
 from benchmarks.pretrained.__main__ import main
 from benchmarks.pretrained.clips import longest_answer, tokenize, write_clips, write_tokens
@@ -24,13 +28,14 @@ from benchmarks.pretrained.decoder import About, answer_loss, finetune, make_dec
 from benchmarks.pretrained.kinds import FIRST_SEED, KINDS, SIZES, START, Size, make_clip
 from benchmarks.pretrained.results import Cell, Row, append_rows, read_rows, tables
 from benchmarks.pretrained.scoring import score
+from benchmarks.pretrained.table import Measurement, measure_export
 from benchmarks.pretrained.words import NUMBERS, quotable, sentences
 from tests import checkpoints
 
 TINY = Size(facts=2, prose=0, quoted=3)
 SPLITS = ("train", "validation", "test")
 ABOUT = About("abc", "none", ["facts"], 80, 0.0, {"facts": 1.0})
-CELL = Cell("abc", "facts", 500, 2, "acckv", "kvzip", "joint", "", 0.1, 0)
+CELL = Cell("abc", "facts", 500, 2, "acckv", "kvzip", "joint", "", "", 0.1, 0)
 
 # ------------------------------------------------------------------ clips
 
@@ -229,6 +234,29 @@ def test_a_table_is_that_of_plain_generation_and_is_measured_once(
     assert [row.cell.ratio for row in read_rows(output)] == [1, 0, 0, 0, 0.5, 0.2, 0.2]
     assert joint.cell == replace(equal.cell, head_budgets="joint")
     assert joint.kept == pytest.approx(equal.kept, abs=1)
+
+
+def test_an_exports_row_says_what_it_was_calibrated_on(
+    trained: tuple[Path, Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    output, model, processor = trained
+    monkeypatch.setitem(SIZES, 40, TINY)
+    sizes = find_adapter(model).dimensions
+    record = CalibrationRecord("clips", 2, 4, {"facts": 2, "quotes": 2}, 0.02, 0.5, 7)
+    weights = CalibratedWeights(sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], 4)
+    compressor = KVCompressor(
+        AccKV.preset("context"), weights=weights, base={"name": "tiny", **sizes}, calibration=record
+    )
+    compressor.save_pretrained(tmp_path / "export")
+    given = Measurement(
+        tmp_path / "run", output / "decoder", "abc", model, processor, 40, clips=1, seed=0, batch_size=1
+    )
+    for _ in range(2):  # the second time nothing is left to do
+        measure_export(given, "facts", tmp_path / "export", [0.5])
+    cells = {row.cell.policy: row.cell for row in read_rows(tmp_path / "run")}
+    assert len(cells) == len(read_rows(tmp_path / "run")) == 5 and not cells["full"].export
+    assert cells["acckv-calibrated"].calibrated_on == "task: facts+quotes, 7 steps"
+    assert cells["acckv-calibrated"].head_budgets == "equal" and len(cells["acckv-calibrated"].export) == 16
 
 
 def test_a_decoder_that_is_there_is_kept_and_another_fine_tuning_refused(trained: tuple[Path, Any, Any]) -> None:
