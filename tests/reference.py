@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from acckv.cache.layer import CompressedLayer
+from tests.support.running import plain_inputs
 
 #: For each layer of the cache: (logical index from which queries no longer see them, bool [heads, columns] evicted).
 Evictions = dict[int, list[tuple[int, Tensor]]]
@@ -68,9 +69,8 @@ class Reference:
         Args:
             inputs: the conversation up to there, or further, as one prompt.
         """
-        inputs = {name: value for name, value in inputs.items() if name != "modality_ids"}
         with self.hiding() as model:
-            full = cache_of(model(**inputs, use_cache=True))
+            full = cache_of(model(**plain_inputs(inputs), use_cache=True))
         for index, layer in enumerate(cache.layers):
             if not isinstance(layer, CompressedLayer):
                 continue

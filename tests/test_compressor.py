@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from acckv import InputError, KVCompressor
 from acckv.cache.cache import compressed_layers
 from acckv.data.calibration_record import CalibrationRecord
-from acckv.export import LowRatio
-from acckv.models import find_adapter
-from acckv.policies import AccKV, Policy
-from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
+from acckv.policies import AccKV
 from tests import tiny_omni
+from tests.learned import calibrated, with_low_ratio
+from tests.support.running import generate
 
 CONTEXT = AccKV.preset("context")
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
@@ -28,24 +27,6 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny_omni.build()
-
-
-def calibrated(model: Any, policy: Policy, noise: float = 0.0, rank: int = 0, **options: Any) -> KVCompressor:
-    """A compressor with weights: zero as at the start of training, or moved by `noise`."""
-    adapter = find_adapter(model)
-    sizes = adapter.dimensions
-    weights = policy.new_weights(**sizes)
-    torch.manual_seed(0)
-    for parameter in weights.parameters():
-        parameter.data += noise * torch.randn_like(parameter)
-    lora = None
-    if rank:
-        settings = lora_config(adapter, rank, 2.0 * rank, ("q_proj", "v_proj"), "tiny")
-        attached = AttachedLora(adapter, settings)
-        tensors = {name: noise * torch.randn_like(tensor) for name, tensor in attached.tensors().items()}
-        attached.remove()
-        lora = LoraWeights(settings, tensors)
-    return KVCompressor(policy, **options, weights=weights, lora=lora, base={"name": "tiny", **sizes}).eval()
 
 
 @pytest.mark.parametrize("preset", ["paper", "context"])
@@ -68,12 +49,6 @@ def test_untrained_weights_select_what_the_preset_selects(model: Any, preset: st
     assert any(not torch.equal(a.log_gates, b.log_gates) for a, b in zip(plans[0], other, strict=True))
 
 
-def with_low_ratio(wide: KVCompressor, low: KVCompressor, below: float) -> KVCompressor:
-    low_ratio = LowRatio(below, low.weights, low.lora)
-    parts = {"weights": wide.weights, "lora": wide.lora, "base": wide.base, "low_ratio": low_ratio}
-    return KVCompressor(wide.policy, **vars(wide.config), **parts).eval()
-
-
 @pytest.mark.parametrize("options", [{"ratio": 0.3}, {"budget": 5}])
 def test_the_lowest_ratios_have_a_calibration_of_their_own(model: Any, options: dict[str, Any]) -> None:
     """Evicted during the prefill or planned afterwards, read by generate or a session; 0.3 or 5 of 18 entries."""
@@ -85,9 +60,7 @@ def test_the_lowest_ratios_have_a_calibration_of_their_own(model: Any, options: 
             streamed = session.compress(**tiny_omni.context())
             planned = session.compress(session.prefill(**tiny_omni.context()))
             tokens = [session.answer(cache, question, **GREEDY) for cache in (streamed, planned)]
-            found = model.generate(
-                **tiny_omni.prompt(), **GREEDY, output_logits=True, return_dict_in_generate=True
-            ).logits
+            _, found = generate(model, tiny_omni.prompt(), **GREEDY)
         keys = [layer.keys for cache in (streamed, planned) for layer in compressed_layers(cache)]
         return [*keys, *tokens, *found]
 

@@ -9,19 +9,15 @@ import torch
 from torch import Tensor
 
 from acckv import InputError, KVCompressor
-from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter
 from acckv.policies import AccKV
-from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
 from acckv.runtime.prefill import Prefill
 from acckv.runtime.simulation import Simulation
-from tests.families import FAMILIES, Family, Tokenizer
-from tests.learned import weights_of
-from tests.runtime.test_turns import continued
+from tests.families import FAMILIES, Built, Tokenizer
+from tests.learned import trained, weights_of
+from tests.support.running import continued, plain_inputs
 
 QUESTION = (20, 21, 22)
-
-Built = tuple[Family, Any]
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -47,22 +43,6 @@ def assert_equal(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def calibrated(model: Any, rank: int = 2) -> KVCompressor:
-    """A compressor with weights and LoRA that are not at their start."""
-    adapter = find_adapter(model)
-    sizes = adapter.dimensions
-    torch.manual_seed(0)
-    weights = CalibratedWeights(sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], 2)
-    for parameter in weights.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    settings = lora_config(adapter, rank, 2.0 * rank, ("q_proj", "v_proj"), "tiny")
-    attached = AttachedLora(adapter, settings)
-    tensors = {name: 0.1 * torch.randn_like(tensor) for name, tensor in attached.tensors().items()}
-    attached.remove()
-    policy, lora = AccKV(n_probe_queries=2), LoraWeights(settings, tensors)
-    return KVCompressor(policy, weights=weights, lora=lora, base={"name": "tiny", **sizes})
-
-
 @pytest.mark.parametrize("preset", ["paper", "context"])
 def test_hard_gates_equal_eviction(built: Built, preset: str) -> None:
     family, model = built
@@ -70,9 +50,9 @@ def test_hard_gates_equal_eviction(built: Built, preset: str) -> None:
     with compressor(model, Tokenizer()) as session, torch.no_grad():
         prefill = session.prefill(**family.context(model))
         simulated = session.simulate(prefill, session.plan(prefill), **after(session, prefill))
-        evicted = continued(family, model, session, session.compress(prefill), QUESTION)
+        evicted = continued(model, session, session.compress(prefill), QUESTION)
         teacher = session.simulate(prefill, None, **after(session, prefill))
-        full = continued(family, model, session, session.compress(prefill, ratio=1.0), QUESTION)
+        full = continued(model, session, session.compress(prefill, ratio=1.0), QUESTION)
     assert_equal(simulated[0], evicted)
     assert_equal(teacher[0], full)
 
@@ -137,7 +117,7 @@ def test_gradient_checkpointing_changes_nothing(built: Built, monkeypatch: pytes
     required = [parameter.requires_grad for parameter in model.parameters()]
     found = []
     for checkpointing in (False, True):
-        compressor = calibrated(model)
+        compressor = trained(model)
         model.requires_grad_(False)
         model.train()
         if checkpointing:
@@ -177,11 +157,11 @@ def test_lora_is_on_the_decoder_alone_and_comes_off(built: Built) -> None:
     decoder = next(name for name, module in model.named_modules() if module is adapter.decoder)
     assert names and all(name.startswith(f"{decoder}.layers.") for name in names)
     assert len([name for name in names if name.endswith("q_proj")]) == len(adapter.decoder.layers)
-    before = model.generate(**{k: v for k, v in family.clip(model).items() if k != "modality_ids"}, max_new_tokens=2)
-    clip = {name: value for name, value in family.clip(model).items() if name != "modality_ids"}
+    clip = plain_inputs(family.clip(model))
+    before = model.generate(**clip, max_new_tokens=2)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     for mode in ("separate", "merged"):
-        with calibrated(model)(model, Tokenizer(), lora_mode=mode) as session:
+        with trained(model)(model, Tokenizer(), lora_mode=mode) as session:
             session.compress(**family.context(model))
             assert any("lora" in name for name, _ in model.named_modules()) == (mode == "separate")
         assert not any("lora" in name for name, _ in model.named_modules())
@@ -193,7 +173,7 @@ def test_lora_is_on_the_decoder_alone_and_comes_off(built: Built) -> None:
 @pytest.mark.parametrize("preset", ["paper", "context"])
 def test_a_calibrated_stream_stays_within_its_budget(built: Built, preset: str) -> None:
     family, model = built
-    weights = calibrated(model).weights
+    weights = trained(model).weights
     chunk = family.context(model, frames=1, sounds=3, intro=())
     for options in ({}, {"share_heads": True}):
         policy = AccKV.preset(preset, n_probe_queries=2, **options)
@@ -206,7 +186,7 @@ def test_a_calibrated_stream_stays_within_its_budget(built: Built, preset: str) 
 def test_a_head_alone_is_planned_as_beside_the_others(built: Built, preset: str) -> None:
     family, model = built
     policy = AccKV.preset(preset, n_probe_queries=2, n_neighbours=2)
-    compressor = KVCompressor(policy, weights=calibrated(model).weights)
+    compressor = KVCompressor(policy, weights=trained(model).weights)
     with compressor(model, Tokenizer()) as session, torch.no_grad():
         prefill = session.prefill(**family.context(model, frames=3, sounds=9))
         observed = prefill.probes if policy.observes_attention else prefill.observations

@@ -26,8 +26,8 @@ from lightning_modules.calibration.progress import CalibrationBar
 from lightning_modules.cli.train import main
 from lightning_modules.evaluation.datamodule import EvaluationData
 from lightning_modules.evaluation.options import EvaluationOptions
-from tests.calibration.test_training import calibrated
 from tests.evaluation.runs import run
+from tests.learned import trained
 from tests.support.simulated_accelerator import SimulatedAccelerator
 from tests.support.simulated_training import simulated_training
 
@@ -187,7 +187,7 @@ def test_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     questions = write_clips(tmp_path / "clips", "test", 1, questions_per_clip=2, workers=1, progress=False)
     model, _ = load_model("tiny")
     export = tmp_path / "export"
-    calibrated(model).save_pretrained(export)
+    trained(model).save_pretrained(export)
     expected = evaluated("cpu", questions, export, tmp_path)
     with simulated_training(monkeypatch) as accelerator:
         found = evaluated("sim", questions, export, tmp_path)

@@ -5,6 +5,8 @@ All have token ids below 128, and text ids from 10 to 59. A clip has 4 video tok
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.families.base import (
     AUDIO,
     AUDIO_BOS,
@@ -40,6 +42,7 @@ __all__ = [
     "VISION",
     "VISION_BOS",
     "VISION_EOS",
+    "Built",
     "Clip",
     "Family",
     "Qwen25Omni",
@@ -47,6 +50,8 @@ __all__ = [
     "Tokenizer",
 ]
 
+#: A family and a model of it.
+Built = tuple[Family, Any]
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (

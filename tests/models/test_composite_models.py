@@ -28,6 +28,7 @@ from tests.families import (
 )
 from tests.reference import Reference
 from tests.support import not_none
+from tests.support.running import generate
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 CLIP = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
@@ -84,28 +85,23 @@ def vl(request: pytest.FixtureRequest) -> tuple[QwenVL, Any]:
     return family, family.build()
 
 
-def generate(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    out = model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
-    return out.sequences[:, -5:], torch.stack(out.logits)
-
-
 @pytest.mark.parametrize("when", ["context", "prompt"])
 def test_qwen_vl_equals_masked_full_attention(vl: tuple[QwenVL, Any], when: When) -> None:
     family, model = vl
     inputs, reference = family.clip(model), Reference(model)
     assert isinstance(find_adapter(model), Qwen3VLAdapter if family.name == "Qwen3VL" else QwenVLAdapter)
     with KVCompressor("keydiff", ratio=0.4, when=when)(model) as session:
-        tokens, logits = generate(model, inputs)
+        tokens, logits = generate(model, inputs, **GREEDY)
         reference.read(inputs, session.last_cache)
         assert not_none(session.last_cache).kept_entries().sum() == int(0.4 * 3 * 8)
         batch = family.collate([inputs, family.clip(model, (25,), seed=2, frames=3, intro=(2,))])
-        rows, _ = generate(model, batch)
+        rows, _ = generate(model, batch, **GREEDY)
         assert torch.equal(rows[:1], tokens)
     with reference.hiding() as full:
-        expected_tokens, expected = generate(full, inputs)
+        expected_tokens, expected = generate(full, inputs, **GREEDY)
     assert torch.equal(tokens, expected_tokens)
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert (logits - generate(model, inputs)[1]).abs().max() > 1e-3
+    assert (logits - generate(model, inputs, **GREEDY)[1]).abs().max() > 1e-3
 
 
 def test_qwen_vl_compresses_once_for_several_questions(vl: tuple[QwenVL, Any]) -> None:
@@ -116,7 +112,7 @@ def test_qwen_vl_compresses_once_for_several_questions(vl: tuple[QwenVL, Any]) -
         cache = session.compress(**family.context(model))
         kept = session.compress(session.prefill(**family.context(model)))
         for question in ((20, 21, 22), (25, 26)):
-            expected, _ = generate(model, family.clip(model, question))
+            expected, _ = generate(model, family.clip(model, question), **GREEDY)
             for held in (cache, kept):
                 assert torch.equal(session.answer(held, torch.tensor([question]), **GREEDY), expected)
         whole = session.extend(family.text(model, (40, 41)), session.compress(**family.context(model), ratio=1.0))
@@ -144,7 +140,7 @@ def test_a_composite_model_without_adapter_labels_by_its_config() -> None:
     model, inputs = llava()
     reference = Reference(model)
     with KVCompressor("keydiff", ratio=0.4)(model) as session:
-        tokens, logits = generate(model, inputs)
+        tokens, logits = generate(model, inputs, **GREEDY)
         cache = not_none(session.last_cache)
         reference.read(inputs, cache)
         assert cache.labels.media.equal(inputs["input_ids"] == IMAGE)
@@ -159,7 +155,7 @@ def test_a_composite_model_without_adapter_labels_by_its_config() -> None:
             model.generate(**{**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, 12)})
     assert torch.equal(answer, tokens)
     with reference.hiding() as full:
-        _, expected = generate(full, inputs)
+        _, expected = generate(full, inputs, **GREEDY)
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
@@ -173,9 +169,9 @@ def test_a_plain_decoder_takes_token_ids_and_modality_ids() -> None:
     with torch.no_grad():
         embeds = model.get_input_embeddings()(ids)
     with KVCompressor("keydiff", ratio=0.3)(model) as session:
-        by_ids, _ = generate(model, {"input_ids": ids, "modality_ids": kinds})
+        by_ids, _ = generate(model, {"input_ids": ids, "modality_ids": kinds}, **GREEDY)
         held = [layer.keys for layer in compressed_layers(session.compress(input_ids=ids, modality_ids=kinds))]
-        by_embeds, _ = generate(model, {"inputs_embeds": embeds, "modality_ids": kinds})
+        by_embeds, _ = generate(model, {"inputs_embeds": embeds, "modality_ids": kinds}, **GREEDY)
         expected = [
             layer.keys for layer in compressed_layers(session.compress(inputs_embeds=embeds, modality_ids=kinds))
         ]

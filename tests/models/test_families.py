@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv import KVCompressor, policies
 from acckv.cache.cache import compressed_layers
 from acckv.config import When
 from acckv.models import find_adapter
-from tests.families import FAMILIES, Family, Tokenizer
+from tests.families import FAMILIES, Built, Family, Tokenizer
 from tests.pairwise import by_turns
 from tests.reference import Reference
 from tests.support import not_none
+from tests.support.running import fingerprint, generate, plain_inputs
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 MODES: dict[str, dict[str, Any]] = {
@@ -30,8 +30,6 @@ MODES: dict[str, dict[str, Any]] = {
 ECHO = (20, 21, 22, 23, 20, 21)
 POLICIES = [name for name in policies.POLICIES if name != "full"]
 ATTENTION, WHEN = ["sdpa", "eager"], ["context", "prompt"]
-
-Built = tuple[Family, Any]
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -49,30 +47,9 @@ def sdpa(family: Family) -> Built:
     return family, family.build()
 
 
-def generate(model: Any, inputs: dict[str, Any], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """New tokens ``[rows, new]`` and the logits of each step ``[steps, rows, vocabulary]``."""
-    torch.manual_seed(0)
-    out = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
-    return out.sequences, torch.stack(out.logits).float()
-
-
 def assert_equal(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     """To rounding: `tolerance` is a share of the largest logit; 1e-5 is for float32."""
     assert (found - expected).abs().max() < tolerance * expected.abs().max()
-
-
-def plain(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs as transformers takes them."""
-    return {name: value for name, value in inputs.items() if name != "modality_ids"}
-
-
-def fingerprint(model: Any) -> dict[str, Any]:
-    """Everything that could be left behind on a model or on transformers."""
-    state: dict[str, Any] = {"": dict(ALL_ATTENTION_FUNCTIONS._local_mapping)}
-    for name, module in model.named_modules():
-        hooks = [len(value) for key, value in vars(module).items() if key.endswith("_hooks") and value is not None]
-        state[name] = (type(module), sorted(vars(module)), hooks)
-    return state
 
 
 @pytest.mark.parametrize(("built", "mode", "when"), by_turns(ATTENTION, MODES, WHEN), indirect=["built"])
@@ -86,10 +63,10 @@ def test_generation_equals_masked_full_attention(built: Built, mode: str, when: 
     reference.read(inputs, session.last_cache)
     assert len(reference.evictions) == family.layers
     with reference.hiding() as full:
-        expected_tokens, expected = generate(full, plain(inputs), **MODES[mode])
+        expected_tokens, expected = generate(full, plain_inputs(inputs), **MODES[mode])
     assert torch.equal(tokens, expected_tokens)
     assert_equal(logits, expected)
-    whole, whole_logits = generate(model, plain(inputs), **MODES[mode])
+    whole, whole_logits = generate(model, plain_inputs(inputs), **MODES[mode])
     assert whole.shape == tokens.shape and not torch.allclose(logits, whole_logits, atol=1e-3)
 
 
@@ -97,7 +74,7 @@ def test_generation_equals_masked_full_attention(built: Built, mode: str, when: 
 def test_ratio_one_is_the_plain_model_and_nothing_stays(sdpa: Built, when: When) -> None:
     family, model = sdpa
     inputs = family.clip(model)
-    expected, expected_logits = generate(model, plain(inputs), **GREEDY)
+    expected, expected_logits = generate(model, plain_inputs(inputs), **GREEDY)
     before = fingerprint(model)
     with KVCompressor(when=when, ratio=1.0)(model, Tokenizer()):
         tokens, logits = generate(model, inputs, **GREEDY)
@@ -105,7 +82,7 @@ def test_ratio_one_is_the_plain_model_and_nothing_stays(sdpa: Built, when: When)
     with KVCompressor(when=when, ratio=0.2)(model, Tokenizer()):
         generate(model, inputs, **GREEDY)
     assert fingerprint(model) == before
-    again, again_logits = generate(model, plain(inputs), **GREEDY)
+    again, again_logits = generate(model, plain_inputs(inputs), **GREEDY)
     assert torch.equal(again, expected) and torch.equal(again_logits, expected_logits)
 
 
@@ -119,7 +96,7 @@ def test_a_prompt_itself_sees_everything(built: Built, argument: str) -> None:
     family, model = built
     inputs = family.clip(model)
     with torch.no_grad():
-        expected = model(**plain(inputs), use_cache=False).logits
+        expected = model(**plain_inputs(inputs), use_cache=False).logits
         with KVCompressor("keydiff", when="prompt", ratio=0.2)(model):
             cache = DynamicCache(config=model.config.get_text_config())
             found = model(**inputs, **{argument: cache}).logits
@@ -167,9 +144,9 @@ def test_half_precision(sdpa: Built, dtype: Any) -> None:
             _, logits = generate(model, inputs, **one)
         half.read(inputs, session.last_cache)
         with Reference(exact, half.evictions).hiding() as full:
-            _, expected = generate(full, plain(wide), **one)
+            _, expected = generate(full, plain_inputs(wide), **one)
         with half.hiding() as full:
-            _, reference = generate(full, plain(inputs), **one)
+            _, reference = generate(full, plain_inputs(inputs), **one)
         added, usual = ((found - expected).square().mean() for found in (logits, reference))
         shares.append(float(added / (added + usual)))
     assert sum(shares) < 0.8 * len(shares)

@@ -17,14 +17,10 @@ from acckv.runtime.lora import LoraWeights, lora_config
 from tests.families import FAMILIES
 from tests.reference import Reference
 from tests.support import not_none
+from tests.support.running import generate
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 KEYDIFF: dict[str, Any] = {"policy": "keydiff", "ratio": 0.3}
-
-
-def tokens_and_logits(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    out = model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
-    return out.sequences, torch.stack(out.logits)
 
 
 def test_the_adapter_of_a_wrapped_model_goes_on_acting() -> None:
@@ -34,15 +30,15 @@ def test_the_adapter_of_a_wrapped_model_goes_on_acting() -> None:
     wrapped = get_peft_model(plain, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     reference = Reference(wrapped)
     with KVCompressor(**KEYDIFF)(wrapped) as session:
-        tokens, logits = tokens_and_logits(wrapped, inputs)
+        tokens, logits = generate(wrapped, inputs, **GREEDY)
         reference.read(inputs, session.last_cache)
-        again, _ = tokens_and_logits(session.model, inputs)
+        again, _ = generate(session.model, inputs, **GREEDY)
     assert session.model is wrapped.get_base_model() and torch.equal(tokens, again)
     with reference.hiding() as full:
-        expected_tokens, expected = tokens_and_logits(full, inputs)
+        expected_tokens, expected = generate(full, inputs, **GREEDY)
     assert torch.equal(tokens, expected_tokens) and (logits - expected).abs().max() < 1e-5 * expected.abs().max()
     with reference.hiding() as full, full.disable_adapter():
-        _, base = tokens_and_logits(full, inputs)
+        _, base = generate(full, inputs, **GREEDY)
     assert (logits - base).abs().max() > 1e-2 * expected.abs().max()
 
 

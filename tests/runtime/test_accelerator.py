@@ -22,8 +22,9 @@ from acckv.policies import POLICIES
 from acckv.runtime.prefill import Prefill
 from lightning_modules.calibration.config import CalibrationConfig
 from lightning_modules.calibration.schedule import Schedule
-from tests.calibration.test_training import after, calibrated
+from tests.calibration.test_training import after
 from tests.families import FAMILIES, Family, Tokenizer
+from tests.learned import trained
 from tests.support.simulated_accelerator import DEVICE, SECOND_DEVICE, SimulatedAccelerator, on_cpu, on_device, place
 
 Model = tuple[Family, Any]
@@ -107,7 +108,7 @@ def test_every_policy(family: Family, model: Any, policy: str, when: When) -> No
 def export(tmp_path_factory: pytest.TempPathFactory, model: Any) -> Path:
     """A calibrated compressor whose weights and LoRA are not those they start from."""
     folder = tmp_path_factory.mktemp("export")
-    calibrated(model).with_ratio(0.3).save_pretrained(folder)
+    trained(model).with_ratio(0.3).save_pretrained(folder)
     return folder
 
 

@@ -15,6 +15,7 @@ from acckv.config import When
 from acckv.errors import InputError
 from tests.families import FAMILIES, TEXT, Family
 from tests.support import not_none
+from tests.support.running import plain_inputs
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 SLOW_PARTS = ["wrapper", "forward", "module"]
@@ -28,10 +29,6 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 def compressor(**options: Any) -> KVCompressor:
     return KVCompressor(**{"policy": "keydiff", "ratio": 0.3, **options})
-
-
-def plain(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name != "modality_ids"}
 
 
 @pytest.mark.parametrize("when", ["context", "prompt"])
@@ -51,7 +48,7 @@ def test_a_call_without_a_cache_gets_one(family: Family, when: When) -> None:
 def test_without_a_cache_media_are_refused_and_text_is_not(family: Family) -> None:
     model = family.build()
     inputs, text = family.clip(model), family.text(model, (2, 10, 11, 12))
-    expected = model.generate(**plain(text), **GREEDY, use_cache=False)
+    expected = model.generate(**plain_inputs(text), **GREEDY, use_cache=False)
     with compressor()(model) as session:
         with pytest.raises(InputError, match="use_cache: is off"):
             model(**inputs, use_cache=False)
@@ -138,7 +135,7 @@ def test_a_model_that_was_compiled_before(part: str, used: bool) -> None:
     batch = family.collate([family.clip(model), family.clip(model, (25,), seed=2, frames=3, intro=(2, 10, 11, 12))])
     with compressor()(model):
         expected = logits(model, batch)
-    full = logits(model, plain(batch))
+    full = logits(model, plain_inputs(batch))
     torch._dynamo.reset()
     call: Any = model
     if part == "wrapper":
@@ -151,13 +148,13 @@ def test_a_model_that_was_compiled_before(part: str, used: bool) -> None:
         for layer in model.model.layers:
             layer.compile(**options)
     if used:
-        assert_close(logits(call, plain(batch)), full)
+        assert_close(logits(call, plain_inputs(batch)), full)
     with compressor()(call) as session:
         assert_close(logits(call, batch), expected)
         session.dispatcher.last_cache = None
         call.generate(**batch, **GREEDY)
         assert session.last_cache is not None
-    assert_close(logits(call, plain(batch)), full)
+    assert_close(logits(call, plain_inputs(batch)), full)
 
 
 def logits(model: Any, inputs: dict[str, Any]) -> Tensor:

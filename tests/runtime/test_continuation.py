@@ -16,17 +16,16 @@ from acckv.cache.cache import CompressedCache, compressed_layers
 from acckv.config import When
 from acckv.models.batching import rope_positions
 from acckv.runtime.context_reconstruction import moved_positions
-from tests.families import FAMILIES, Family, Tokenizer
+from tests.families import FAMILIES, Built, Family, Tokenizer
 from tests.support import not_none
 from tests.support.model_sweep import build
+from tests.support.running import generate, plain_inputs
 
 OMNI = ["qwen2_5_omni", "qwen2_5_omni_interleaved", "qwen3_omni_moe"]
 QUESTION = (20, 21, 22, 23)
 STEPS = 3
 ASKED = torch.tensor([QUESTION])
 GREEDY: dict[str, Any] = {"max_new_tokens": STEPS, "do_sample": False}
-
-Built = tuple[Family, Any]
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_omni_interleaved", "qwen3_omni_moe", "gemma4", "videollama2"])
@@ -45,8 +44,7 @@ def compressor(ratio: float = 1.0, policy: Any = "keydiff", when: When = "contex
 
 def generated(model: Any, inputs: dict[str, Any], **options: Any) -> Tensor:
     """Logits of each step ``[steps, rows, vocabulary]``."""
-    out = model.generate(**inputs, **{**GREEDY, **options}, return_dict_in_generate=True, output_logits=True)
-    return torch.stack(out.logits)
+    return generate(model, inputs, **{**GREEDY, **options})[1]
 
 
 def off(found: Tensor, expected: Tensor) -> float:
@@ -80,14 +78,10 @@ def two_clips(family: Family, model: Any, question: tuple[int, ...]) -> dict[str
     return family.collate([family.clip(model, question, seed=1), family.clip(model, question, seed=2, frames=1)])
 
 
-def labelled(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name != "modality_ids"}
-
-
 def test_generate_on_a_compressed_cache(built: Built) -> None:
     """At ratio 1 it is the plain model's, on copies and branches, from all ids or the new ones, after another clip."""
     family, model = built
-    expected = generated(model, labelled(two_clips(family, model, QUESTION)))
+    expected = generated(model, plain_inputs(two_clips(family, model, QUESTION)))
     whole = two_clips(family, model, QUESTION)
     key = "input_ids" if "input_ids" in whole else "inputs_embeds"
     mask = whole["attention_mask"]
@@ -110,7 +104,7 @@ def test_forward_without_positions(built: Built) -> None:
     family, model = built
     whole = two_clips(family, model, QUESTION)
     with torch.no_grad():
-        expected = model(**labelled(whole), use_cache=False).logits[:, -len(QUESTION) :]
+        expected = model(**plain_inputs(whole), use_cache=False).logits[:, -len(QUESTION) :]
     with compressor()(model) as session, torch.no_grad():
         cache = session.compress(**two_clips(family, model, ()))
         session.compress(**family.context(model, frames=3, sounds=1))

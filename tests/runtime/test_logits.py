@@ -15,6 +15,7 @@ from acckv.policies import AccKV
 from tests.calibration.test_training import after
 from tests.families import FAMILIES, Tokenizer
 from tests.support import not_none
+from tests.support.running import plain_inputs
 
 
 @contextmanager
@@ -35,8 +36,7 @@ def test_a_prefill_makes_the_last_logits_alone(name: str) -> None:
     model = family.build()
     inputs = family.collate([family.clip(model), family.clip(model, seed=1, frames=3, sounds=9)])
     with torch.no_grad():
-        plain = {name: value for name, value in inputs.items() if name != "modality_ids"}
-        expected = model(**plain, use_cache=False).logits[:, -1]
+        expected = model(**plain_inputs(inputs), use_cache=False).logits[:, -1]
     snapkv = KVCompressor("snapkv")(model, Tokenizer())
     with snapkv as session, torch.no_grad(), positions_of_head(model) as seen:
         prefill = session.prefill(**inputs)

@@ -15,9 +15,11 @@ from acckv.errors import InputError
 from acckv.export import LowRatio
 from acckv.models import find_adapter
 from acckv.runtime import merged_lora
-from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
+from acckv.runtime.lora import LoraWeights
 from acckv.runtime.merged_lora import LoraMode, MergedLora, merged_weight
 from tests import tiny_omni
+from tests.learned import random_lora
+from tests.support.running import generate
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SETTING: dict[str, Any] = {"policy": "keydiff", "ratio": 0.3}
@@ -26,14 +28,8 @@ QUESTION = torch.tensor([[20, 21, 22]])
 
 
 def weights(model: Any, seed: int, targets: tuple[str, ...] = TARGETS) -> LoraWeights:
-    """Rank 4, random."""
-    adapter = find_adapter(model)
-    config = lora_config(adapter, 4, 8.0, targets, "tiny")
-    attached = AttachedLora(adapter, config)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {name: 0.2 * torch.randn(x.shape, generator=generator) for name, x in attached.tensors().items()}
-    attached.remove()
-    return LoraWeights(config, tensors)
+    torch.manual_seed(seed)
+    return random_lora(model, 4, 0.2, targets)
 
 
 def compressor(model: Any, scope: LoraScope = "after") -> KVCompressor:
@@ -43,10 +39,9 @@ def compressor(model: Any, scope: LoraScope = "after") -> KVCompressor:
     return KVCompressor(**SETTING, lora=weights(model, 1), lora_scope=scope, base=base, low_ratio=low)
 
 
-def logits(model: Any, compress: KVCompressor, ratio: float, **options: Any) -> list[Tensor]:
+def logits(model: Any, compress: KVCompressor, ratio: float, **options: Any) -> Tensor:
     with compress.with_ratio(ratio)(model, **options):
-        out = model.generate(**tiny_omni.prompt(), **GREEDY, output_logits=True, return_dict_in_generate=True)
-    return out.logits
+        return generate(model, tiny_omni.prompt(), **GREEDY)[1]
 
 
 @pytest.mark.parametrize("scope", ["after", "all"])

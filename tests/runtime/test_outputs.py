@@ -14,6 +14,7 @@ from acckv.cache.cache import compressed_layers
 from acckv.config import When
 from acckv.runtime.session import Session
 from tests.families import FAMILIES, Family, Tokenizer
+from tests.support.running import plain_inputs
 
 STEPS: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
 
@@ -28,10 +29,6 @@ def rows_of(family: Family, model: Any) -> list[dict[str, Any]]:
 
 def compressor(when: When, policy: str = "keydiff") -> KVCompressor:
     return KVCompressor(policy, ratio=0.4, when=when)
-
-
-def plain_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name != "modality_ids"}
 
 
 def media_end(batch: dict[str, Any], model: Any, session: Session) -> Tensor:

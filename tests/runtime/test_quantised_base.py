@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from acckv import InputError, KVCompressor
 from acckv.models import find_adapter, load_model
-from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
+from acckv.runtime.lora import LoraWeights, lora_config
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.export import ExportCompressor
 from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.evaluation.options import EvaluationOptions
 from lightning_modules.evaluation.run import run_evaluation
 from tests.families import FAMILIES
+from tests.learned import random_lora
 from tests.support import not_none
+from tests.support.running import generate
 
 
 class Int8Linear(nn.Linear):
@@ -108,23 +110,13 @@ def test_compression_of_a_quantised_base_is_that_of_its_dequantised_twin() -> No
             for name, module in getattr(other, part).named_children():
                 if isinstance(module, Int8Linear):
                     getattr(getattr(one, part), name).weight.data = module.weight * module.scale
-    config = lora_config(find_adapter(quantised), 2, 4, ("q_proj", "down_proj"), "base")
-    attached = AttachedLora(find_adapter(quantised), config)
     torch.manual_seed(0)
-    tensors = {name: 0.1 * torch.randn_like(tensor) for name, tensor in attached.tensors().items()}
-    attached.remove()
-    compressor = KVCompressor("keydiff", ratio=0.3, lora=LoraWeights(config, tensors))
+    lora = random_lora(quantised, targets=("q_proj", "down_proj"))
+    compressor = KVCompressor("keydiff", ratio=0.3, lora=lora)
     logits = []
     for model in (quantised, plain):
         with compressor(model):
-            out = model.generate(
-                **family.clip(model),
-                max_new_tokens=3,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        logits.append(torch.stack(out.logits))
+            logits.append(generate(model, family.clip(model), max_new_tokens=3, do_sample=False)[1])
     assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[1].abs().max()
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acckv import InputError, KVCompressor, policies
 from acckv.cache.cache import compressed_layers
@@ -16,6 +15,7 @@ from acckv.policies.base import Queries
 from tests import tiny_omni
 from tests.pairwise import by_turns
 from tests.support import not_none
+from tests.support.running import continued, fingerprint
 
 POLICIES = [name for name in policies.POLICIES if name != "full"]
 ATTENTION, WHEN, HEADS = ["sdpa", "eager"], ["context", "prompt"], ["equal", "joint"]
@@ -30,16 +30,6 @@ def model(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(scope="module")
 def sdpa() -> Any:
     return tiny_omni.build()
-
-
-def fingerprint(model: Any) -> dict[str, Any]:
-    """Everything that could be left behind on a model or on transformers."""
-    state: dict[str, Any] = {"": dict(ALL_ATTENTION_FUNCTIONS._local_mapping)}
-    for name, module in model.named_modules():
-        hooks = [len(value) for key, value in vars(module).items() if key.endswith("_hooks") and value is not None]
-        state[name] = (type(module), sorted(vars(module)), hooks)
-    state["grad"] = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
-    return state
 
 
 @pytest.mark.parametrize(
@@ -157,20 +147,9 @@ def test_beams_samples_and_several_returns(sdpa: Any, policy: str, heads: HeadBu
         samples = sdpa.generate(**tiny_omni.prompt(), max_new_tokens=6, do_sample=True, num_return_sequences=4)
         assert len({tuple(row) for row in samples[:, -6:].tolist()}) > 1
         cache = session.compress(**tiny_omni.context())
-        question = torch.tensor([[20, 21, 22]])
         for row, score in zip(beams.sequences[:, -6:], beams.sequences_scores, strict=True):
-            branch = cache.branch()
-            ids = torch.cat([question, row[None]], dim=1)
-            positions = cache.next_position + torch.arange(ids.shape[1])
-            mask = torch.ones(1, branch.get_seq_length() + ids.shape[1], dtype=torch.long)
-            with torch.no_grad():
-                logits = sdpa(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=session.adapter.text_positions(positions),
-                    cache=branch,
-                ).logits
-            chosen = logits[0, 2:-1].log_softmax(-1).gather(-1, row[:, None]).sum()
+            logits = continued(sdpa, session, cache, (20, 21, 22, *row.tolist()))
+            chosen = logits[2:-1].log_softmax(-1).gather(-1, row[:, None]).sum()
             assert chosen / 6 == pytest.approx(float(score), abs=1e-4)
 
 

@@ -18,7 +18,7 @@ from acckv import InputError, KVCompressor
 from acckv.policies import AccKV
 from tests import tiny_omni
 from tests.families import Tokenizer
-from tests.test_compressor import calibrated
+from tests.learned import calibrated
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 KEYDIFF = KVCompressor("keydiff", ratio=0.3)

@@ -13,27 +13,14 @@ from acckv.cache.cache import CompressedCache, compressed_layers
 from acckv.cache.layer import CompressedLayer
 from acckv.policies.keydiff import KeyDiff
 from acckv.runtime.session import Session
-from tests.families import FAMILIES, Family, Tokenizer
+from tests.families import FAMILIES, Built, Family, Tokenizer
 from tests.reference import Reference
-from tests.runtime.test_turns import continued, whole
+from tests.runtime.test_turns import whole
 from tests.support import not_none
+from tests.support.running import continued
 
 POLICIES = ["random", "streaming_llm", "h2o", "snapkv", "keydiff", "acckv"]
 BUDGET, CHUNK = 10, 4 + 3  # entries a layer, media entries of a chunk
-
-Built = tuple[Family, Any]
-
-
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def built(request: pytest.FixtureRequest) -> Built:
-    family = FAMILIES[request.param]
-    return family, family.build()
-
-
-@pytest.fixture(scope="module")
-def decoder() -> Built:
-    family = FAMILIES["videollama2"]
-    return family, family.build()
 
 
 def stream(family: Family, model: Any, chunks: int) -> list[dict[str, Any]]:
@@ -88,7 +75,7 @@ def test_a_stream_equals_one_masked_forward(built: Built, policy: str, options: 
         for number, chunk in enumerate(chunks):
             cache = session.extend(chunk, cache)
             reference.read(family.join(chunks[: number + 1]), cache)
-        logits = continued(family, model, session, not_none(cache), (20, 21))
+        logits = continued(model, session, not_none(cache), (20, 21))
     held = torch.tensor([float(not_none(layer.kept).sum()) for layer in compressed_layers(not_none(cache))])
     if "ratio" in options:
         heads = session.adapter.dimensions["kv_heads"]

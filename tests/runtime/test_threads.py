@@ -23,7 +23,7 @@ from acckv.runtime.session import Session
 from acckv.runtime.simulation import disable_checkpointing, enable_checkpointing
 from tests import tiny_omni
 from tests.families import FAMILIES, Family, Tokenizer
-from tests.test_compressor import calibrated, with_low_ratio
+from tests.learned import calibrated, with_low_ratio
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 KEYDIFF = KVCompressor("keydiff", ratio=0.3)

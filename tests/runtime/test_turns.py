@@ -9,46 +9,20 @@ import torch
 from transformers import DynamicCache
 
 from acckv import InputError, KVCompressor
-from acckv.cache.cache import CompressedCache, compressed_layers
+from acckv.cache.cache import compressed_layers
 from acckv.config import When
-from acckv.runtime.session import Session
-from tests.families import FAMILIES, Family, Tokenizer
+from tests.families import Built, Family, Tokenizer
 from tests.reference import Reference
 from tests.support import not_none
+from tests.support.running import continued, plain_inputs
 
 RATIO, FIRST, SECOND = 0.4, 2 * 4 + 6, 1 * 4 + 3  # media entries of the two clips
-
-Built = tuple[Family, Any]
-
-
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def built(request: pytest.FixtureRequest) -> Built:
-    family = FAMILIES[request.param]
-    return family, family.build()
-
-
-def continued(
-    family: Family, model: Any, session: Session, cache: CompressedCache, tokens: tuple[int, ...]
-) -> torch.Tensor:
-    """Logits of text after a cache ``[tokens, vocabulary]``, by a plain forward."""
-    branch, ids = cache.branch(), torch.tensor([tokens])
-    positions = branch.next_position + torch.arange(len(tokens))
-    mask = torch.ones(1, branch.get_seq_length() + len(tokens), dtype=torch.long)
-    with torch.no_grad():
-        return model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=session.adapter.text_positions(positions),
-            cache=branch,
-        ).logits[0]
 
 
 def whole(family: Family, reference: Reference, turns: list[dict[str, Any]], last: int) -> torch.Tensor:
     """Logits of the last tokens of a conversation run in one forward, evicted entries hidden."""
-    inputs = family.join(turns)
-    inputs.pop("modality_ids", None)
     with reference.hiding() as full:
-        return full(**inputs, use_cache=False).logits[0, -last:]
+        return full(**plain_inputs(family.join(turns)), use_cache=False).logits[0, -last:]
 
 
 @pytest.mark.parametrize("policy", ["keydiff", "snapkv", "pyramidkv", "fastv", "madakv", "expected_attention"])
@@ -71,7 +45,7 @@ def test_a_conversation_equals_one_masked_forward(built: Built, policy: str) -> 
         assert cache.kept_entries().sum() == int(RATIO * family.layers * FIRST)
         cache = session.extend(turns[2], cache)
         reference.read(family.join(turns[:3]), cache)
-        logits = continued(family, model, session, cache, (24, 25))
+        logits = continued(model, session, cache, (24, 25))
     # Only what was new is compressed, and the whole stays within its share of everything that was offered.
     assert cache.kept_entries().sum() == int(RATIO * family.layers * (FIRST + SECOND))
     for (_, before), (_, after) in reference.evictions.values():
@@ -188,9 +162,9 @@ def test_last_cache_of_generate_goes_on(built: Built) -> None:
     clip = family.clip(model)
     with KVCompressor("keydiff", when="prompt", ratio=RATIO)(model) as session:
         tokens = model.generate(**clip, max_new_tokens=4, do_sample=False)[0, -4:].tolist()
-        found = continued(family, model, session, not_none(session.last_cache), (tokens[-1], 30))
+        found = continued(model, session, not_none(session.last_cache), (tokens[-1], 30))
         cache = session.extend(family.text(model, tuple(tokens[:3])), session.compress(**clip))
-        expected = continued(family, model, session, cache, (tokens[-1], 30))
+        expected = continued(model, session, cache, (tokens[-1], 30))
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 

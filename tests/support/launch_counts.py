@@ -17,8 +17,8 @@ from torch import Tensor
 from acckv import KVCompressor
 from acckv.models import find_adapter, load_model
 from acckv.policies import POLICIES, AccKV, make_policy
-from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
 from tests.families import Tokenizer
+from tests.learned import calibrated
 from tests.support.simulated_accelerator import SimulatedAccelerator, on_device, place
 
 #: All that a calibration adapts by default.
@@ -61,22 +61,7 @@ def compressor(name: str, model: Any, targets: tuple[str, ...] = TARGETS) -> KVC
     policy = AccKV.preset(preset) if preset else make_policy(name)
     if name not in CALIBRATED:
         return KVCompressor(policy, ratio=RATIO)
-    adapter = find_adapter(model)
-    sizes = adapter.dimensions
-    weights = policy.new_weights(*sizes_of(sizes))
-    settings = lora_config(adapter, 16, 32.0, targets, "tiny")
-    attached = AttachedLora(adapter, settings)
-    tensors = {name: 0.1 * torch.randn_like(tensor) for name, tensor in attached.tensors().items()}
-    attached.remove()
-    for parameter in weights.requires_grad_(False).parameters():
-        parameter.normal_(0, 0.1)
-    return KVCompressor(
-        policy, ratio=RATIO, weights=weights, lora=LoraWeights(settings, tensors), base={"name": "tiny", **sizes}
-    ).eval()
-
-
-def sizes_of(sizes: dict[str, int]) -> tuple[int, int, int, int]:
-    return sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"]
+    return calibrated(model, policy, 0.1, 16, targets, ratio=RATIO).requires_grad_(False)
 
 
 def counted(compressor: KVCompressor | None, model: Any, inputs: dict[str, Tensor], **options: Any) -> Counts:
