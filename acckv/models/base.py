@@ -147,11 +147,8 @@ class ModelAdapter:
             InputError: the decoder has no linear layer of a name.
         """
         own = {id(module) for layer in self.decoder.layers for module in layer.modules()}
-        linear: dict[str, list[tuple[str, nn.Module]]] = {}
-        for name, module in self.model.named_modules():
-            if id(module) in own and is_linear(module):
-                linear.setdefault(name.rpartition(".")[-1], []).append((name, module))
-        return dict(match_names(names, linear))
+        modules = self.model.named_modules()
+        return match_names(names, {name: each for name, each in modules if id(each) in own and is_linear(each)})
 
     # ------------------------------------------------------------- the tokens
 

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from acckv.method.modality import Modality, ModalityMap
 from acckv.policies.base import Queries
@@ -61,19 +62,19 @@ class DecoderInputs:
     @classmethod
     def stack(cls, prompts: list[DecoderInputs]) -> DecoderInputs:
         """One left-padded batch out of batches of one prompt each."""
-        length = max(prompt.embeds.shape[1] for prompt in prompts)
-        missing = [length - prompt.embeds.shape[1] for prompt in prompts]
 
         def padded(tensors: list[Tensor], value: int = 0) -> Tensor:
             """A batch of tensors ``[1, tokens, ...]``."""
-            tail = (0, 0) * (tensors[0].ndim - 2)
-            return torch.cat([F.pad(t, (*tail, pad, 0), value=value) for t, pad in zip(tensors, missing, strict=True)])
+            rows = [tensor[0] for tensor in tensors]
+            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
 
-        positions = [F.pad(prompt.position_ids, (pad, 0)) for prompt, pad in zip(prompts, missing, strict=True)]
+        labels = ModalityMap(padded([prompt.labels.labels for prompt in prompts], int(Modality.PADDING)))
+        length = labels.labels.shape[1]
+        positions = [F.pad(p.position_ids, (length - p.position_ids.shape[-1], 0)) for p in prompts]
         return cls(
             padded([prompt.embeds for prompt in prompts]),
             torch.cat(positions, dim=-2),
-            ModalityMap(padded([prompt.labels.labels for prompt in prompts], int(Modality.PADDING))),
+            labels,
             {name: padded([prompt.others[name] for prompt in prompts]) for name in prompts[0].others},
         )
 
@@ -131,13 +132,9 @@ def shift_left_padding(real: Tensor) -> Tensor:
 
 def pad_left(prompts: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, int64 ``[batch, longest]`` each, of prompts of token ids that end together."""
-    longest = max(len(ids) for ids in prompts)
-    ids = torch.full((len(prompts), longest), pad_id)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for index, prompt in enumerate(prompts):
-        ids[index, longest - len(prompt) :] = prompt
-        mask[index, longest - len(prompt) :] = 1
-    return ids, mask
+    ids = pad_sequence(list(prompts), batch_first=True, padding_value=pad_id, padding_side="left")
+    masks = [torch.ones_like(prompt) for prompt in prompts]
+    return ids, pad_sequence(masks, batch_first=True, padding_side="left")
 
 
 def gather_columns(tensor: Tensor, columns: Tensor, dim: int, fill: int | float = 0) -> Tensor:

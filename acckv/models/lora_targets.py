@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
@@ -18,26 +17,28 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or all(isinstance(size, int) for size in sizes)
 
 
-def match_names(names: Iterable[str], linear: Mapping[str, list[Any]]) -> list[Any]:
-    """The layers of each name.
-
-    Args:
-        names: asked for; linear: leaf name -> (full name, module) of the decoder's linear layers of it.
+def match_names(names: Sequence[str], linear: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of a decoder's linear layers, by full name, whose last name is asked for.
 
     Raises:
         InputError: a name has no layer; the message lists what was matched and what there is.
     """
-    names = list(names)
-    unknown = [name for name in names if name not in linear]
+    by_leaf: dict[str, list[str]] = {}
+    for full in linear:
+        by_leaf.setdefault(full.rpartition(".")[-1], []).append(full)
+    unknown = [repr(name) for name in names if name not in by_leaf]
     if unknown:
-        there = ", ".join(f"{leaf} ({_classes(layers)})" for leaf, layers in linear.items())
-        matched = ", ".join(name for name in names if name in linear)
+        matched = ", ".join(name for name in names if name in by_leaf)
+        there = []
+        for leaf, layers in by_leaf.items():
+            counts = Counter(type(linear[full]).__name__ for full in layers)
+            there.append(f"{leaf} ({', '.join(f'{count} {kind}' for kind, count in counts.items())})")
         raise InputError(
-            f"{', '.join(map(repr, unknown))} names no linear layer of the decoder; "
-            f"matched: {matched or 'none'}; there are: {there or 'none'}",
+            f"{', '.join(unknown)} names no linear layer of the decoder; "
+            f"matched: {matched or 'none'}; there are: {', '.join(there) or 'none'}",
             field="lora_targets",
         )
-    return [layer for name in names for layer in linear[name]]
+    return {full: linear[full] for name in names for full in by_leaf[name]}
 
 
 def check_adaptable(layers: dict[str, nn.Module]) -> None:
@@ -65,8 +66,3 @@ def check_adaptable(layers: dict[str, nn.Module]) -> None:
         finally:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-
-
-def _classes(layers: list[Any]) -> str:
-    counts = Counter(type(module).__name__ for _, module in layers)
-    return ", ".join(f"{count} {kind}" for kind, count in counts.items())

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from acckv.errors import InputError
 from acckv.method.modality import Modality
@@ -59,17 +59,11 @@ class EmbeddingsEncoder(Encoder):
         clips = [replace(clip, embeds=clip.embeds.to(self.processor.dtype)) for clip in clips]
         if questions is not None:
             clips = [self._with_question(*pair) for pair in zip(clips, questions, strict=True)]
-        longest = max(len(clip.modality_ids) for clip in clips)
-        missing = [longest - len(clip.modality_ids) for clip in clips]
         padding = int(Modality.PADDING)
-        embeds = [F.pad(clip.embeds, (0, 0, pad, 0)) for clip, pad in zip(clips, missing, strict=True)]
-        kinds = [F.pad(clip.modality_ids, (pad, 0), value=padding) for clip, pad in zip(clips, missing, strict=True)]
-        labels = torch.stack(kinds)
-        return {
-            EMBEDS: torch.stack(embeds),
-            MODALITY_IDS: labels,
-            "attention_mask": (labels != padding).long(),
-        }
+        embeds = pad_sequence([clip.embeds for clip in clips], batch_first=True, padding_side="left")
+        kinds = [clip.modality_ids for clip in clips]
+        labels = pad_sequence(kinds, batch_first=True, padding_value=padding, padding_side="left")
+        return {EMBEDS: embeds, MODALITY_IDS: labels, "attention_mask": (labels != padding).long()}
 
     def encode_media(self, clip: PrecomputedClip) -> dict[str, Any]:
         media = (clip.modality_ids != Modality.TEXT).nonzero()[:, 0]

@@ -153,11 +153,8 @@ class QwenOmniEncoder(ChatEncoder):
 
     def _joined(self, prompts: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of inputs that were made one by one: prompts padded on the left, mel features on the right."""
-        joined: dict[str, Any] = {}
-        ids, joined["attention_mask"] = pad_left(
-            [prompt["input_ids"][0] for prompt in prompts], self.processor.tokenizer.pad_token_id
-        )
-        joined["input_ids"] = ids
+        ids, mask = pad_left([prompt["input_ids"][0] for prompt in prompts], self.processor.tokenizer.pad_token_id)
+        joined: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         for name in prompts[0].keys() - joined.keys():
             values = [prompt[name] for prompt in prompts]
             if isinstance(values[0], bool):
