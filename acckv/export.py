@@ -18,7 +18,7 @@ from acckv.errors import InputError
 from acckv.io.files import whole_folder
 from acckv.io.hub import download, is_hub_id
 from acckv.io.json_files import read_json
-from acckv.method.weights import CalibratedWeights
+from acckv.method.weights import MAY_BE_ABSENT, CalibratedWeights
 from acckv.policies import POLICIES, Policy
 from acckv.report.card import render_card
 from acckv.runtime.lora import LoraWeights
@@ -100,7 +100,11 @@ def save(export: Export, folder: Path) -> None:
 
 def _write_learned(part: Export | LowRatio, folder: Path) -> None:
     if part.weights is not None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in part.weights.state_dict().items()}
+        tensors = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in part.weights.state_dict().items()
+            if name not in MAY_BE_ABSENT or bool(tensor.any())
+        }
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     if part.lora is not None:
         (folder / ADAPTER).mkdir()
@@ -207,6 +211,8 @@ def _load_tensors(weights: CalibratedWeights, file: Path) -> None:
         raise InputError(f"is truncated or no safetensors file: {error}", source=file) from error
     expected = weights.state_dict()
     for name, tensor in expected.items():
+        if name in MAY_BE_ABSENT:
+            tensors.setdefault(name, torch.zeros_like(tensor))
         if name not in tensors:
             raise InputError("is missing", source=file, field=name)
         if tensors[name].shape != tensor.shape:

@@ -139,7 +139,11 @@ class Planner:
         shares, counts = score.modality_shares, torch.stack([one.counts() for one in labels], dim=1)
         if shares is not None:
             shares = self.policy.modality_shares(layer, shares, ratio)
-        if self.heads(score.score.shape[1]) > 1:
+        heads = self.heads(score.score.shape[1])
+        if heads > 1 and self.head_budgets == "learned" and shares is not None:
+            by_part = self.policy.head_shares(layer, shares, ratio).flatten(1)
+            return share_out(budget, by_part, counts.expand(-1, heads, -1).flatten(1)).unflatten(1, (heads, 2))
+        if heads > 1:
             return self._joint(score.score, budget, shares, counts, labels)
         if shares is None:
             return budget[:, None] if len(labels) == 1 else budget[:, None, None].expand(-1, len(labels), -1)
@@ -163,17 +167,21 @@ class Planner:
     def _soft_budgets(
         self, scores: list[LayerScore], labels: ModalityMap, total: Tensor, ratio: float, heads: int
     ) -> Tensor:
-        """Real numbers ``[B, L, 2]``, which training differentiates; of all heads that have budgets of their own."""
-        device = scores[0].score.device
+        """Real numbers, which training differentiates: ``[B, L, 2]``, of all heads where heads have budgets of their
+        own, or ``[B, L, K, 2]`` where those are learned."""
+        device, learned = scores[0].score.device, heads > 1 and self.head_budgets == "learned"
         split = [
             self.policy.modality_shares(layer, score.modality_shares, ratio).to(device)
             for layer, score in enumerate(scores)
             if score.modality_shares is not None
         ]
-        layer_shares = self.policy.layer_shares(scores, labels, total, ratio)
-        return allocate(
-            total.to(device), layer_shares.to(device), torch.stack(split, dim=1), heads * labels.counts().to(device)
-        )
+        counts = heads * labels.counts()
+        if learned:
+            split = [self.policy.head_shares(layer, shares, ratio).flatten(1) for layer, shares in enumerate(split)]
+            counts = labels.counts().repeat(1, heads)
+        layer_shares = self.policy.layer_shares(scores, labels, total, ratio).to(device)
+        budgets = allocate(total.to(device), layer_shares, torch.stack(split, dim=1), counts.to(device))
+        return budgets.unflatten(-1, (heads, 2)) if learned else budgets
 
     # -------------------------------------------------------------------- plans
 
@@ -202,7 +210,7 @@ class Planner:
             for layer, seen in enumerate(observations):
                 device = seen.keys.device
                 score, budget, own = scores[layer].to(device), split[:, layer].to(device), labels.to(device)
-                if heads > 1:
+                if budget.ndim == 2 and heads > 1:
                     budget = split_heads(score.score, _members([own], True), budget, soft_topk(temperature))
                 plans.append(self.policy.plan(layer, score, seen, own, budget, temperature))
             return plans

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from acckv import InputError, KVCompressor
 from acckv.cache.cache import compressed_layers
+from acckv.config import HeadBudgets
 from acckv.data.calibration_record import CalibrationRecord
 from acckv.policies import AccKV
 from tests import tiny_omni
@@ -27,6 +28,22 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny_omni.build()
+
+
+def test_an_export_holds_budgets_of_heads_only_where_they_were_learned(model: Any, tmp_path: Path) -> None:
+    compressor = calibrated(model, CONTEXT, noise=1.0, ratio=0.3, head_budgets="learned")
+    compressor.save_pretrained(tmp_path / "learned")
+    loaded = KVCompressor.from_pretrained(tmp_path / "learned")
+    assert loaded.config == compressor.config and answers(loaded, model) == answers(compressor, model)
+    assert compressor.weights is not None
+    torch.nn.init.zeros_(compressor.weights.head_budget)
+    compressor.save_pretrained(tmp_path / "equal")
+    assert "head_budget" not in load_file(tmp_path / "equal" / "model.safetensors")
+    assert KVCompressor.from_pretrained(tmp_path / "equal", head_budgets="equal").config.head_budgets == "equal"
+    config = json.loads((tmp_path / "equal" / "config.json").read_text())
+    del config["compression"]["head_budgets"]  # as older ones are
+    (tmp_path / "equal" / "config.json").write_text(json.dumps(config))
+    assert KVCompressor.from_pretrained(tmp_path / "equal").config.head_budgets == "equal"
 
 
 @pytest.mark.parametrize("preset", ["paper", "context"])
@@ -109,16 +126,19 @@ def test_an_export_holds_the_calibration_of_the_lowest_ratios(model: Any, tmp_pa
         KVCompressor(CONTEXT, **parts, lora_scope="all")
 
 
-def test_budgets_of_learned_weights_are_exact(model: Any) -> None:
+@pytest.mark.parametrize("head_budgets", ["equal", "joint", "learned"])
+def test_budgets_of_learned_weights_are_exact(model: Any, head_budgets: HeadBudgets) -> None:
+    heads = 1 if head_budgets == "equal" else 2
     for ratio in (0.9, 0.5, 0.2, 0.05):
-        with calibrated(model, AccKV(), noise=2.0, ratio=ratio)(model, tiny_omni.Tokenizer()) as session:
+        compressor = calibrated(model, AccKV(), noise=2.0, ratio=ratio, head_budgets=head_budgets)
+        with compressor(model, tiny_omni.Tokenizer()) as session:
             cache = session.compress(**tiny_omni.context())
-        assert cache.kept_entries().sum() == int(ratio * 3 * 18 + 1e-9)
+        assert cache.kept_entries().sum() * heads == int(ratio * 3 * heads * 18 + 1e-9)
 
 
 def test_every_weight_gets_a_gradient(model: Any) -> None:
     """With all steps on, each learned weight of docs/method.md is reached by the soft selection's gradient."""
-    compressor = calibrated(model, AccKV(), noise=0.1)
+    compressor = calibrated(model, AccKV(), noise=0.1, head_budgets="learned")
     with compressor(model, tiny_omni.Tokenizer()) as session:
         prefill = session.prefill(**tiny_omni.context())
         loss = torch.zeros(())

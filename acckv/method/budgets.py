@@ -152,11 +152,11 @@ def allocate(total: Tensor, layer_shares: Tensor, modality_shares: Tensor, count
     Args:
         total: ``[B]`` entries over all layers.
         layer_shares: ``[L]`` or ``[B, L]`` relative budget of each layer.
-        modality_shares: ``[B, L, 2]`` split inside each layer.
-        counts: ``[B, 2]`` entries that exist.
+        modality_shares: ``[B, L, P]`` split inside each layer over modalities, or over heads and modalities.
+        counts: ``[B, P]`` entries that exist.
 
     Returns:
-        float ``[B, L, 2]`` that sums to `total` over its last two axes; differentiable in both shares.
+        float ``[B, L, P]`` that sums to `total` over its last two axes; differentiable in both shares.
     """
     layers = layer_shares.shape[-1]
     capacity = counts.to(modality_shares.dtype)

@@ -18,7 +18,7 @@ REFERENCE_RATIO = 0.1
 SIGNALS = ("attention", "key_diversity", "probe", "saliency")
 #: What can be learned, or left at the preset, together.
 WEIGHT_GROUPS = {
-    "budgets": ("layer_budget", "modality_budget"),
+    "budgets": ("layer_budget", "modality_budget", "head_budget"),
     "gains": ("redistribution", "modality_gain"),
     "probes": ("probe_queries", "signal_mix"),
     "scorer": ("saliency", "saliency_bias"),
@@ -27,6 +27,8 @@ WEIGHT_GROUPS = {
     "merging": ("merge_bias", "merge_gain"),
     "alignment": ("alignment_weight", "alignment_threshold"),
 }
+#: What an export leaves out where it is zero, as those do that are older than it.
+MAY_BE_ABSENT = ("head_budget",)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class LayerWeights:
     """
 
     modality_budget: Tensor
+    head_budget: Tensor
     redistribution: Tensor
     modality_gain: Tensor
     probe_queries: Tensor
@@ -106,6 +109,7 @@ class CalibratedWeights(nn.Module):
     Attributes:
         layer_budget: ``[L, 2]`` log share of a layer in the budget, and its slope over log ratio.
         modality_budget: ``[L, 2, 2]`` log shares of (video, audio) inside a layer, and their slopes.
+        head_budget: ``[L, 2, K, 2]`` log shares of the heads in each modality's budget, and their slopes.
         redistribution: ``[L]`` added to the exponent gamma.
         modality_gain: ``[L, K, 2]`` log factor on the base score of each modality.
         probe_queries: ``[L, Hq, P, D]`` queries in the space after position embedding.
@@ -127,6 +131,7 @@ class CalibratedWeights(nn.Module):
 
         self.layer_budget = zeros(layers, 2)
         self.modality_budget = zeros(layers, 2, 2)
+        self.head_budget = zeros(layers, 2, kv_heads, 2)
         self.redistribution = zeros(layers)
         self.modality_gain = zeros(layers, kv_heads, 2)
         # Drawn on the CPU whatever device is the default: the same start everywhere.
@@ -151,7 +156,7 @@ class CalibratedWeights(nn.Module):
         group = query_heads // kv_heads
         alone = CalibratedWeights(layers, 1, group, head_size, probes)
         axes = {"modality_gain": 1, "merge_bias": 1, "merge_gain": 1}
-        axes |= dict.fromkeys(("saliency", "saliency_bias", "saliency_position"), 2)
+        axes |= dict.fromkeys(("head_budget", "saliency", "saliency_bias", "saliency_position"), 2)
         for name, parameter in self.named_parameters():
             whole = parameter.detach()
             if name in axes:
@@ -175,6 +180,16 @@ class CalibratedWeights(nn.Module):
         learned = budget[:, 0] + budget[:, 1] * log_ratio(ratio)
         shares = measured * learned.exp()
         return shares / shares.sum(-1, keepdim=True).clamp_min(1e-12)
+
+    def head_shares(self, layer: int, shares: Tensor, ratio: float) -> Tensor:
+        """Relative budgets ``[B, K, 2]`` of a layer's heads and modalities, as learned.
+
+        Args:
+            shares: split over the modalities, ``[B, 2]`` or of each head ``[B, K, 2]``.
+        """
+        budget = self.layer(layer, shares.device).head_budget
+        learned = (budget[0] + budget[1] * log_ratio(ratio)).exp()
+        return shares.reshape(len(shares), -1, 2) * learned
 
     def saliency_score(self, layer: int, keys: Tensor, values: Tensor, labels: ModalityMap) -> Tensor:
         """Linear score of each entry's own key and value and of its position in its segment, ``[B, K, N]``.

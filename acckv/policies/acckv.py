@@ -159,6 +159,7 @@ class CalibratedAccKV(AccKV):
     weights: CalibratedWeights
 
     name: ClassVar[str] = "acckv-calibrated"
+    learns_heads: ClassVar[bool] = True
 
     def head(self, index: int) -> CalibratedAccKV:
         return replace(self, weights=self.weights.head(index))
@@ -170,6 +171,9 @@ class CalibratedAccKV(AccKV):
 
     def modality_shares(self, layer: int, measured: Tensor, ratio: float) -> Tensor:
         return self.weights.modality_shares(layer, measured, ratio)
+
+    def head_shares(self, layer: int, shares: Tensor, ratio: float) -> Tensor:
+        return self.weights.head_shares(layer, shares, ratio)
 
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
         weights = self.weights.layer(layer, observation.keys.device)

@@ -133,6 +133,17 @@ class Policy(ABC):
         """
         return measured
 
+    def head_shares(self, layer: int, shares: Tensor, ratio: float) -> Tensor:
+        """The relative budgets ``[B, K, 2]`` of a layer's KV heads and modalities, with `head_budgets: learned`.
+
+        Args:
+            shares: as of :meth:`modality_shares`.
+
+        Raises:
+            InputError: this policy learns none.
+        """
+        raise self._learns_nothing()
+
     def plan(
         self,
         layer: int,

@@ -18,6 +18,7 @@ from lightning_modules.calibration.schedule import Schedule
 FIXED = (
     "base_model",
     "when",
+    "head_budgets",
     "preset",
     "compression",
     "trainable",
@@ -141,7 +142,7 @@ def check_fixed(options: Mapping[str, Any], checkpoint: Mapping[str, Any], sourc
     Raises:
         InputError: it names the option, its value and the checkpoint's.
     """
-    saved = checkpoint["hyper_parameters"]
+    saved = {"head_budgets": "equal", **checkpoint["hyper_parameters"]}  # which older ones do not name
     ended = checkpoint[TRAINING]["low_ratio_ended"] is not None
     for name in (*FIXED, *(FIXED_BY_STAGE if ended else ())):
         mine, its = (_comparable(name, values) for values in (options, saved))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 
-from acckv.config import LoraScope, When
+from acckv.config import HeadBudgets, LoraScope, When
 from acckv.data.calibration_record import Objective
 from acckv.data.media import MediaOptions
 from acckv.errors import InputError
@@ -37,6 +37,8 @@ class CalibrationConfig:
     Args:
         base_model: frozen model: 'tiny' (packaged), a folder or a hub id.
         when: compress after the media ('context') or after the whole prompt ('prompt').
+        head_budgets: entries of a layer's KV heads: 'equal', 'learned' with the budgets, or 'joint', one ranking over
+            all heads.
         preset: training-free method that the weights start from and are residuals of: 'context' or 'paper'.
         compression: options of the preset that are to be others, such as ``{integration: true}``.
         calibrate_for: what is trained for. 'task': answers to the data's questions; what none of them asks about is
@@ -73,7 +75,7 @@ class CalibrationConfig:
         lora_alpha: LoRA scale times rank; None is twice the rank.
         lora_targets: linear layers of the decoder that LoRA adapts, by name.
         lora_scope: tokens that LoRA adapts: 'after' compression only, 'all' the prompt too.
-        lr_budget: peak learning rate of the layer and modality budgets.
+        lr_budget: peak learning rate of the budgets of layers, modalities and heads.
         lr_score: peak learning rate of the saliency scorer and the signal mix.
         lr_lora: peak learning rate of LoRA.
         lr_redundancy: peak learning rate of what an entry loses for its neighbours.
@@ -93,6 +95,7 @@ class CalibrationConfig:
 
     base_model: str = "tiny"
     when: When = "context"
+    head_budgets: HeadBudgets = "equal"
     preset: str = "context"
     compression: dict[str, Any] | None = None
     calibrate_for: Objective = "task"

@@ -81,7 +81,7 @@ class CalibrationModule(LightningModule):
         self.options = CalibrationConfig(**options)
         self.save_hyperparameters(dict(vars(self.options)))
         self.policy = AccKV.preset(self.options.preset, **(self.options.compression or {}))
-        self.compression = CompressionConfig(ratio=0.1, when=self.options.when)
+        self.compression = CompressionConfig(ratio=0.1, when=self.options.when, head_budgets=self.options.head_budgets)
         self.strict_loading = False  # a checkpoint holds what was trained
         self.session: Session | None = None
         self.clip_cache = ClipCache()
@@ -107,7 +107,9 @@ class CalibrationModule(LightningModule):
         sizes = adapter.dimensions
         shape = sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"]
         weights = self.weights_class(*shape, self.policy.n_probe_queries)
-        learned = [name for group in options.trainable for name in WEIGHT_GROUPS[group]]
+        learned = {name for group in options.trainable for name in WEIGHT_GROUPS[group]}
+        if options.head_budgets != "learned":
+            learned.discard("head_budget")
         for name, weight in weights.named_parameters():
             weight.requires_grad_(name in learned)
         lora = None

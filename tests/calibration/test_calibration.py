@@ -74,8 +74,8 @@ def test_a_run_that_fails_leaves_nothing_behind(cache: Path, tmp_path: Path) -> 
     "options",
     [
         {"lora_scope": "all"},
-        {"lora_rank": 0, "preset": "paper"},
-        {"when": "prompt", "preset": "paper"},
+        {"lora_rank": 0, "preset": "paper", "head_budgets": "learned"},
+        {"when": "prompt", "preset": "paper", "head_budgets": "joint"},
         {"compression": {"integration": True}, "divergence": "reverse", "feature_loss": "hidden"},
         {"lora_targets": ("q_proj", "v_proj"), "feature_loss": "attention", "full_cache_probability": 0.0},
     ],
@@ -86,6 +86,7 @@ def test_variants_train_and_export(cache: Path, tmp_path: Path, options: dict[st
     module = fit(cache, tmp_path, steps=2, **options)
     moved = moved_weights(module)
     assert "layer_budget" in moved and "saliency" in moved
+    assert ("head_budget" in moved) == (options.get("head_budgets") == "learned")
     assert (tmp_path / "export" / "adapter").exists() == (options.get("lora_rank") != 0)
 
 

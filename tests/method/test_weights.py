@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -37,6 +38,7 @@ def test_the_start_is_the_preset() -> None:
         **dict.fromkeys(("modality_gain", "merge_bias", "merge_gain"), (LAYERS, KV_HEADS, 2)),
         **dict.fromkeys(("redistribution", "alignment_weight", "alignment_threshold"), (LAYERS,)),
         "modality_budget": (LAYERS, 2, 2),
+        "head_budget": (LAYERS, 2, KV_HEADS, 2),
         "probe_queries": (LAYERS, HEADS, PROBES, SIZE),
         "saliency": (LAYERS, 2, KV_HEADS, 2 * SIZE),
         "saliency_bias": (LAYERS, 2, KV_HEADS),
@@ -66,6 +68,13 @@ def test_shares_of_layers_and_modalities(ratio: float) -> None:
         moved = video * math.exp(a + b * over), audio * math.exp(c + d * over)
         assert found[row].tolist() == pytest.approx([each / sum(moved) for each in moved], rel=1e-4)
     assert made.modality_shares(1, torch.zeros(1, 2), ratio).tolist() == [[0.0, 0.0]]
+    for shares in (measured, torch.rand(2, KV_HEADS, 2, generator=torch.Generator().manual_seed(5))):
+        by_head = made.head_shares(1, shares, ratio)
+        assert by_head.shape == (2, KV_HEADS, 2)
+        for b, k, m in itertools.product(range(2), range(KV_HEADS), range(2)):
+            offset, slope = made.head_budget[1, :, k, m].tolist()
+            share = float(shares[b, m] if shares.ndim == 2 else shares[b, k, m])
+            assert float(by_head[b, k, m]) == pytest.approx(share * math.exp(offset + slope * over), rel=1e-4)
 
 
 def test_saliency_of_each_entry() -> None:
@@ -125,6 +134,7 @@ def test_one_head_of_the_weights_scores_as_among_others() -> None:
         assert torch.equal(alone.probe_queries, made.probe_queries[:, 3 * head : 3 * head + 3])
         for name in ("modality_gain", "merge_bias", "merge_gain"):
             assert torch.equal(alone.get_parameter(name), made.get_parameter(name)[:, here])
+        assert torch.equal(alone.head_budget, made.head_budget[:, :, here])
         for name in ("layer_budget", "modality_budget", "redistribution", "signal_mix", "redundancy"):
             assert torch.equal(alone.get_parameter(name), made.get_parameter(name))
         found = alone.saliency_score(1, keys[:, here], values[:, here], labels)

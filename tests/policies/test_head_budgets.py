@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -11,14 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from acckv import InputError
+from acckv import InputError, KVCompressor
 from acckv.method.budgets import split_heads
 from acckv.method.heads import one_head
 from acckv.method.modality import ModalityMap
 from acckv.method.plan import LayerPlan
 from acckv.method.topk import soft_topk
-from acckv.policies import POLICIES
-from tests.policies.random_layers import ENTRIES, KV_HEADS, LAYERS, SEEDS, compressor_of, layers_of, watched
+from acckv.method.weights import CalibratedWeights
+from acckv.policies import POLICIES, AccKV
+from tests.policies.random_layers import (
+    ENTRIES,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    SEEDS,
+    SIZE,
+    compressor_of,
+    layers_of,
+    watched,
+)
 
 CONTEXT = {"signal": "key_diversity", "focusing": False, "integration": False, "cross_calibration": False}
 CASES: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in POLICIES if name != "full"] + [
@@ -119,6 +131,54 @@ def test_soft_heads_share_one_threshold(seed: int) -> None:
             held = by_head[b, :, m, None].expand(-1, 12).flatten()  # no gate sum is near 0 or all
             solved = (held > 0.05) & (held < int(members[b, 0, m].sum()) - 0.05)
             assert torch.allclose(alone.flatten()[solved], flat[solved], atol=1e-4)
+
+
+def filled(total: float, shares: list[float], capacity: list[int]) -> list[float]:
+    """Water-filling by hand: the fullest part is closed first, what it cannot take goes to the others."""
+    given = [0.0] * len(shares)
+    open_parts = set(range(len(shares)))
+    rest = float(min(total, sum(capacity)))
+    while open_parts and rest > 0:
+        whole = sum(shares[part] for part in open_parts)
+        over = [part for part in open_parts if rest * shares[part] / whole >= capacity[part]]
+        for part in over or open_parts:
+            given[part] = float(capacity[part]) if over else rest * shares[part] / whole
+        rest -= sum(given[part] for part in over or open_parts)
+        open_parts = open_parts.difference(over) if over else set()
+    return given
+
+
+@given(seed=SEEDS, ratio=st.sampled_from([0.0, 0.07, 0.3, 0.62, 0.95]), spread=st.sampled_from([0.0, 0.5, 3.0]))
+@settings(max_examples=25, deadline=None)
+def test_learned_heads_get_their_shares(seed: int, ratio: float, spread: float) -> None:
+    """Every head and modality within one entry of its share, all of them together exact; gates follow in training."""
+    observations, labels = layers_of(seed)
+    weights = CalibratedWeights(LAYERS, KV_HEADS, HEADS, SIZE, 0).requires_grad_(False)
+    weights.head_budget.copy_(
+        spread * torch.randn(weights.head_budget.shape, generator=torch.Generator().manual_seed(seed))
+    )
+    policy = AccKV.preset("context", n_probe_queries=0)
+    compressor = KVCompressor(policy, ratio=ratio, head_budgets="learned", weights=weights)
+    planner = compressor.planners.default
+    kept = kept_media(planner.plan(observations, labels), labels)
+    assert kept.sum((1, 2, 3)).tolist() == pairs_of(labels, True, ratio)
+    by_layer = kept.sum((2, 3))
+    assert int((by_layer.amax(1) - by_layer.amin(1)).max()) <= 1, "what heads keep moves nothing between layers"
+    soft = planner.plan(observations, labels, temperature=0.02)
+    for layer, b in itertools.product(range(LAYERS), range(2)):
+        counts = labels.counts()[b].tolist()
+        shares = [
+            count / sum(counts) * math.exp(float(offset + slope * math.log(max(ratio, 1e-3) / 0.1)))
+            for head in weights.head_budget[layer].unbind(1)
+            for count, offset, slope in zip(counts, *head.tolist(), strict=True)
+        ]
+        expected = filled(int(by_layer[b, layer]), shares, counts * KV_HEADS)
+        held = (kept[b, layer, :, None] & labels.by_modality[b]).sum(-1).flatten().tolist()
+        assert all(abs(one - other) < 1 + 1e-3 for one, other in zip(held, expected, strict=True))
+        media = soft[layer].log_gates[b].exp()[:, None] * labels.by_modality[b]
+        asked = filled(pairs_of(labels, True, ratio)[b] / LAYERS, shares, counts * KV_HEADS)
+        for gates, share, count in zip(media.sum(-1).flatten().tolist(), asked, counts * KV_HEADS, strict=True):
+            assert gates == pytest.approx(min(max(share, 0.05), max(count - 0.05, 0.05)) if count else 0, abs=0.05)
 
 
 def test_learned_heads_need_weights() -> None:
