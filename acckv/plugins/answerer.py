@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import yaml
 from jinja2 import TemplateError
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from acckv.evaluation.sizes import Sizes
 from acckv.models.batching import pad_left
 from acckv.models.clips import Media
 from acckv.plugins.requests import ClipRef, Generation
-from acckv.policies import make_policy
+from acckv.policies import Policy, make_policy
 from acckv.runtime.logits import chosen_logits
 from acckv.runtime.session import Session
 
@@ -29,14 +30,28 @@ Clip = tuple[ClipRef, ...]
 """The media of a question, read as one clip."""
 
 
+def named_policy(given: str | Mapping[str, Any]) -> Policy:
+    """The policy that a command line names: `snapkv`, or `{class_path: snapkv, init_args: {window_size: 64}}`.
+
+    Raises:
+        InputError: an unknown policy or option, or a text that is no YAML.
+    """
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        try:
+            return make_policy(yaml.safe_load(given))
+        except yaml.YAMLError as error:
+            raise InputError(f"{given!r} is no YAML", field="policy") from error
+    return make_policy(given)
+
+
 def build_compressor(
-    export: str | None = None, policy: str | None = None, *, seed: int = 0, **options: Any
+    export: str | None = None, policy: str | Mapping[str, Any] | None = None, *, seed: int = 0, **options: Any
 ) -> KVCompressor:
     """The compressor that a command line names: an export, a training-free policy, or none (the full cache).
 
     Args:
         export: folder or hub id of an export of `train.py`.
-        policy: a training-free policy instead.
+        policy: a training-free policy instead, as for `named_policy`.
         seed: of the random policy.
         options: of :class:`KVCompressor`, such as `ratio`, `budget` and `when`; None is not given.
 
@@ -51,7 +66,7 @@ def build_compressor(
     if policy is None and given.keys() - {"when"}:
         name = next(name for name in given if name != "when")
         raise InputError("needs a compressor=FOLDER or a policy=NAME to go with", field=name)
-    return KVCompressor(make_policy(policy or "full").seeded(seed), **given)
+    return KVCompressor(named_policy(policy or "full").seeded(seed), **given)
 
 
 class Answerer:

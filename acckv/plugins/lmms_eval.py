@@ -35,7 +35,8 @@ class Acckv(lmms):  # type: ignore[misc]
     Args:
         pretrained: the AV-LLM: tiny (packaged), a folder or a hub id.
         compressor: export of a calibration, a folder or a hub id. Without it and `policy` the full cache answers.
-        policy: a training-free policy instead.
+        policy: a training-free policy instead: its name, or with other options than its defaults
+            `{class_path: snapkv, init_args: {window_size: 64}}`.
         ratio: kept share of the audio and video entries; budget: kept entries a layer instead.
         when: context (compress before any question is seen) or prompt (after the whole prompt).
         head_budgets: entries of a layer's KV heads: equal, joint (one ranking over all heads) or learned (an export's).
@@ -56,7 +57,7 @@ class Acckv(lmms):  # type: ignore[misc]
         self,
         pretrained: str = "tiny",
         compressor: str | None = None,
-        policy: str | None = None,
+        policy: str | dict[str, Any] | None = None,
         ratio: float | None = None,
         budget: int | None = None,
         when: str | None = None,

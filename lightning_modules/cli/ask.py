@@ -23,7 +23,8 @@ from acckv.evaluation.results import CALIBRATED, with_heads
 from acckv.evaluation.sizes import Sizes
 from acckv.io.registry import load_plugins
 from acckv.models import load_model
-from acckv.policies import POLICIES, make_policy
+from acckv.plugins.answerer import named_policy
+from acckv.policies import Policy
 from acckv.runtime.session import Prefill, Session
 
 _Made = TypeVar("_Made")
@@ -43,7 +44,9 @@ class AskOptions(MediaOptions):
         end: seconds of the file at which the clip ends; none is its end.
         model: the AV-LLM: tiny (packaged), a folder or a hub id.
         compressor: export of a calibration, a folder or a hub id; none takes a training-free policy.
-        policy: a training-free policy; None is acckv-calibrated with a compressor, keydiff without.
+        policy: a training-free policy: its name, or with other options than its defaults
+            `{class_path: snapkv, init_args: {window_size: 64}}`. None is acckv-calibrated with a compressor, keydiff
+            without.
         ratio: kept share of the audio and video entries, 0 to 1.
         head_budgets: entries of a layer's KV heads: equal, joint (one ranking over all heads) or learned (an export's);
             None is equal, or what the export was calibrated with.
@@ -68,7 +71,7 @@ class AskOptions(MediaOptions):
     end: float | None = None
     model: str = "tiny"
     compressor: str | None = None
-    policy: str | None = None
+    policy: str | dict[str, Any] | None = None
     ratio: float = 0.1
     head_budgets: HeadBudgets | None = None
     max_new_tokens: int = 40
@@ -92,16 +95,17 @@ class AskOptions(MediaOptions):
             raise InputError(f"{self.max_new_tokens} is less than 1", field="max_new_tokens")
         if self.seed < 0:
             raise InputError(f"{self.seed} is less than 0", field="seed")
-        if self.policy not in (None, CALIBRATED):
-            POLICIES.find(self.policy)
         if self.policy == CALIBRATED and self.compressor is None:
             raise InputError(f"is missing: the export for {CALIBRATED}", field="compressor")
-        if self.policy not in (None, CALIBRATED) and self.compressor is not None:
-            raise InputError(f"is of use only with the policy {CALIBRATED}", field="compressor")
+        if self.policy not in (None, CALIBRATED):
+            named_policy(self.policy or "")
+            if self.compressor is not None:
+                raise InputError(f"is of use only with the policy {CALIBRATED}", field="compressor")
 
     @property
-    def named_policy(self) -> str:
-        return self.policy or ("keydiff" if self.compressor is None else CALIBRATED)
+    def training_free(self) -> Policy | None:
+        """The training-free policy; None with an export."""
+        return named_policy(self.policy or "keydiff").seeded(self.seed) if self.compressor is None else None
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,8 @@ def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked,
     with compressor(model, processor) as session:
         own = session.prefill(**inputs) if session.adapts_prompt else prefill
         compressed = asked(session, own, options.ratio)
-    name = with_heads(options.named_policy, compressor.planners.default.head_budgets)
+    policy = CALIBRATED if options.training_free is None else options.training_free.label
+    name = with_heads(policy, compressor.planners.default.head_budgets)
     named = {"full cache": full, f"{name} at {options.ratio:g}": compressed}
     for name, one in named.items():
         cut = f" ... (cut: --max_new_tokens {options.max_new_tokens})" if one.cut else ""
@@ -169,7 +174,7 @@ def _compressor(options: AskOptions) -> KVCompressor:
     name = options.compressor
     heads: dict[str, Any] = {} if options.head_budgets is None else {"head_budgets": options.head_budgets}
     if name is None:
-        return KVCompressor(make_policy(options.named_policy).seeded(options.seed), **heads)
+        return KVCompressor(options.training_free or "keydiff", **heads)
     if not Path(name).exists() and name.count("/") != 1:
         raise InputError("no such folder", source=name, field="compressor")
     return KVCompressor.from_pretrained(name, when="context", **heads)

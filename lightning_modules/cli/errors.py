@@ -25,6 +25,7 @@ from acckv.errors import InputError
 from lightning_modules.interrupted import was_interrupted
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+CONFIG_OPTIONS = ("--config", "-c")
 #: Folders that a config is looked for in by its name alone, after the current one: those of the checkout or the wheel.
 CONFIG_FOLDERS = (Path("configs"), *(folder / "configs" for folder in Path(__file__).resolve().parents[1:3]))
 _LONGEST = 400  # characters of a line; some type errors list every type that was tried
@@ -61,18 +62,13 @@ def with_found_configs(argv: Sequence[str]) -> list[str]:
         InputError: there is none of this name in either folder.
     """
     words = list(argv)
-    for index, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        last = index + 1 == len(words)
-        if name not in ("--config", "-c") or (last and not equals):
-            continue
-        position, given = (index, value) if equals else (index + 1, words[index + 1])
+    for index, given in option_values(argv, *CONFIG_OPTIONS):
         if Path(given).name != given or Path(given).suffix not in (".yaml", ".yml", ".json") or Path(given).exists():
             continue
         found = next((folder / given for folder in CONFIG_FOLDERS if (folder / given).is_file()), None)
         if found is None:
             raise InputError("is neither in this folder nor in configs/", source=given, field="config")
-        words[position] = f"{name}={found}" if equals else str(found)
+        words[index] = words[index].removesuffix(given) + str(found)
     return words
 
 
@@ -165,27 +161,20 @@ def given_options(group: str, argv: Sequence[str]) -> set[str]:
     return names
 
 
-def option_value(option: str, argv: Sequence[str]) -> str | None:
-    """The value of an option on the command line, the last one of several."""
-    found = None
+def option_values(argv: Sequence[str], *options: str) -> list[tuple[int, str]]:
+    """The values of some options on the command line, each with the place of its word."""
+    found = []
     for index, word in enumerate(argv):
         name, equals, value = word.partition("=")
-        if name == option and (equals or index + 1 < len(argv)):
-            found = value if equals else argv[index + 1]
+        if name in options and equals:
+            found.append((index, value))
+        elif name in options and index + 1 < len(argv):
+            found.append((index + 1, argv[index + 1]))
     return found
 
 
 def _config_files(argv: Sequence[str]) -> list[Path]:
-    files = []
-    for index, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name not in ("--config", "-c"):
-            continue
-        if equals:
-            files.append(Path(value))
-        elif index + 1 < len(argv):
-            files.append(Path(argv[index + 1]))
-    return files
+    return [Path(file) for _, file in option_values(argv, *CONFIG_OPTIONS)]
 
 
 def _load(file: Path) -> Any:

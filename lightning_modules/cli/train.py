@@ -28,7 +28,14 @@ from lightning_modules.calibration.export import CalibrationTrainer, ExportCompr
 from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.calibration.progress import TrainingProgress
 from lightning_modules.calibration.report import CalibrationReport, EvaluateExport
-from lightning_modules.cli.errors import given_options, option_value, parser_errors, quiet_libraries, run_cli
+from lightning_modules.cli.errors import (
+    CONFIG_OPTIONS,
+    given_options,
+    option_values,
+    parser_errors,
+    quiet_libraries,
+    run_cli,
+)
 
 SUBCOMMANDS = ("fit", "validate", "export")
 ROOT = "runs/calib"
@@ -196,11 +203,15 @@ def run() -> int:
 
 def _read_run_config(argv: list[str]) -> None:
     """Put the config of a checkpoint's run before all other options, where no other config is named."""
-    name = option_value("--ckpt_path", argv)
-    if name in (None, "null") or option_value("--config", argv) or option_value("-c", argv):
+
+    def last(option: str, default: str = "") -> str:
+        return next((value for _, value in reversed(option_values(argv, option)) if value), default)
+
+    name = last("--ckpt_path")
+    if name in ("", "null") or option_values(argv, *CONFIG_OPTIONS):
         return
-    root = Path(option_value("--trainer.default_root_dir", argv) or ROOT)
-    folder = Path(option_value("--checkpoint.dirpath", argv) or root / "checkpoints")
-    config = run_config(find_checkpoint(str(name), folder))
+    root = Path(last("--trainer.default_root_dir", ROOT))
+    folder = Path(last("--checkpoint.dirpath", str(root / "checkpoints")))
+    config = run_config(find_checkpoint(name, folder))
     if config is not None:
         argv[2:2] = ["--config", str(config)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from acckv.models import load_model
 from acckv.plugins.answerer import Answerer, Clip, build_compressor
 from acckv.plugins.media_store import MediaStore
 from acckv.plugins.requests import ClipRef, Generation, Prompt, read_prompt
+from acckv.policies import make_policy
 from tests.paths import FIXTURES
 
 QUESTIONS = ["What colour was the circle?", "Which sound came after the beep?", "List the shapes in order."]
@@ -279,6 +281,9 @@ def test_the_compressor_that_is_named(tmp_path: Path) -> None:
     named = build_compressor(policy="keydiff", ratio=0.1, when="prompt", budget=None)
     assert (named.name, named.config) == ("keydiff", CompressionConfig(0.1, when="prompt"))
     named.save_pretrained(tmp_path / "export")
+    options = {"class_path": "snapkv", "init_args": {"window_size": 64}}
+    for given in (options, json.dumps(options), "{class_path: snapkv, init_args: {window_size: 64}}"):
+        assert build_compressor(policy=given).policy == make_policy(options)
     loaded = build_compressor(str(tmp_path / "export"), ratio=0.3)
     assert loaded.config == replace(named.config, ratio=0.3)
 
@@ -290,6 +295,7 @@ def test_the_compressor_that_is_named(tmp_path: Path) -> None:
         ({"ratio": 0.1}, "ratio: needs a compressor"),
         ({"budget": 16, "when": "context"}, "budget: needs a compressor"),
         ({"policy": "nonsense"}, "policy: 'nonsense' is not one of"),
+        ({"policy": "{class_path: snapkv"}, "policy: .* is no YAML"),
         ({"policy": "keydiff", "ratio": 2.0}, "ratio: 2.0 is not a number"),
         ({"when": "later"}, "when: 'later' is not one of"),
     ],
