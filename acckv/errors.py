@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+Made = TypeVar("Made")
 
 
 class InputError(ValueError):
@@ -19,3 +23,11 @@ class InputError(ValueError):
         super().__init__(f"{where}: {message}" if where else message)
         self.source = None if source is None else str(source)
         self.field = field
+
+
+def or_error(make: Callable[..., Made], *args: object) -> Made | InputError:
+    """The result of a function, or its `InputError` as a value: so it crosses from a data loader's process as it is."""
+    try:
+        return make(*args)
+    except InputError as error:
+        return error

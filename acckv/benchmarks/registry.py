@@ -41,7 +41,6 @@ def load_benchmark(name: str, root: str | Path, split: str | None = None, subset
     """The questions of a benchmark, in file order.
 
     Args:
-        name: of the benchmark.
         root: its folder, in the layout its authors distribute, or its hub id, `org/name` or `org/name@revision`.
         split: e.g. "test"; None is the benchmark's default.
         subset: a part of it, such as a subtask; None is all.

@@ -58,7 +58,6 @@ def answer_questions(
 
     Args:
         questions: by clip (a row of the cache).
-        max_new_tokens: longest answer.
         options: of ``model.generate``, in place of greedy search.
     """
     packed = questions if isinstance(questions, PaddedQuestions) else PaddedQuestions.pack(processor, questions)

@@ -30,10 +30,8 @@ class SettingScores:
     """Scores and sizes of one setting.
 
     Args:
-        config: of the evaluation.
         answers: of the setting; full: the full cache's to the same questions, in the same order.
-        sizes: of the setting's caches.
-        groups: names of all question groups.
+        sizes: of the setting's caches; groups: names of all question groups.
     """
 
     def __init__(
@@ -111,7 +109,6 @@ class Outcome:
     """The outcome of an evaluation.
 
     Attributes:
-        config: of the evaluation.
         results: the rows; scores: of each row.
         answers: of all settings, in the order of the batches.
         failures: the clips that could not be read.

@@ -131,11 +131,7 @@ def picture_grid(processor: Any, sizes: Tensor | None, entries: int) -> tuple[in
 
 
 def thumbnails(frames: Tensor) -> Tensor:
-    """Small pictures, the first of each temporal patch: uint8 [at most 16, 3, 72, width].
-
-    Args:
-        frames: uint8 [count, 3, height, width].
-    """
+    """Of uint8 frames [count, 3, height, width], the first of each temporal patch: uint8 [at most 16, 3, 72, width]."""
     patches = len(frames) // TEMPORAL_PATCH
     count = min(patches, _THUMBNAILS)
     chosen = frames[[TEMPORAL_PATCH * (patch * patches // count) for patch in range(count)]]

@@ -42,13 +42,13 @@ class Acckv(lmms):  # type: ignore[misc]
         head_budgets: entries of a layer's KV heads: equal, joint (one ranking over all heads) or learned (an export's).
         seed: of the random policy.
         dtype: float32, bfloat16 or float16; attn_implementation: sdpa or eager.
-        fps, max_pixels: frames a second, and pixels a frame at most, that are read; max_frames: of a file, evenly.
-        max_seconds: longest clip; cut_long: a longer one is cut, not refused.
         system_prompt: what the model is told before the media, where a task says nothing itself.
         sound: False leaves out the sound of the videos, not sounds of their own.
         device: None is this process's GPU where there is one, else the CPU.
         batch_size: questions about one clip that are answered together.
         max_batch_size: of lmms-eval; not used.
+        media: fps, max_pixels: frames a second, and pixels a frame at most, that are read; max_frames: of a file,
+            evenly; max_seconds: longest clip; cut_long: a longer one is cut, not refused.
     """
 
     is_simple = False
@@ -65,20 +65,15 @@ class Acckv(lmms):  # type: ignore[misc]
         seed: int = 0,
         dtype: str = "float32",
         attn_implementation: str = "sdpa",
-        fps: float = MediaOptions.fps,
-        max_pixels: int | None = MediaOptions.max_pixels,
-        max_frames: int | None = MediaOptions.max_frames,
-        max_seconds: float = MediaOptions.max_seconds,
-        cut_long: bool = MediaOptions.cut_long,
         system_prompt: str | None = None,
         sound: bool = True,
         device: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
-        **unknown: Any,
+        **media: Any,
     ) -> None:
         super().__init__()
-        for name in unknown:
+        for name in media.keys() - MediaOptions().limits().keys():
             raise InputError("is no argument of the model acckv", source="--model_args", field=name)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise InputError(f"{batch_size!r} is not a whole number of at least 1", field="batch_size")
@@ -91,10 +86,7 @@ class Acckv(lmms):  # type: ignore[misc]
         self._warned: set[str] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="acckv-")
         self.store = MediaStore(Path(self._folder.name))
-        media = MediaOptions(
-            fps=fps, max_pixels=max_pixels, max_frames=max_frames, max_seconds=max_seconds, cut_long=cut_long
-        )
-        self.answerer = Answerer(model, processor, kept, media=media, sound=sound)
+        self.answerer = Answerer(model, processor, kept, media=MediaOptions(**media), sound=sound)
         self.system_prompt = system_prompt
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

@@ -16,11 +16,7 @@ from acckv.io.files import whole_file
 
 
 class MediaStore:
-    """Files named by their content, so that the same picture or sound is the same file.
-
-    Args:
-        folder: of the files; it is made when it is first needed.
-    """
+    """Files in a folder, named by their content, so that the same picture or sound is the same file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

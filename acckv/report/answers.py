@@ -26,11 +26,7 @@ class Flips(NamedTuple):
 
 
 class Answers:
-    """All answers by setting and question's id, in the order they come in.
-
-    Args:
-        answers: of every setting.
-    """
+    """All answers by setting and question's id, in the order they come in."""
 
     def __init__(self, answers: Iterable[Answer]) -> None:
         self.by_setting: dict[Setting, dict[str, Answer]] = {}

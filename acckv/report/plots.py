@@ -159,10 +159,8 @@ def plot_budgets(path: str | Path, budgets: Mapping[float, Tensor], full: Tensor
     """Write a PNG: which share of each layer's video and audio entries was kept, one panel a ratio.
 
     Args:
-        path: the file.
         budgets: ratio -> [layers, 2] mean kept entries (video, audio), merged entries included.
         full: [2] mean entries (video, audio) before compression.
-        title: over all panels; usually the compressor's name.
 
     Raises:
         ValueError: no budgets.
@@ -202,9 +200,6 @@ def plot_budget_history(path: str | Path, steps: Sequence[int], ratios: Sequence
     """Write a PNG: the learned budget of each layer over training, a row a modality, a column a ratio (log axis).
 
     Args:
-        path: the file.
-        steps: that were noted.
-        ratios: kept shares.
         shares: [steps, ratios, layers, 2] times the preset's budget (video, audio).
     """
     layers = shares.shape[2]

@@ -136,7 +136,6 @@ def render_table(results: Results, paired: Paired | None = None) -> Table:
     """Accuracy, share of full, 95 % intervals, kept entries and KV bytes of every row.
 
     Args:
-        results: the evaluation.
         paired: intervals of the share of full, shown behind it where given.
     """
     questions = max((row.n for row in results.rows), default=0)

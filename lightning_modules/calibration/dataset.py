@@ -16,7 +16,7 @@ from acckv.data.batching import PackedQuestions, Question, pack_questions
 from acckv.data.encoding import encode, question_suffix
 from acckv.data.precomputed import read_clip
 from acckv.data.records import ClipKey, Record
-from acckv.errors import InputError
+from acckv.errors import InputError, or_error
 from acckv.models.clips import Media, PrecomputedClip
 from lightning_modules.calibration.clip_cache import ClipCache, ClipName
 
@@ -94,11 +94,8 @@ class ClipDataset(Dataset["CalibrationBatch | InputError"]):
         return [(self.split, self.clips[clip][0].clip) for clip in clips]
 
     def __getitem__(self, visit: tuple[int, list[int], bool]) -> CalibrationBatch | InputError:
-        """A batch, or why it cannot be read: an error that crosses a process as it is."""
-        try:
-            return self.batch(*visit)
-        except InputError as error:
-            return error
+        """A batch, or why it cannot be read."""
+        return or_error(self.batch, *visit)
 
     def batch(self, number: int, clips: Sequence[int], read: bool = True) -> CalibrationBatch:
         """The batch of a step.

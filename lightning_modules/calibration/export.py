@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -25,13 +24,20 @@ from lightning_modules.calibration.dataset import CalibrationBatch
 from lightning_modules.calibration.distributed import is_sharded
 from lightning_modules.calibration.module import CalibrationModule
 
+Kind = TypeVar("Kind", bound=Callback)
+
+
+def callbacks_of(trainer: Any, kind: type[Kind]) -> list[Kind]:
+    """The callbacks of a kind that a trainer has."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]
+
 
 class EndOfCalibration(Callback):
     """A callback that does its work at the end of a training, or of an exported checkpoint; not of a `fast_dev_run`."""
 
-    @abstractmethod
     def finish(self, trainer: Trainer, module: CalibrationModule) -> None:
         """Do it."""
+        raise NotImplementedError
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, CalibrationModule) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -187,8 +193,6 @@ class CalibrationTrainer(Trainer):
         """Export a checkpoint as the end of a calibration does: validated, compared, evaluated and reported.
 
         Args:
-            model: CalibrationModule.
-            datamodule: AVDataModule.
             ckpt_path: the checkpoint: a file, or 'last' or 'best' (by checkpoint.monitor) of the run.
 
         Raises:
@@ -197,14 +201,13 @@ class CalibrationTrainer(Trainer):
         if ckpt_path is None:
             raise InputError("is needed: a file, or 'last' or 'best' of the run", field="ckpt_path")
         checkpoint = read_checkpoint(ckpt_path)
-        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            if isinstance(callback, EndOfCalibration) and callback.state_key in checkpoint["callbacks"]:
+        for callback in callbacks_of(self, EndOfCalibration):
+            if callback.state_key in checkpoint["callbacks"]:
                 callback.load_state_dict(copy.deepcopy(checkpoint["callbacks"][callback.state_key]))
         self.fit_loop.load_state_dict(checkpoint["loops"]["fit_loop"])  # the report says at which step it is
         self.validate_loop.inference_mode = False  # LoRA layers are put on and taken off
         self.limit_val_batches = self.limit_val_batches or 1  # the hook below is of the validation
-        callbacks.append(_ExportAfterValidation())
+        self.callbacks.append(_ExportAfterValidation())  # type: ignore[attr-defined]
         self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path)
 
 
@@ -212,9 +215,6 @@ class _ExportAfterValidation(Callback):
     """While the model is still there."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, CalibrationModule):
-            return
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            if isinstance(callback, EndOfCalibration):
+        if isinstance(pl_module, CalibrationModule):
+            for callback in callbacks_of(trainer, EndOfCalibration):
                 callback.finish(trainer, pl_module)

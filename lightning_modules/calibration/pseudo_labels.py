@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from acckv import KVCompressor
 from acckv.data.encoding import encode, question_suffix
 from acckv.data.media import MediaOptions, read_media
 from acckv.data.records import Record
-from acckv.errors import InputError
+from acckv.errors import InputError, or_error
 from acckv.evaluation.answering import answer_questions
 from acckv.io.json_files import read_json, write_json
 from acckv.io.progress import Progress
@@ -146,7 +147,8 @@ def label_clips(
     cut, asked = 0, len(waiting) * len(settings.prompts)
     seen = Progress("answering about clips", len(waiting), "clips")
     with seen, KVCompressor("full")(model) as session:
-        for media in DataLoader(_Videos(batches, settings.media), batch_size=None, num_workers=num_workers):
+        read = partial(_read, settings.media)
+        for media in DataLoader(batches, batch_size=None, collate_fn=read, num_workers=num_workers):  # type: ignore[arg-type]
             if isinstance(media, InputError):
                 raise media
             for kind in KINDS:
@@ -166,20 +168,8 @@ def label_clips(
         _log.warning("data.%s ended %d of %d answers; how they would have ended is not learned", limit, cut, asked)
 
 
-class _Videos(Dataset[list[Media] | InputError]):
-    """Batches of videos, read; or why one of a batch cannot be read."""
-
-    def __init__(self, batches: list[list[Path]], options: dict[str, Any]) -> None:
-        self.batches, self.options = batches, options
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> list[Media] | InputError:
-        try:
-            return [read_media(video, **self.options) for video in self.batches[number]]
-        except InputError as error:
-            return error
+def _read(options: dict[str, Any], videos: list[Path]) -> list[Media] | InputError:
+    return or_error(lambda: [read_media(video, **options) for video in videos])
 
 
 def _warn_of_unknown_words(processor: Any, prompts: Sequence[str]) -> None:

@@ -18,7 +18,13 @@ from acckv.report.calibration import KeptShares, RunFacts, render_report, write_
 from acckv.report.plots import plot_budget_history, plot_budgets
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.distributed import is_sharded
-from lightning_modules.calibration.export import EndOfCalibration, ExportCompressor, first_batch, takes_part
+from lightning_modules.calibration.export import (
+    EndOfCalibration,
+    ExportCompressor,
+    callbacks_of,
+    first_batch,
+    takes_part,
+)
 from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.evaluation.datamodule import EvaluationData
 from lightning_modules.evaluation.options import EvaluationOptions
@@ -55,7 +61,7 @@ class EvaluateExport(EndOfCalibration):
         """Evaluate the export in the first process."""
         if not trainer.is_global_zero:
             return
-        exports = [callback for callback in trainer.callbacks if isinstance(callback, ExportCompressor)]  # type: ignore[attr-defined]
+        exports = callbacks_of(trainer, ExportCompressor)
         if not self.clips or not exports:
             return
         data: AVDataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -146,12 +152,11 @@ class CalibrationReport(EndOfCalibration):
 
     def finish(self, trainer: Trainer, module: CalibrationModule) -> None:
         """Write the report, where there is an export to report on."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        export = next((callback for callback in callbacks if isinstance(callback, ExportCompressor)), None)
+        export = next(iter(callbacks_of(trainer, ExportCompressor)), None)
         if export is None or not takes_part(trainer, module):
             return
         folder, step = self.path(trainer), trainer.global_step if export.step is None else export.step
-        evaluation = next((callback for callback in callbacks if isinstance(callback, EvaluateExport)), None)
+        evaluation = next(iter(callbacks_of(trainer, EvaluateExport)), None)
         kept = self._kept(trainer, module, export.path(trainer))
         if not trainer.is_global_zero:
             return

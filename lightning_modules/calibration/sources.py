@@ -21,11 +21,7 @@ from lightning_modules.calibration.pseudo_labels import FILE, PROMPTS, LabelSett
 
 @dataclass(frozen=True)
 class ClipSource:
-    """Clips with questions to train and to validate on.
-
-    Args:
-        options: of the data; root: folder of the run.
-    """
+    """Clips with questions to train and to validate on; `root` is the folder of the run."""
 
     options: DataConfig
     root: Path

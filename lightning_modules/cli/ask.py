@@ -57,11 +57,6 @@ class AskOptions(MediaOptions):
         accelerator: auto, cpu or gpu.
         system_prompt: what the model is told before the clip; none leaves that to its chat template.
         plugins: your own modules or .py files that register policies, families or benchmarks, separated by commas.
-        fps: pictures a second that are sampled.
-        max_seconds: longest clip; a longer one is refused, or cut where cut_long is set.
-        max_frames: most pictures of a file; a longer clip is sampled evenly, at fewer a second. None is any number.
-        max_pixels: of a picture; larger ones are scaled down to about so many. None keeps them.
-        cut_long: take the first max_seconds of a longer clip, with a warning, instead of refusing it.
     """
 
     video: str

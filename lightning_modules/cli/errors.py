@@ -118,8 +118,6 @@ def parser_error(message: str, argv: Sequence[str], known: Sequence[str] = ()) -
     """The `InputError` for a message of jsonargparse; the config file is named where the key is in it.
 
     Args:
-        message: as jsonargparse words it, several lines at times.
-        argv: the arguments that were parsed, to find the config files.
         known: keys the parser knows, for a suggestion.
     """
     files = _config_files(argv)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from acckv.benchmarks import find_benchmark, load_benchmark
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
@@ -19,7 +19,7 @@ from acckv.data.media_cache import MediaCache
 from acckv.data.precomputed import load_precomputed, read_clip
 from acckv.data.records import Record, with_system_prompt
 from acckv.data.synthetic.clips import VARIANTS, default_root, video_folder, write_clips
-from acckv.errors import InputError
+from acckv.errors import InputError, or_error
 from acckv.evaluation.journal import Journal
 from acckv.evaluation.run_config import RunConfig
 from acckv.models.clips import Media, PrecomputedClip
@@ -51,11 +51,6 @@ class EvaluationData(MediaOptions):
         system_prompt: what the model is told before the media, where a question has none of its own; none leaves that
             to its chat template.
         num_workers: processes that read clips ahead, for each process that answers; 0 reads them when they are due.
-        fps: pictures a second that are sampled.
-        max_seconds: longest clip; a longer one is refused, or cut where cut_long is set.
-        max_frames: most pictures of a file; a longer clip is sampled evenly, at fewer a second. None is any number.
-        max_pixels: of a picture; larger ones are scaled down to about so many. None keeps them.
-        cut_long: take the first max_seconds of a longer clip, with a warning, instead of refusing it.
     """
 
     benchmark: str | None = None
@@ -141,12 +136,7 @@ class EvaluationData(MediaOptions):
 
 
 def group_by_clip(records: Sequence[Record], limit: int | None = None) -> list[list[Record]]:
-    """The questions about each clip, in the order of the records.
-
-    Args:
-        records: the questions.
-        limit: take only this many clips.
-    """
+    """The questions about each clip, or about the first `limit` clips, in the order of the records."""
     by_clip: dict[object, list[Record]] = {}
     for record in records:
         by_clip.setdefault(record.clip, []).append(record)
@@ -155,12 +145,7 @@ def group_by_clip(records: Sequence[Record], limit: int | None = None) -> list[l
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip and the questions about it.
-
-    Attributes:
-        number: of the clip, counted through all batches.
-        media: the clip, or why it could not be read.
-    """
+    """A clip, or why it could not be read; its number is counted through all batches."""
 
     number: int
     media: Media | PrecomputedClip | InputError
@@ -169,12 +154,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Clips that are answered together.
-
-    Attributes:
-        number: of the batch.
-        files: as :meth:`RunConfig.files` gives them.
-    """
+    """Clips that are answered together; `files` are as :meth:`RunConfig.files` gives them."""
 
     number: int
     clips: list[Clip]
@@ -208,13 +188,7 @@ class Shard:
 
 
 class EvaluationClips(LightningDataModule):
-    """The batches that are not finished yet, split over the processes: each is answered once, none is filled up.
-
-    Args:
-        journal: of the evaluation; shard: this machine's.
-        read: reads a clip.
-        num_workers: processes that read ahead; 0 reads each batch when it is due.
-    """
+    """The batches that are not finished yet, split over the processes: each is answered once, none is filled up."""
 
     def __init__(self, journal: Journal, shard: Shard, read: ClipReader = read_clip, num_workers: int = 0) -> None:
         super().__init__()
@@ -229,27 +203,15 @@ class EvaluationClips(LightningDataModule):
         config, finished = self.journal.config, self.journal.finished()
         mine = self.shard.share(config.batches, trainer.global_rank, trainer.world_size)
         left = [number for number in mine if number not in finished]
-        return DataLoader(_Batches(config, self.read), batch_size=None, sampler=left, num_workers=self.num_workers)
+        read = partial(_read_batch, config, self.read)
+        return DataLoader(left, batch_size=None, collate_fn=read, num_workers=self.num_workers)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: ClipBatch, device: torch.device, dataloader_idx: int) -> ClipBatch:
         """Clips stay where they are; a session moves what the processor makes of them."""
         return batch
 
 
-class _Batches(Dataset[ClipBatch]):
-    def __init__(self, config: RunConfig, read: ClipReader) -> None:
-        self.config, self.read = config, read
-
-    def __getitem__(self, number: int) -> ClipBatch:
-        files = self.config.files(number)  # before they are read: a change in between shows
-        clips = [
-            Clip(clip, self._read(self.config.clips[clip][0]), self.config.clips[clip])
-            for clip in self.config.members(number)
-        ]
-        return ClipBatch(number, clips, files)
-
-    def _read(self, record: Record) -> Media | PrecomputedClip | InputError:
-        try:
-            return self.read(record)
-        except InputError as error:
-            return error
+def _read_batch(config: RunConfig, read: ClipReader, number: int) -> ClipBatch:
+    files = config.files(number)  # before they are read: a change in between shows
+    members = ((clip, config.clips[clip]) for clip in config.members(number))
+    return ClipBatch(number, [Clip(clip, or_error(read, records[0]), records) for clip, records in members], files)

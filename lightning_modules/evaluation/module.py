@@ -29,12 +29,7 @@ Answered = Iterator[tuple[Asked, Setting, list[Generated], Sizes]]
 
 @dataclass(frozen=True)
 class Asking:
-    """The way a model is asked.
-
-    Attributes:
-        prompt: the text that it reads for a question.
-        max_new_tokens: longest answer by protocol.
-    """
+    """The text that a model reads for a question, and its longest answer by protocol, in tokens."""
 
     prompt: Callable[[Record], str]
     max_new_tokens: dict[str, int]

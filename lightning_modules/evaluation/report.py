@@ -59,13 +59,7 @@ def write_files(output: Path, outcome: Outcome) -> None:
 
 
 def write_report(output: Path, outcome: Outcome, command: str | None, timelines: Sequence[Timeline] = ()) -> None:
-    """Write `report.json`, `timelines.safetensors` and `report.html`; the other files are written already.
-
-    Args:
-        output: folder of the evaluation.
-        command: the command line.
-        timelines: of single clips.
-    """
+    """Write `report.json`, `timelines.safetensors` and `report.html`; the other files are written already."""
     budgets = [
         Budget(*setting, one.sizes.kept_entries.tolist())
         for setting, one in outcome.scores.items()
@@ -80,12 +74,7 @@ def write_report(output: Path, outcome: Outcome, command: str | None, timelines:
 
 
 def measure_timelines(module: EvaluationModule, outcome: Outcome, count: int, read: ClipReader) -> list[Timeline]:
-    """The kept entries of `count` clips; a clip without pictures has no timeline.
-
-    Args:
-        module: that answered.
-        read: reads a clip, as it was read for the answers.
-    """
+    """The kept entries of `count` clips, read as for the answers; a clip without pictures has no timeline."""
     answers, settings = Answers(outcome.answers), shown_settings(outcome.results)
     found = []
     for asked in choose_questions(answers, settings, count) if settings else []:
@@ -132,11 +121,7 @@ def choose_questions(answers: Answers, settings: Sequence[Setting], count: int) 
 def _timeline(
     module: EvaluationModule, clip: Clip, media: Media, frames: Tensor, full: Answer, answers: Sequence[Answer]
 ) -> Timeline:
-    """The timeline of one clip.
-
-    Args:
-        frames: of the media; full: the full cache's answer; answers: of the settings that are shown.
-    """
+    """The timeline of one clip, of the full cache's answer and those of the settings that are shown."""
     inputs = module.inputs([clip], clip.records if module.when == "prompt" else None)
 
     def opened(setting: Setting) -> partial[Session]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,7 @@ def run_evaluation(
     results of its own batches, and writes only these batches.
 
     Args:
-        options: of the evaluation.
         command: the command line, for the report and the model card.
-        console: to print to.
         questions: (name, questions) to ask instead of those of `options.data`.
         model: (model, processor) in memory that are used instead of loading `options.model` again; they are left on the
             evaluation's device.
@@ -220,11 +219,7 @@ def _answer(trainer: Trainer, module: EvaluationModule, clips: EvaluationClips) 
 def _asking(options: EvaluationOptions, benchmark: Benchmark | None, longest: Mapping[str, int]) -> Asking:
     least = LEAST if benchmark is None else dict.fromkeys(longest, benchmark.max_new_tokens)
     limits = answer_limits(longest, least, options.word_tokens, options.description_tokens)
-    return Asking(_question if benchmark is None else benchmark.prompt, limits)
-
-
-def _question(record: Record) -> str:
-    return record.question
+    return Asking(attrgetter("question") if benchmark is None else benchmark.prompt, limits)
 
 
 def _config(
