@@ -42,7 +42,7 @@ class PaddedQuestions:
         counts = [len(own) for own in questions]
         filler = next(question for own in questions for question in own)
         padded = [question for own in questions for question in [*own, *[filler] * (max(counts) - len(own))]]
-        ids, mask = pad_left([question_suffix(processor, text) for text in padded], _pad_id(processor))
+        ids, mask = pad_left([question_suffix(processor, text) for text in padded], processor.tokenizer.pad_token_id)
         return cls(ids, mask, counts)
 
 
@@ -98,9 +98,5 @@ def decode(model: Any, processor: Any, tokens: Tensor, max_new_tokens: int) -> l
 
 def _greedy(processor: Any, max_new_tokens: int) -> dict[str, Any]:
     """Options of ``model.generate`` for greedy search."""
-    pad = _pad_id(processor)
+    pad = processor.tokenizer.pad_token_id
     return {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": pad}
-
-
-def _pad_id(processor: Any) -> int:
-    return processor.tokenizer.pad_token_id

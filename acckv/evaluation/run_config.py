@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -103,11 +104,9 @@ def describe_options(
         InputError: two questions have the same id.
     """
     questions = [(record, text) for clip in clips for record, text in clip]
-    named = set()
-    for record, _ in questions:
-        if record.id in named:
-            raise InputError(f"{record.id!r} is there more than once", field="id")
-        named.add(record.id)
+    for name, times in Counter(record.id for record, _ in questions).items():
+        if times > 1:
+            raise InputError(f"{name!r} is there more than once", field="id")
     by_policy = {setting.policy: compressor for setting, compressor in compressors.items()}
     described = {
         **options,

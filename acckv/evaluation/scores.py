@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 
 import torch
@@ -125,7 +125,7 @@ class Outcome:
         """The full cache's scores."""
         return next(iter(self.scores.values()))
 
-    @property
+    @cached_property
     def relative_intervals(self) -> dict[Setting, Interval]:
         """95 % interval of each setting's share of the full cache's accuracy, paired by clip, where that is not 0."""
         measured = {setting: one for setting, one in self.scores.items() if one.full.any()}

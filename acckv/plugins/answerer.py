@@ -170,7 +170,7 @@ class Answerer:
             prefill = session.prefill(**self._prompt(clip, question, system))
             cache, first, rows = session.compress(prefill), prefill.logits, targets
             self.sizes += Sizes.of(cache)
-        ids, mask = self._rows(rows)
+        ids, mask = (each.to(self.model.device) for each in pad_left(rows, self.processor.tokenizer.pad_token_id))
         branch = cache.branch(len(rows))
         positions = session.adapter.text_positions(branch.next_position + (mask.cumsum(-1) - 1).clamp_min(0))
         seen = torch.cat([branch.labels.real.to(mask.dtype), mask], dim=1)
@@ -236,10 +236,6 @@ class Answerer:
         if not ids:
             raise InputError(f"the answer {answer!r} has no token in this vocabulary", field="continuation")
         return torch.tensor(ids, device=self.model.device)
-
-    def _rows(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        ids, mask = pad_left(rows, self.processor.tokenizer.pad_token_id)
-        return ids.to(self.model.device), mask.to(self.model.device)
 
 
 def _loss(logits: Tensor, ids: Tensor) -> tuple[float, bool]:

@@ -25,8 +25,6 @@ from acckv.evaluation.results import (
 )
 from acckv.evaluation.scores import Outcome
 
-Paired = Mapping[Setting, tuple[float, float]]
-"""95 % interval of each setting's share of the full cache, paired by clip."""
 _SHOWN = 5  # broken clips that are named below the tables
 _TABLE_WIDTH = 120  # the group tables need this much; a narrower terminal wraps them
 
@@ -132,11 +130,11 @@ def control_warning(results: Results) -> str | None:
     )
 
 
-def render_table(results: Results, paired: Paired | None = None) -> Table:
+def render_table(results: Results, paired: Mapping[Setting, tuple[float, float]] | None = None) -> Table:
     """Accuracy, share of full, 95 % intervals, kept entries and KV bytes of every row.
 
     Args:
-        paired: intervals of the share of full, shown behind it where given.
+        paired: 95 % intervals of the share of full, paired by clip, shown behind it where given.
     """
     questions = max((row.n for row in results.rows), default=0)
     moment = f"when: {results.when}, {questions} questions, seed {results.seed}"

@@ -65,18 +65,14 @@ class Resumed:
         step, training = checkpoint["global_step"], checkpoint[TRAINING]
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-            for name, done, most in (
-                ("max_steps", step, trainer.max_steps),
-                ("max_epochs", epochs, trainer.max_epochs),
-            ):
-                if most is not None and 0 <= most <= done:
-                    raise InputError(
-                        f"is {most}, and the checkpoint has done {done}: set more to train on, "
-                        "or export it as it is: python train.py export --ckpt_path FILE",
-                        field=f"trainer.{name}",
-                    )
-                if trainer.max_steps >= 0:
-                    break  # epochs do not end it
+            name, done = ("max_steps", step) if trainer.max_steps >= 0 else ("max_epochs", epochs)
+            most = getattr(trainer, name)
+            if most is not None and 0 <= most <= done:
+                raise InputError(
+                    f"is {most}, and the checkpoint has done {done}: set more to train on, "
+                    "or export it as it is: python train.py export --ckpt_path FILE",
+                    field=f"trainer.{name}",
+                )
         return cls(step, training["planned"], training["low_ratio_ended"])
 
     def describe(self, schedule: Schedule) -> str:

@@ -88,7 +88,9 @@ class EvaluationModule(LightningModule):
         answers: list[Answer] = []
         sizes: dict[Setting, Sizes] = {}
         for kind in KINDS:
-            clips, inputs = self._encoded([clip for clip in batch.clips if _kind(clip) == kind], failed)
+            clips, inputs = self._encoded(
+                [clip for clip in batch.clips if getattr(clip.media, "kind", None) == kind], failed
+            )
             if failed and self.strict:
                 raise failed[min(failed)]
             if not clips:
@@ -112,7 +114,8 @@ class EvaluationModule(LightningModule):
             try:
                 return clips, self.inputs(clips)
             except InputError as error:
-                refused = {clip.number: error for clip in clips if _path(clip) == error.source}
+                paths = {clip.number: str(getattr(clip.media, "path", "")) for clip in clips}
+                refused = {number: error for number, path in paths.items() if path == error.source}
                 if not refused:
                     raise
                 failed.update(refused)
@@ -127,9 +130,10 @@ class EvaluationModule(LightningModule):
 
     def _after_context(self, clips: list[Clip], inputs: dict[str, Any]) -> Answered:
         asked = [(clip, record) for clip in clips for record in clip.records]
-        packed = [
-            (limit, list(chain.from_iterable(records)), self._pack(records)) for limit, records in self._by_limit(clips)
-        ]
+        packed = []
+        for limit, records in self._by_limit(clips):
+            texts = [[self.asking.prompt(record) for record in own] for own in records]
+            packed.append((limit, list(chain.from_iterable(records)), PaddedQuestions.pack(self.processor, texts)))
         shared = self._prefill(inputs)
         full: tuple[list[Generated], Sizes] | None = None
         for setting, session in self._sessions():
@@ -137,11 +141,11 @@ class EvaluationModule(LightningModule):
                 yield asked, setting, *full
                 continue
             cache = session.compress(self._own(session, inputs, shared), ratio=setting.ratio)
-            texts: dict[str, Generated] = {}
-            for limit, records, questions in packed:
+            answers: dict[str, Generated] = {}
+            for limit, every, questions in packed:
                 given = answer_questions(session, self.processor, cache, questions, limit)
-                texts |= {record.id: text for record, text in zip(records, chain.from_iterable(given), strict=True)}
-            found = [texts[record.id] for _, record in asked], Sizes.of(cache)
+                answers |= {record.id: text for record, text in zip(every, chain.from_iterable(given), strict=True)}
+            found = [answers[record.id] for _, record in asked], Sizes.of(cache)
             full = full or found
             yield asked, setting, *found
 
@@ -164,9 +168,6 @@ class EvaluationModule(LightningModule):
             records = [[record for record in clip.records if record.protocol == protocol] for clip in clips]
             if any(records):
                 yield limit, records
-
-    def _pack(self, records: list[list[Record]]) -> PaddedQuestions:
-        return PaddedQuestions.pack(self.processor, [[self.asking.prompt(record) for record in own] for own in records])
 
     def _is_full(self, setting: Setting) -> bool:
         """Whether a setting evicts nothing and adapts nothing: it is the full cache, which has answered already."""
@@ -205,11 +206,3 @@ class EvaluationModule(LightningModule):
             cut=generated.cut,
             **asdict(self.judge(record, generated.text)),
         )
-
-
-def _kind(clip: Clip) -> str | None:
-    return None if isinstance(clip.media, InputError) else clip.media.kind
-
-
-def _path(clip: Clip) -> str | None:
-    return None if isinstance(clip.media, InputError) else str(clip.media.path)

@@ -22,11 +22,6 @@ from acckv.policies.single_modality import EvictedModality
 from lightning_modules.evaluation.datamodule import EvaluationData, Shard
 
 
-def known_policies() -> list[str | dict[str, Any]]:
-    """The names of all policies, the calibrated compressor's among them."""
-    return [*POLICIES, CALIBRATED]
-
-
 @dataclass(frozen=True)
 class EvaluationOptions:
     """Answer the same questions from every policy's compressed cache at every ratio.
@@ -69,7 +64,9 @@ class EvaluationOptions:
 
     model: str = "tiny"
     compressor: str = "runs/calib/export"
-    policies: list[str | dict[str, Any]] | str = field(default_factory=known_policies)
+    policies: list[str | dict[str, Any]] | str = field(
+        default_factory=lambda: list[str | dict[str, Any]]((*POLICIES, CALIBRATED))
+    )
     ratios: list[float] | float | str = field(default_factory=lambda: [1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.0])
     when: When = "context"
     head_budgets: list[HeadBudgets] | str | None = None
@@ -153,8 +150,8 @@ class EvaluationOptions:
         Raises:
             InputError: a ratio that is no number from 0 to 1.
         """
-        given = self.ratios
-        parts: Sequence[float | str] = given.split(",") if isinstance(given, str) else _as_list(given)
+        given = [self.ratios] if isinstance(self.ratios, int | float) else self.ratios
+        parts: Sequence[float | str] = given.split(",") if isinstance(given, str) else given
         ratios = []
         for part in parts:
             try:
@@ -202,7 +199,3 @@ def _load_compressor(options: EvaluationOptions, shared: dict[str, Any]) -> KVCo
     if compressor.weights is None:
         raise InputError("holds no learned weights", source=name, field="compressor")
     return compressor
-
-
-def _as_list(given: Sequence[float] | float) -> Sequence[float]:
-    return [given] if isinstance(given, (int, float)) else given

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -44,8 +44,10 @@ from lightning_modules.evaluation.versions import versions
 PARETO_FILE, BUDGETS_FILE = "pareto.png", "budgets.png"
 
 
-def write_files(output: Path, outcome: Outcome) -> None:
-    """Predictions, failures, plots and, last, the results."""
+def write_files(
+    output: Path, outcome: Outcome, command: str | None, timelines: Callable[[], list[Timeline]] = list
+) -> None:
+    """Predictions, failures, plots, results and the report, whose timelines come last: they run the model again."""
     write_predictions(output / PREDICTIONS_FILE, outcome.answers)
     write_failures(output / FAILURES_FILE, outcome.failures)
     plot_pareto(output / PARETO_FILE, outcome.results, outcome.relative_intervals)
@@ -56,20 +58,13 @@ def write_files(output: Path, outcome: Outcome) -> None:
         budgets = {ratio: entries for (policy, ratio), entries in kept.items() if policy == shown}
         plot_budgets(output / BUDGETS_FILE, budgets, outcome.full.sizes.full_entries, shown)
     write_results(output / RESULTS_FILE, outcome.results)
-
-
-def write_report(output: Path, outcome: Outcome, command: str | None, timelines: Sequence[Timeline] = ()) -> None:
-    """Write `report.json`, `timelines.safetensors` and `report.html`; the other files are written already."""
-    budgets = [
-        Budget(*setting, one.sizes.kept_entries.tolist())
-        for setting, one in outcome.scores.items()
-        if setting.compresses
-    ]
+    clips = timelines()
+    held = [Budget(*setting, entries.tolist()) for setting, entries in kept.items()]
     video, audio = outcome.full.sizes.full_entries.tolist()
-    write_run(output / RECORD_FILE, RunRecord(command, versions(), (video, audio), budgets))
+    write_run(output / RECORD_FILE, RunRecord(command, versions(), (video, audio), held))
     (output / TIMELINES_FILE).unlink(missing_ok=True)  # of an older evaluation
-    if timelines:
-        save_timelines(output / TIMELINES_FILE, timelines)
+    if clips:
+        save_timelines(output / TIMELINES_FILE, clips)
     write_html(output)
 
 

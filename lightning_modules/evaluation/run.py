@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,8 +25,7 @@ from acckv.evaluation.journal import Batch, Journal, by_number, read_batches, re
 from acckv.evaluation.progress import EvaluationProgress
 from acckv.evaluation.results import Results, Setting, is_calibrated
 from acckv.evaluation.run_config import RunConfig, describe_options
-from acckv.evaluation.scores import Outcome, score_batches
-from acckv.evaluation.timeline import Timeline
+from acckv.evaluation.scores import score_batches
 from acckv.io.json_files import read_json
 from acckv.io.progress import Progress
 from acckv.io.registry import load_plugins
@@ -36,7 +35,7 @@ from acckv.report.table import print_tables
 from lightning_modules.evaluation.datamodule import EvaluationClips, Shard, group_by_clip
 from lightning_modules.evaluation.module import Asking, EvaluationModule
 from lightning_modules.evaluation.options import EvaluationOptions, build_compressors
-from lightning_modules.evaluation.report import measure_timelines, write_files, write_report
+from lightning_modules.evaluation.report import measure_timelines, write_files
 from lightning_modules.evaluation.versions import versions
 from lightning_modules.interrupted import was_interrupted
 
@@ -115,7 +114,8 @@ def run_evaluation(
         )
     elif trainer.is_global_zero:
         measured = partial(measure_timelines, module, outcome, options.timelines, options.data.reader())
-        _publish(output, outcome, command, console, measured)
+        print_tables(console, outcome)
+        write_files(output, outcome, command, measured)
         measured_export = any(map(is_calibrated, outcome.results.policies))
         if options.update_card and measured_export and Path(options.compressor).is_dir():
             export = read_json(Path(options.compressor) / "config.json")
@@ -163,21 +163,9 @@ def merge_evaluations(
     Journal(Path(output), config).check(overwrite)
     write_evaluation(Path(output), config, batches.values())
     outcome = score_batches(config, batches.values())
-    _publish(Path(output), outcome, command, console or Console())
+    print_tables(console or Console(), outcome)
+    write_files(Path(output), outcome, command)
     return outcome.results
-
-
-def _publish(
-    output: Path,
-    outcome: Outcome,
-    command: str | None,
-    console: Console,
-    timelines: Callable[[], list[Timeline]] = list,
-) -> None:
-    """Print the tables and write all files; the timelines, which run the model again, come after the results."""
-    print_tables(console, outcome)
-    write_files(output, outcome)
-    write_report(output, outcome, command, timelines())
 
 
 @contextmanager
