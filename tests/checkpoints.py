@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from acckv.tiny.build import vocabulary
 from tests.families import AUDIO, AUDIO_BOS, AUDIO_EOS, FAMILIES, IMAGE, VIDEO, VISION_BOS, VISION_EOS
@@ -106,6 +106,7 @@ def decoder(folder: Path, kind: str = "videollama2") -> Path:
     """
     config = FAMILIES[kind].config()
     config.vocab_size = DECODER_SIZE
+    words: PreTrainedTokenizerBase
     if kind == "videollama2":
         vocabulary = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *QWEN_TURNS]
         words = transformers.Qwen2Tokenizer(dict(zip(vocabulary, range(DECODER_SIZE), strict=False)))

@@ -14,6 +14,7 @@ from acckv.models import find_adapter
 from acckv.policies import AccKV, Policy
 from acckv.runtime.lora import AttachedLora, LoraWeights, lora_config
 
+CONTEXT = AccKV.preset("context")
 QV = ("q_proj", "v_proj")
 Learned = KVCompressor | LowRatio | None
 
@@ -29,7 +30,12 @@ def random_lora(model: Any, rank: int = 2, scale: float = 0.1, targets: tuple[st
 
 
 def calibrated(
-    model: Any, policy: Policy, noise: float = 0.0, rank: int = 0, targets: tuple[str, ...] = QV, **options: Any
+    model: Any,
+    policy: Policy = CONTEXT,
+    noise: float = 0.0,
+    rank: int = 0,
+    targets: tuple[str, ...] = QV,
+    **options: Any,
 ) -> KVCompressor:
     """A compressor with weights as at the start of training, or moved by `noise`, and LoRA if that has a rank."""
     sizes = find_adapter(model).dimensions

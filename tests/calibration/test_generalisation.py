@@ -7,20 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from acckv import KVCompressor
 from acckv.evaluation.results import read_results
-from acckv.method.weights import CalibratedWeights
-from acckv.models import find_adapter, load_model
-from acckv.policies import AccKV
+from acckv.models import load_model
 from benchmarks.generalisation import main
+from tests.learned import calibrated
 
 
 def test_compares_with_the_best_training_free_policy(tmp_path: Path) -> None:
-    sizes = find_adapter(load_model("tiny")[0]).dimensions
-    weights = CalibratedWeights(sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], 4)
-    KVCompressor(AccKV.preset("context"), weights=weights, base={"name": "tiny", **sizes}).save_pretrained(
-        tmp_path / "export"
-    )
+    calibrated(load_model("tiny")[0]).save_pretrained(tmp_path / "export")
     output = tmp_path / "out"
     main(
         [

@@ -16,13 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from acckv import KVCompressor
 from acckv.data.synthetic.clips import write_clips
 from acckv.errors import InputError
-from acckv.method.weights import CalibratedWeights
-from acckv.models import find_adapter, load_model
-from acckv.policies import AccKV
+from acckv.models import load_model
 from lightning_modules.cli.errors import BAD_INPUT, one_line, parser_error, run_cli
+from tests.learned import calibrated
 from tests.paths import ROOT
 
 #: Arguments -> exit code and the lines on stderr.
@@ -39,11 +37,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, _ = load_model("tiny")
-    sizes = find_adapter(model).dimensions
-    weights = CalibratedWeights(sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], 4)
     folder = tmp_path_factory.mktemp("calib") / "export"
-    compressor = KVCompressor(AccKV.preset("context"), weights=weights, base={"name": "tiny", **sizes})
-    compressor.save_pretrained(folder)
+    calibrated(model).save_pretrained(folder)
     return folder
 
 

@@ -23,11 +23,10 @@ from torch import Tensor
 from acckv import InputError, KVCompressor
 from acckv.benchmarks import load_benchmark
 from acckv.data.records import Record
-from acckv.method.weights import CalibratedWeights
-from acckv.models import find_adapter, load_model
+from acckv.models import load_model
 from acckv.models.loading import TINY_MODEL
-from acckv.policies import AccKV
 from tests import checkpoints
+from tests.learned import calibrated, weights_of
 from tests.paths import FIXTURES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -65,10 +64,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_hub_ids_are_resolved(tmp_path: Path, cache: Path) -> None:
     model, _ = load_model("tiny")
-    sizes = find_adapter(model).dimensions
-    weights = CalibratedWeights(sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], 4)
-    compressor = KVCompressor(AccKV.preset("context"), weights=weights, base={"name": "tiny", **sizes})
+    compressor = calibrated(model)
     compressor.save_pretrained(tmp_path / "export")
+    learned = total(weights_of(compressor).parameters())
     decoder = checkpoints.decoder(tmp_path / "decoder")
     put(cache, "org/tiny-av-llm", TINY_MODEL)
     put(cache, "org/decoder", decoder)
@@ -80,10 +78,9 @@ def test_hub_ids_are_resolved(tmp_path: Path, cache: Path) -> None:
     assert (type(plain).__name__, type(text).__name__) == ("Qwen2ForCausalLM", "TextProcessor")
     assert total(plain.parameters()) == total(load_model(decoder)[0].parameters())
     loaded = KVCompressor.from_pretrained("org/compressor").with_ratio(0.1)
-    assert loaded.name == "acckv-calibrated" and loaded.weights is not None
-    assert total(loaded.weights.parameters()) == total(weights.parameters())
+    assert loaded.name == "acckv-calibrated" and total(weights_of(loaded).parameters()) == learned
     pinned = KVCompressor.from_pretrained(f"org/compressor@{COMMIT}")
-    assert pinned.weights is not None and total(pinned.weights.parameters()) == total(weights.parameters())
+    assert total(weights_of(pinned).parameters()) == learned
     with loaded(found):
         pass
     with pytest.raises(InputError, match=r"^org/absent: cannot be loaded: "):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from acckv import InputError, KVCompressor
 from acckv.benchmarks.judging import Judge, answer_vocabulary
@@ -17,13 +16,12 @@ from acckv.benchmarks.music_avqa_questions import load_music_avqa
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.evaluation.results import Results, Setting, read_results, with_heads
 from acckv.evaluation.timeline import load_timelines
-from acckv.method.weights import CalibratedWeights
 from acckv.models import find_adapter, load_model
-from acckv.policies import AccKV
 from acckv.report.run_record import read_run
 from lightning_modules.evaluation.datamodule import EvaluationData
 from lightning_modules.evaluation.options import EvaluationOptions, build_compressors
 from tests.evaluation.runs import generated, predictions, run
+from tests.learned import calibrated
 
 CLIPS = 3
 RATIOS = [1.0, 0.2, 0.05, 0.0]
@@ -59,15 +57,8 @@ def tiny() -> Tiny:
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Path:
     """A calibrated compressor with weights that are not those it starts from."""
-    sizes = find_adapter(tiny[0]).dimensions
-    weights = CalibratedWeights(sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], 4)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in weights.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     folder = tmp_path_factory.mktemp("calib") / "export"
-    compressor = KVCompressor(AccKV.preset("context"), weights=weights, base={"name": "tiny", **sizes})
-    compressor.save_pretrained(folder)
+    calibrated(tiny[0], noise=0.3).save_pretrained(folder)
     return folder
 
 
@@ -157,7 +148,7 @@ def test_kept_entries_are_exact(evaluated: Evaluated, tiny: Tiny) -> None:
     assert [row.kept_entries for row in halves if row is not None] == [144, pytest.approx(128 * 2 / 3, abs=1e-4)]
 
 
-def test_accuracies_are_those_of_thepredictions(evaluated: Evaluated, question_file: Path) -> None:
+def test_accuracies_are_those_of_the_predictions(evaluated: Evaluated, question_file: Path) -> None:
     output, results, _ = evaluated
     records = {record.id: record for record in load_music_avqa(question_file, question_file.parent / "videos")}
     judge = Judge(None, answer_vocabulary(records.values()), "robust")

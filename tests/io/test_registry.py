@@ -1,16 +1,23 @@
 """A registry names what is known, refuses a taken name, and takes other packages in once, when it is looked at."""
 
+from __future__ import annotations
+
 import importlib
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from acckv.errors import InputError
 from acckv.io.registry import Registry, load_plugins
 
+Install = Callable[[str, str], None]
+
 
 @pytest.fixture
-def package(tmp_path, monkeypatch):
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Writes an installed package with an entry point: its name, its code."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -27,7 +34,7 @@ def package(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_items_are_found_by_name_and_an_unknown_name_lists_them():
+def test_items_are_found_by_name_and_an_unknown_name_lists_them() -> None:
     sizes = Registry[int]("size", "acckv.sizes")
     sizes.register("small", 1, "a")
     sizes.register("large", 9, "a")
@@ -36,7 +43,7 @@ def test_items_are_found_by_name_and_an_unknown_name_lists_them():
         sizes.find("huge")
 
 
-def test_a_name_belongs_to_one_module_which_may_register_it_again():
+def test_a_name_belongs_to_one_module_which_may_register_it_again() -> None:
     sizes = Registry[int]("size", "acckv.sizes")
     sizes.register("small", 1, "notebook")
     sizes.register("small", 2, "notebook")
@@ -45,10 +52,13 @@ def test_a_name_belongs_to_one_module_which_may_register_it_again():
     assert sizes["small"] == 2
 
 
-def test_an_installed_package_is_loaded_at_the_first_look_and_once(package, monkeypatch):
+def test_an_installed_package_is_loaded_at_the_first_look_and_once(
+    package: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = Registry[int]("size", "acckv.sizes")
-    monkeypatch.setitem(sys.modules, "sizes_registry", type(sys)("sizes_registry"))
-    sys.modules["sizes_registry"].sizes = sizes
+    module = ModuleType("sizes_registry")
+    monkeypatch.setattr(module, "sizes", sizes, raising=False)
+    monkeypatch.setitem(sys.modules, "sizes_registry", module)
     package("shoe", "from sizes_registry import sizes\nsizes.register('shoe', len(sizes) + 42, __name__)\n")
     assert "shoe" not in sys.modules
     assert sizes.find("shoe") == 42
@@ -56,7 +66,7 @@ def test_an_installed_package_is_loaded_at_the_first_look_and_once(package, monk
     assert list(sizes) == ["shoe"]
 
 
-def test_a_package_that_breaks_or_registers_nothing_is_left_out_with_a_warning(package):
+def test_a_package_that_breaks_or_registers_nothing_is_left_out_with_a_warning(package: Install) -> None:
     sizes = Registry[int]("size", "acckv.sizes")
     sizes.register("small", 1, "a")
     package("broken", "import no_such_library")
@@ -68,7 +78,7 @@ def test_a_package_that_breaks_or_registers_nothing_is_left_out_with_a_warning(p
     assert said[1] == "size 'hat' of another package is left out (hat registers no size of this name)"
 
 
-def test_a_plugin_is_a_file_or_a_module_and_is_imported_once(tmp_path, monkeypatch):
+def test_a_plugin_is_a_file_or_a_module_and_is_imported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     file = tmp_path / "my_plugin_file.py"
     file.write_text(f"open({str(tmp_path / 'log')!r}, 'a').write('ran ')\n")
@@ -87,7 +97,9 @@ def test_a_plugin_is_a_file_or_a_module_and_is_imported_once(tmp_path, monkeypat
         ("json.py", "json.py: plugins: .*json/__init__.py has the name json, too; rename the file"),
     ],
 )
-def test_a_plugin_that_cannot_be_is_refused(tmp_path, monkeypatch, name, message):
+def test_a_plugin_that_cannot_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "json.py").write_text("")
@@ -95,7 +107,7 @@ def test_a_plugin_that_cannot_be_is_refused(tmp_path, monkeypatch, name, message
         load_plugins(name)
 
 
-def test_an_error_in_a_plugin_is_its_own(tmp_path, monkeypatch):
+def test_an_error_in_a_plugin_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "my_broken_plugin.py").write_text("1 / 0\n")
     with pytest.raises(ZeroDivisionError):

@@ -9,7 +9,6 @@ from typing import Any
 
 import PIL.Image
 import pytest
-import torch
 
 pytest.importorskip("lmms_eval", reason='lmms-eval is not installed: pip install -e ".[lmms]"')
 
@@ -18,20 +17,17 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 from lmms_eval.tasks import TaskManager
-from rich.console import Console
 
-from acckv import KVCompressor
 from acckv.data.media import read_media
 from acckv.errors import InputError
-from acckv.method.weights import CalibratedWeights
-from acckv.models import find_adapter, load_model
+from acckv.models import load_model
 from acckv.plugins.lmms_eval import Acckv, AcckvSimple
 from acckv.plugins.lmms_manifest import manifest
-from acckv.policies import AccKV
 from benchmarks.lmms_eval.prepare import FOLDER, prepare
 from lightning_modules.evaluation.datamodule import EvaluationData
 from lightning_modules.evaluation.options import EvaluationOptions
-from lightning_modules.evaluation.run import run_evaluation
+from tests.evaluation.runs import predictions, run
+from tests.learned import calibrated
 from tests.paths import ROOT
 
 CLIPS, RATIO = 2, 0.05
@@ -42,14 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where lmms-eval is started: the questions lie where the tasks look for them, and an export beside them."""
     folder = tmp_path_factory.mktemp("work")
     prepare(folder / FOLDER, CLIPS, workers=1)
-    sizes = find_adapter(load_model("tiny")[0]).dimensions
-    weights = CalibratedWeights(sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], 4)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in weights.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    compressor = KVCompressor(AccKV.preset("context"), weights=weights, base={"name": "tiny", **sizes})
-    compressor.save_pretrained(folder / "export")
+    calibrated(load_model("tiny")[0], noise=0.3).save_pretrained(folder / "export")
     return folder
 
 
@@ -66,8 +55,8 @@ def own(folder: Path) -> dict[str, tuple[float, list[str]]]:
         update_card=False,
         accelerator="cpu",
     )
-    results = run_evaluation(options, console=Console(quiet=True))
-    lines = [json.loads(line) for line in (folder / "own" / "predictions.jsonl").read_text().splitlines()]
+    results, _ = run(options)
+    lines = predictions(folder / "own")
     found = {}
     for row in results.rows:
         given = [line["prediction"] for line in lines if (line["policy"], line["ratio"]) == (row.policy, row.ratio)]
@@ -195,6 +184,7 @@ def test_pictures_and_sounds_that_a_data_set_decoded(documents: list[dict[str, A
     media = ROOT / "tests/fixtures/benchmarks/omnibench/mm_data"
     picture, sound = media / "image/1_24.png", media / "audio/1_24.mp3"
     heard = read_media(sound)
+    assert heard.audio is not None
     in_memory = [{"array": heard.audio.numpy(), "sampling_rate": heard.sampling_rate}, PIL.Image.open(picture)]
     question = documents[0]["question"]
 
@@ -214,7 +204,7 @@ def test_pictures_and_sounds_that_a_data_set_decoded(documents: list[dict[str, A
         return lambda document: [{"role": "user", "content": content}]
 
     limit = {"max_new_tokens": 4}
-    options = {"policy": "keydiff", "ratio": 0.2}
+    options: dict[str, Any] = {"policy": "keydiff", "ratio": 0.2}
     from_files = ask(Acckv(**options), "", messages([str(sound), str(picture)]), limit)
     assert ask(Acckv(**options), "", messages(in_memory), limit) == from_files
     assert ask(AcckvSimple(**options), question, limit, lambda document: in_memory) == from_files

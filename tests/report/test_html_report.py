@@ -11,6 +11,7 @@ import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from acckv.evaluation.results import (
     GroupScore,
     Results,
     Row,
+    Setting,
     read_failures,
     read_predictions,
     write_predictions,
@@ -74,10 +76,9 @@ def _write_evaluation(tmp_path: Path) -> None:
     for (policy, ratio), (accuracy, _) in _settings().items():
         for item in range(QUESTIONS):
             score = float(item % 4 < 4 * accuracy)
-            texts = {"question": f"{item} {HOSTILE}", "answer": HOSTILE, "prediction": HOSTILE if score else ""}
-            where = {"id": str(item), "clip": item // 8, "video": HOSTILE}
-            judged = {"cut": False, "score": score, "official": score, "robust": None, "parsed": True}
-            answers.append(Answer(policy, ratio, protocol="word", groups=["Audio"], **where, **texts, **judged))
+            texts = (f"{item} {HOSTILE}", HOSTILE, HOSTILE if score else "")
+            judged: dict[str, Any] = {"cut": False, "score": score, "official": score, "robust": None, "parsed": True}
+            answers.append(Answer(policy, ratio, str(item), item // 8, HOSTILE, "word", ["Audio"], *texts, **judged))
     write_predictions(tmp_path / "predictions.jsonl", answers)
     shares = [(9.0, 1.0), (3.0, 2.0), (0.0, 0.0)]
     budgets = [Budget("acckv-calibrated", 0.1, shares), Budget("keydiff", 0.1, [(4.0, 1.0)] * 3)]
@@ -192,14 +193,14 @@ def test_sections_and_tables_can_be_found_by_a_screen_reader(written: tuple[Path
 
 def test_flips_are_counted_both_ways_and_the_list_is_cut(folder: Path) -> None:
     answers = Answers(read_predictions(folder / "predictions.jsonl"))
-    flips = answers.flips(("acckv-calibrated", 0.1))
+    flips = answers.flips(Setting("acckv-calibrated", 0.1))
     assert (len(flips.lost), len(flips.won)) == (40, 0)
     changed = [
         replace(answer, score=0.0) if answer.policy == "full" and answer.id in ("2", "3") else answer
         for answer in read_predictions(folder / "predictions.jsonl")
     ]
     write_predictions(folder / "predictions.jsonl", changed)
-    flips = Answers(changed).flips(("acckv-calibrated", 0.2))
+    flips = Answers(changed).flips(Setting("acckv-calibrated", 0.2))
     assert [flip.full.id for flip in flips.won] == ["2"]
     assert len(flips.lost) == 19
     _, page = _page(folder)
@@ -210,8 +211,8 @@ def test_flips_are_counted_both_ways_and_the_list_is_cut(folder: Path) -> None:
 def test_share_of_full_is_paired_by_clip(folder: Path) -> None:
     answers = Answers(read_predictions(folder / "predictions.jsonl"))
     # Every clip has eight questions of which the same share is right: no draw of clips differs from another.
-    assert answers.share_of_full(("keydiff", 0.1), seed=0) == pytest.approx((0.5, 0.5))
-    assert answers.share_of_full(("nothing", 0.1), seed=0) is None
+    assert answers.share_of_full(Setting("keydiff", 0.1), seed=0) == pytest.approx((0.5, 0.5))
+    assert answers.share_of_full(Setting("nothing", 0.1), seed=0) is None
 
 
 def test_timelines_survive_the_round_trip(folder: Path, tmp_path: Path) -> None:

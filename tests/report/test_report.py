@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
+from rich.console import RenderableType
 
 import acckv
 from acckv.data.calibration_record import CalibrationRecord
@@ -23,6 +25,7 @@ from acckv.evaluation.results import (
     GroupScore,
     Results,
     Row,
+    Setting,
     read_predictions,
     read_results,
     write_predictions,
@@ -33,6 +36,7 @@ from acckv.report.calibration import KeptShares, RunFacts, render_report
 from acckv.report.card import render_card, write_card
 from acckv.report.plots import plot_budgets, plot_pareto
 from acckv.report.table import control_warning, render_group_tables, render_table
+from tests.evaluation.runs import recorder
 from tests.paths import ROOT
 
 
@@ -64,11 +68,10 @@ def results() -> Results:
     return Results("tiny", "generated-clips/test", "context", 7, rows)
 
 
-def _text(*tables, width: int = 140) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    for table in tables:
-        console.print(table)
-    return console.file.getvalue()
+def _text(table: RenderableType) -> str:
+    console = recorder()
+    console.print(table)
+    return console.export_text()
 
 
 # ------------------------------------------------------------------ results.json
@@ -133,7 +136,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, res
         (lambda v: v["rows"].append("row"), "rows[6]: expected an object"),
     ],
 )
-def test_a_bad_field_is_named(tmp_path: Path, results: Results, change, message: str) -> None:
+def test_a_bad_field_is_named(tmp_path: Path, results: Results, change: Callable[[Any], object], message: str) -> None:
     path = tmp_path / "results.json"
     write_results(path, results)
     values = json.loads(path.read_text())
@@ -155,8 +158,15 @@ def test_a_cut_or_missing_file_is_named(tmp_path: Path, results: Results) -> Non
 
 
 def test_predictions_are_one_object_a_line(tmp_path: Path) -> None:
-    about = {"clip": 0, "video": "a.mp4", "protocol": "word", "groups": ["Audio"], "question": "?", "answer": "red"}
-    judged = {"cut": False, "score": 1.0, "official": None, "robust": 0.5, "parsed": True}
+    about: dict[str, Any] = {
+        "clip": 0,
+        "video": "a.mp4",
+        "protocol": "word",
+        "groups": ["Audio"],
+        "question": "?",
+        "answer": "red",
+    }
+    judged: dict[str, Any] = {"cut": False, "score": 1.0, "official": None, "robust": 0.5, "parsed": True}
     texts = {"1": "red\ncircle", "2": "\u00fc\u2028"}
     answers = [Answer("full", 1.0, id=name, prediction=text, **about, **judged) for name, text in texts.items()]
     write_predictions(tmp_path / "predictions.jsonl", answers)
@@ -177,7 +187,7 @@ def test_predictions_are_one_object_a_line(tmp_path: Path) -> None:
 
 
 def test_table_shows_every_row_with_its_numbers(results: Results) -> None:
-    text = _text(render_table(results, {("snapkv", 0.2): (0.63, 0.67)}))
+    text = _text(render_table(results, {Setting("snapkv", 0.2): (0.63, 0.67)}))
     line = next(line for line in text.splitlines() if "snapkv" in line and " 0.2 " in line)
     assert " ".join(line.split()) == "snapkv 0.2 62.0% [60.0, 64.0] 64.6% [63.0, 67.0] 54.4 / 272 185,549"
     assert any(line.split()[:2] == ["control*", "0"] for line in text.splitlines())
@@ -210,7 +220,7 @@ def test_warning_when_the_control_is_not_far_below_full(results: Results) -> Non
 # ------------------------------------------------------------------ plots
 
 
-def _ink(path: Path) -> np.ndarray:
+def _ink(path: Path) -> NDArray[np.int_]:
     return np.asarray(Image.open(path).convert("RGB"), dtype=int)
 
 
@@ -328,8 +338,8 @@ def test_card_needs_its_folder(tmp_path: Path) -> None:
 def test_the_report_says_what_the_tightest_ratio_saw_alone() -> None:
     kept = KeptShares({0.1: torch.ones(2, 2)}, torch.tensor([10.0, 10.0]))
 
-    def text(steps: int, **options: float) -> str:
-        facts = RunFacts("tiny", "context", steps, 10, steps, 0.005, 0.5, 0.005, (0.02, 0.5), **options)  # type: ignore[arg-type]
+    def text(steps: int, **options: Any) -> str:
+        facts = RunFacts("tiny", "context", steps, 10, steps, 0.005, 0.5, 0.005, (0.02, 0.5), **options)
         return render_report(facts, kept, None, ("kept.png", "history.png"))
 
     alone = "The first 6 see 0.02 alone; what they learn holds below 0.03."

@@ -21,17 +21,17 @@ import numpy as np
 import pytest
 import torch
 
-from acckv import KVCompressor
 from acckv.benchmarks import BENCHMARKS
 from acckv.data.encoding import encode
 from acckv.data.media import read_media
 from acckv.method.weights import WEIGHT_GROUPS, CalibratedWeights
 from acckv.models import FAMILIES as MODEL_FAMILIES
-from acckv.models import find_adapter, load_model
-from acckv.policies import POLICIES, AccKV
+from acckv.models import load_model
+from acckv.policies import POLICIES
 from benchmarks.headline import NAMED, RESULTS, curves
 from tests.data.media_files import write_video
 from tests.families import FAMILIES
+from tests.learned import calibrated
 from tests.paths import ROOT, module_at
 from tests.repository.pages import PAGES, blocks, commands, prose, spans
 
@@ -47,9 +47,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     sound = np.sin(np.arange(6 * 16_000) / 20).astype(np.float32)[None]
     write_video(Path("clip.mp4"), [0.0, 1.0, 2.5, 4.0, 5.9], [40, 90, 140, 190, 40], sound, size=(84, 84))
     model, processor = load_model("tiny")
-    sizes = find_adapter(model).dimensions
-    weights = CalibratedWeights(sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"], 4)
-    compressor = KVCompressor(AccKV.preset("context"), weights=weights, base={"name": "tiny", **sizes})
+    compressor = calibrated(model)
     compressor.save_pretrained("runs/calib/export")
     decoder = FAMILIES["videollama2"].build()
     return {

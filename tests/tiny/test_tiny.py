@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from acckv.data.encoding import encode, encode_context, question_suffix
 from acckv.data.media import read_media
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.data.synthetic.events import COLOURS, DESCRIPTION_TYPES, PITCHES, SHAPES, SINGLE_TYPES, TIMBRES, draw_script
-from acckv.data.synthetic.render import write_mp4
+from acckv.data.synthetic.render import render_audio, render_frames, write_mp4
 from acckv.evaluation.answering import answer_questions
 from acckv.metrics.words import word_accuracy
 from acckv.models import load_model
@@ -33,6 +34,7 @@ from acckv.tiny.encoders import COVERED, warm_up
 from acckv.tiny.fast_training import fast_training
 from acckv.tiny.packing import KINDS, PackedLayout, Stage
 from acckv.tiny.pretrain import Pretraining, PretrainSettings
+from tests.evaluation.runs import generated
 
 SMALL = Stage(slots=3, both=2, video_only=0, audio_only=1, steps=2, batch=2)
 
@@ -119,10 +121,8 @@ def test_questions_on_one_prefill_get_the_answers_of_prompts_of_their_own(tmp_pa
     model, processor = load_model("tiny")
     together = _answers(clip, questions, 5)
     assert len({len(question_suffix(processor, question)) for question in questions}) > 1
-    for question, reply in zip(questions, together, strict=True):
-        inputs = encode(processor, [clip], [question])
-        tokens = model.generate(**inputs, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
-        assert processor.decode(tokens, skip_special_tokens=True) == reply
+    for record, reply in zip(records, together, strict=True):
+        assert generated(model, processor, record, 5) == reply
 
 
 def test_shipped_checkpoint_needs_the_media(tmp_path: Path) -> None:
@@ -179,7 +179,11 @@ def test_a_packed_row_asks_what_the_chat_template_asks(bank: SlotBank) -> None:
 
 
 def test_fast_training_puts_everything_back(bank: SlotBank) -> None:
-    owners = (qwen.Qwen2_5OmniAudioAttention, qwen.Qwen2_5OmniVisionAttention, qwen.Qwen2_5_VisionPatchEmbed)
+    owners: tuple[Any, ...] = (
+        qwen.Qwen2_5OmniAudioAttention,
+        qwen.Qwen2_5OmniVisionAttention,
+        qwen.Qwen2_5_VisionPatchEmbed,
+    )
     before = [owner.forward for owner in owners] + [ALL_ATTENTION_FUNCTIONS["sdpa"]]
     with pytest.raises(KeyError), fast_training():
         assert all(owner.forward is not old for owner, old in zip(owners, before, strict=False))
@@ -203,7 +207,7 @@ def test_bank_features_are_those_of_the_whole_clip(tmp_path: Path, monkeypatch: 
     rng = np.random.default_rng([9, 0])
     script = module._dense_script(rng)
     video = tmp_path / "clip.mp4"
-    write_mp4(video, module.render_frames(script, rng), module.render_audio(script, rng))
+    write_mp4(video, render_frames(script, rng), render_audio(script, rng))
     inputs = encode(build_processor(), [read_media(video)], ["Describe the clip."])
     torch.testing.assert_close(bank.pixels.float().flatten(0, 1), inputs["pixel_values_videos"], atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(
