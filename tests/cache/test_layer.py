@@ -22,11 +22,11 @@ HEADS, SIZE = 2, 4
 INF = torch.inf
 
 
-def filled(entries: int = 6, rows: int = 2) -> CompressedLayer:
+def filled(entries: int = 6, rows: int = 2, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> CompressedLayer:
     """Entry n of a row and head holds 100 * row + 10 * head + n, its value the same below zero."""
     layer = CompressedLayer([])
-    numbers = 100 * torch.arange(rows)[:, None, None] + 10 * torch.arange(HEADS)[:, None] + torch.arange(entries)
-    keys = numbers.float()[..., None].expand(-1, -1, -1, SIZE)
+    numbers = 100 * torch.arange(rows)[:, None, None] + 10 * torch.arange(heads)[:, None] + torch.arange(entries)
+    keys = numbers.to(dtype)[..., None].expand(-1, -1, -1, SIZE)
     layer.update(keys.clone(), -keys)
     return layer
 
@@ -34,7 +34,7 @@ def filled(entries: int = 6, rows: int = 2) -> CompressedLayer:
 def plan(gates: list[list[list[int]]], bias: float | None = None) -> LayerPlan:
     """Gates 1 or 0 by row and head; with a bias one merged video and one merged audio entry, 7 and 8."""
     kept = torch.tensor(gates).bool()
-    merged = torch.tensor([7.0, 8.0])[:, None].expand(len(gates), HEADS, 2, SIZE)[:, :, : 0 if bias is None else 2]
+    merged = torch.tensor([7.0, 8.0])[:, None].expand(*kept.shape[:2], 2, SIZE)[:, :, : 0 if bias is None else 2]
     return LayerPlan(
         torch.zeros(kept.shape).masked_fill(~kept, -INF), merged, -merged, torch.full(merged.shape[:3], bias or 0.0)
     )
@@ -91,6 +91,42 @@ def test_merged_entries_come_last_and_carry_their_mass_through_later_evictions()
     assert layer.bias.tolist() == [[[0.0, 0.5]] * HEADS, [[0.0, 0.5]] * HEADS] and layer.region == 2
 
 
+def test_a_single_head_labels_its_merged_entries() -> None:
+    layer = filled(heads=1)
+    layer.commit(plan([[[1, 0, 0, 0, 0, 1, 1, 1]]] * 2, 0.5), torch.tensor([[[0, 1, 1, 2, 2, 0]]] * 2))
+    assert held(layer) == [[[0, 5, 7, 8]], [[100, 105, 7, 8]]]
+    assert layer.labels is not None and layer.labels.tolist() == [[[0, 0, 1, 2]]] * 2
+    assert layer.labels.dtype == torch.int8
+
+
+def test_half_entries_stay_half_and_their_mass_float32() -> None:
+    layer = filled(dtype=torch.float16)
+    layer.commit(plan([[[1, 0, 0, 0, 0, 1, 1, 1]] * HEADS] * 2, 0.3), torch.tensor([[[0, 1, 1, 2, 2, 0]]] * 2))
+    layer.update(*torch.ones(2, 2, HEADS, 1, SIZE, dtype=torch.float16))
+    layer.compact(torch.ones(2, 1, dtype=torch.bool))
+    assert layer.keys.dtype == layer.values.dtype == torch.float16
+    assert layer.bias is not None and torch.equal(layer.bias[1, 1], torch.tensor([0.0, 0.0, 0.3, 0.3, 0.0]))
+
+
+def test_the_order_of_a_long_row_stays() -> None:
+    """Sorts that are not stable leave a few entries in order; more than 16 they may not."""
+    layer = filled(entries=40)
+    layer.commit(plan([[[int(n % 3 > 0) for n in range(40)]] * HEADS] * 2), torch.ones(2, 1, 40, dtype=torch.long))
+    assert held(layer)[0][0] == [n for n in range(40) if n % 3]
+
+
+def test_what_was_held_elsewhere_follows_the_device_of_new_tokens() -> None:
+    """Of a prefill that was kept on another device; the meta device stands for it."""
+    layer = filled()
+    layer.commit(
+        plan([[[1, 0, 0, 0, 0, 1, 1, 1]] * HEADS] * 2, 0.5), torch.zeros(2, 1, 6).long(), torch.zeros(2, 2).long()
+    )
+    keys, values = layer.update(*torch.ones(2, 2, HEADS, 1, SIZE, device="meta"))
+    assert keys.shape == values.shape == (2, HEADS, 5, SIZE)
+    tensors = (keys, values, layer.bias, layer.labels, layer.candidates)
+    assert [tensor is not None and tensor.device.type for tensor in tensors] == ["meta"] * 5
+
+
 def test_merged_entries_of_no_mass_need_no_bias() -> None:
     layer = filled()
     layer.commit(plan([[[1, 0, 0, 0, 0, 1, 1, 1]] * HEADS] * 2, 0.0), torch.tensor([[[0, 1, 1, 2, 2, 0]]] * 2))
@@ -117,6 +153,12 @@ def test_what_is_no_token_is_dropped(compressed: bool) -> None:
         assert layer.bias[:, 0].tolist() == [[0.0] * 6, [-INF, -INF, 0, 0, 0, 0]]
         assert layer.labels[:, 0].tolist() == [[0] * 6, [3, 3, 0, 0, 0, 0]]
     assert layer.region == layer.physical == layer.lengths[0] == 6
+
+
+def test_where_everything_is_a_token_nothing_is_masked() -> None:
+    layer = filled()
+    layer.compact(torch.ones(2, 6, dtype=torch.bool))
+    assert layer.bias is None and layer.region == 6 and held(layer)[1][1] == [110, 111, 112, 113, 114, 115]
 
 
 def test_a_sliding_window_keeps_the_latest_tokens_of_each_row() -> None:
@@ -205,13 +247,14 @@ def test_a_plain_cache_becomes_compressed_in_place_and_one_of_another_class_is_s
 
 def test_whole_rows_of_one_count_need_no_look_at_the_gates() -> None:
     """A plan that knows what each row keeps pads by it, as one that must count does."""
-    gates = [[[1, 0, 1, 1, 0, 0]] * HEADS, [[0, 0, 1, 0, 0, 1]] * HEADS]
-    labels = torch.tensor([[[0, 1, 1, 2, 2, 0]]] * 2)
-    one, other, counted = filled(), filled(), plan(gates)
+    gates = [[[1, 0, 1, 1, 0, 0]] * HEADS, [[0, 0, 1, 0, 0, 1]] * HEADS, [[0, 1, 0, 0, 0, 0]] * HEADS]
+    labels = torch.tensor([[[0, 1, 1, 2, 2, 0]]] * 3)
+    one, other, counted = filled(rows=3), filled(rows=3), plan(gates)
     one.commit(counted, labels)
-    other.commit(replace(counted, kept=torch.tensor([3, 2])), labels)
+    other.commit(replace(counted, kept=torch.tensor([3, 2, 1])), labels)
     assert held(one) == held(other) and one.bias is not None and other.bias is not None
-    assert torch.equal(one.bias, other.bias) and one.bias[1, 0].tolist() == [-INF, 0, 0]
+    assert one.bias.tolist() == [[[0, 0, 0]] * HEADS, [[-INF, 0, 0]] * HEADS, [[-INF, -INF, 0]] * HEADS]
+    assert torch.equal(one.bias, other.bias)
 
 
 def test_all_that_came_after_an_eviction_can_be_taken_back_and_a_reset_holds_nothing() -> None:

@@ -93,30 +93,42 @@ def test_alignment_of_a_layer(seed: int, rule: AlignmentRule) -> None:
             assert set(plan.log_gates[row, head].eq(0).nonzero().flatten().tolist()) == text | media
 
 
+def test_an_entry_exactly_at_the_threshold_is_aligned() -> None:
+    """Video entry 0 is kept first; of the audio entries, 2 is at right angles to it and 3 against it: 3 is dropped."""
+    keys = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).view(1, 1, 4, 2)
+    seen, labels = layer(0)[1], ModalityMap(torch.tensor([[1, 1, 2, 2]]))
+    seen = Observation(**vars(seen) | {"keys": keys, "values": keys, "real": labels.real})
+    score = LayerScore(torch.tensor([[[2.0, 1.0, 0.0, 1.0]]]), torch.tensor([[0.6, 0.4]]))
+    for threshold, expected in ((0.0, [0, 1, 2]), (1e-6, [0, 1, 3]), (-1.0, [0, 2, 3])):
+        plan = plan_layer(score, seen, labels, torch.tensor([[1, 2]]), align=AlignmentRule(threshold))
+        assert plan.log_gates[0, 0].eq(0).nonzero().flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("budgets", [[[2.0, 3.0], [3.5, 1.0]], [[0.0, 3.0], [2.0, 0.0]]], ids=["some", "nothing leads"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_soft_alignment_of_a_layer(shared: bool) -> None:
+def test_soft_alignment_of_a_layer(shared: bool, budgets: list[list[float]]) -> None:
     """In training the threshold is a sigmoid, and budgets and scores follow it; step by step for one row and head."""
     score, seen, labels = layer(3)
     heads = 1 if shared else KV_HEADS
     score = LayerScore(score.score[:, :heads], score.modality_shares)
     rule, soft = AlignmentRule(torch.tensor(0.1), weight=0.7, softness=0.2), soft_topk(0.3)
-    budgets = torch.tensor([[2.0, 3.0], [3.5, 1.0]])
-    plan = plan_layer(score, seen, labels, budgets, 0.3, align=rule)
+    split = torch.tensor(budgets)
+    plan = plan_layer(score, seen, labels, split, 0.3, align=rule)
     for row, kinds in enumerate(LABELS):
         first = int(not_none(score.modality_shares)[row].argmax())
         high, low = kinds == first + 1, kinds == 2 - first
         for head in range(heads):
             raw = score.score[row, head]
-            gates = soft(raw[None], high[None], budgets[row, first, None])[0].exp()
+            gates = soft(raw[None], high[None], split[row, first, None])[0].exp()
             cosines = []
             for each in range(KV_HEADS) if shared else [head]:
                 keys = torch.nn.functional.normalize(seen.keys[row, each], dim=-1)
                 cosines.append(keys @ (gates[:, None] * keys).sum(0) / gates.sum())
             cosine = torch.stack(cosines).mean(0)
             passes = torch.sigmoid((cosine - 0.1) / 0.2)
-            to_low = min(float(budgets[row, 1 - first]), float(passes[low].sum()))
-            to_high = min(int(high.sum()), float(budgets[row].sum()) - to_low)
-            to_low = float(budgets[row].sum()) - to_high
+            to_low = min(float(split[row, 1 - first]), float(passes[low].sum()))
+            to_high = min(int(high.sum()), float(split[row].sum()) - to_low)
+            to_low = float(split[row].sum()) - to_high
             moved = raw + 0.7 * cosine * low
             moved = moved - (moved.max() - moved.min() + 1) * (1 - passes) * low
             for side, budget in ((high, to_high), (low, to_low)):
@@ -197,21 +209,20 @@ def test_a_rotation_is_that_of_complex_numbers(neighbours: bool, interleaved: bo
     """Pairs lie side by side or half a rotary part apart; the elements outside of it stay as they are."""
     draw, size, width = torch.Generator().manual_seed(0), 6, 10
     layout = RotaryLayout(width, start, size, neighbours, interleaved)
-    vectors, angles = torch.randn(5, width, generator=draw), torch.randn(5, size // 2, generator=draw)
+    vectors, angles = torch.randn(2, 5, width, generator=draw), torch.randn(2, 5, size // 2, generator=draw)
     table = angles.repeat_interleave(2, -1) if interleaved else torch.cat([angles, angles], -1)
     cos, sin = layout.spread(table.cos(), 1.0), layout.spread(table.sin(), 0.0)
     found = rotate(vectors, cos, sin, layout)
     expected = vectors.clone()
     for pair in range(size // 2):
         one, other = (2 * pair, 2 * pair + 1) if neighbours else (pair, pair + size // 2)
-        turned = torch.complex(vectors[:, start + one], vectors[:, start + other]) * torch.polar(
-            torch.ones(5), angles[:, pair]
-        )
-        expected[:, start + one], expected[:, start + other] = turned.real, turned.imag
+        turned = torch.complex(vectors[..., start + one], vectors[..., start + other])
+        turned = turned * torch.polar(torch.ones(2, 5), angles[..., pair])
+        expected[..., start + one], expected[..., start + other] = turned.real, turned.imag
     assert torch.allclose(found, expected, atol=1e-6)
     assert torch.allclose(
-        unrotate(3 * found, 3 * cos, 3 * sin, layout)[:, start : start + size],
-        vectors[:, start : start + size],
+        unrotate(3 * found, 3 * cos, 3 * sin, layout)[..., start : start + size],
+        vectors[..., start : start + size],
         atol=1e-5,
     )
 
@@ -220,13 +231,13 @@ def test_budgets_of_several_rows_are_those_of_each() -> None:
     draw = torch.Generator().manual_seed(0)
     score, labels = torch.rand(2, KV_HEADS, 10, generator=draw), ModalityMap(LABELS)
     members, shares = labels.by_modality, torch.rand(2, 3, 2, generator=draw)
-    counts, total, layers = labels.counts(), torch.tensor([7.0, 9.0]), torch.tensor([0.5, 1.0, 1.5])
+    counts, total, layers = labels.counts(), torch.tensor([7.3, 9.6]), torch.tensor([[0.5, 1.0, 1.5], [1.2, 0.9, 0.9]])
     focused, allocated = focus(score, members), allocate(total, layers, shares, counts)
     for row in range(2):
         means = [float(score[row][:, members[row, kind]].mean()) for kind in range(2)]
         assert focused[row].tolist() == pytest.approx([each / sum(means) for each in means], rel=1e-4)
         here = slice(row, row + 1)
-        assert torch.allclose(allocated[here], allocate(total[here], layers, shares[here], counts[here]))
+        assert torch.allclose(allocated[here], allocate(total[here], layers[row], shares[here], counts[here]))
         assert float(allocated[row].sum()) == pytest.approx(float(total[row]), rel=1e-4)
 
 

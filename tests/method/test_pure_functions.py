@@ -110,6 +110,17 @@ def test_standardise_keeps_the_order_in_each_modality() -> None:
     assert result[5] == 0
 
 
+def test_a_wide_score_stays_as_wide_as_it_is_and_one_that_hardly_differs_narrow() -> None:
+    """Divided by no more than `widest`; by the deviation and a floor of 1e-4, so that rounding makes no ranking."""
+    labels = ModalityMap(torch.tensor([[1, 1, 2, 2]]))
+    score = torch.tensor([[[5.0, 15.0, 0.3, 0.5]]])
+    assert standardise(score, labels, widest=1.0)[0, 0].tolist() == pytest.approx([-5, 5, -1, 1], rel=2e-3)
+    assert standardise(score, labels)[0, 0].tolist() == pytest.approx([-1, 1, -1, 1], rel=2e-3)
+    narrow = 1 / (math.sqrt(2) + 1)
+    flat = torch.tensor([[[1e-4, -1e-4, -1e-4, 1e-4]]])
+    assert standardise(flat, labels)[0, 0].tolist() == pytest.approx([narrow, -narrow, -narrow, narrow], rel=1e-3)
+
+
 def test_focus_is_the_share_of_mean_attention() -> None:
     score = torch.tensor([[[1.0, 3.0, 9.0, 5.0], [1.0, 3.0, 1.0, 5.0]]])
     members = torch.tensor([[[True, True, False, False], [False, False, True, False]]])
@@ -228,13 +239,26 @@ def test_integration_averages_what_a_modality_loses() -> None:
     assert torch.allclose(merged_values[0, 1, 1], values[0, 1, 3:5].mean(0))
 
 
-def test_alignment_is_the_mean_cosine_to_the_kept() -> None:
+def test_integration_weighs_by_what_soft_gates_lose() -> None:
+    """A loss of less than one entry is averaged as any other; half entries stay half."""
+    keys, values = torch.tensor([[2.0], [5.0], [7.0]]).view(1, 1, 3, 1), torch.tensor([[1.0], [4.0], [9.0]]).half()
+    members = torch.tensor([[[True, True, False], [False, False, True]]])
+    gates = torch.tensor([[[0.9, 0.8, 0.5]]])
+    merged_keys, merged_values, mass = integrate(keys, values.view(1, 1, 3, 1), gates, members)
+    assert mass.flatten().tolist() == pytest.approx([0.3, 0.5])
+    assert merged_keys.flatten().tolist() == pytest.approx([0.1 / 0.3 * 2 + 0.2 / 0.3 * 5, 7.0], rel=1e-5)
+    assert merged_values.dtype == torch.float16 and merged_values.flatten().tolist() == pytest.approx([3.0, 9.0])
+
+
+@pytest.mark.parametrize("gates", [(1.0, 1.0), (0.5, 0.1)], ids=["hard", "soft, less than one in all"])
+def test_alignment_is_the_mean_cosine_to_the_kept(gates: tuple[float, float]) -> None:
     torch.manual_seed(0)
     keys = torch.randn(1, 1, 5, 4)
-    kept = torch.tensor([[[1.0, 0, 1.0, 0, 0]]])
+    kept = torch.tensor([[[gates[0], 0, gates[1], 0, 0]]])
     found = alignment(keys, inverse_norm(keys), kept, kept.sum(-1))[0, 0]
     for j in range(5):
-        slow = sum(float(torch.cosine_similarity(keys[0, 0, j], keys[0, 0, i], dim=0)) for i in (0, 2)) / 2
+        cosines = [float(torch.cosine_similarity(keys[0, 0, j], keys[0, 0, i], dim=0)) for i in (0, 2)]
+        slow = (gates[0] * cosines[0] + gates[1] * cosines[1]) / sum(gates)
         assert float(found[j]) == pytest.approx(slow, abs=1e-5)
 
 
@@ -250,6 +274,7 @@ def test_rebalance_hands_on_what_the_threshold_freed() -> None:
 @given(seed=SEEDS, heads=st.sampled_from([1, 2]), entries=st.sampled_from([0, 1, 2, 9]))
 @example(seed=0, heads=1, entries=0)
 @example(seed=0, heads=1, entries=1)
+@example(seed=0, heads=2, entries=30)
 def test_redundancy(seed: int, heads: int, entries: int) -> None:
     """Neighbours of the same modality that score higher count by how similar their values are."""
     generator = torch.Generator().manual_seed(seed)
@@ -257,7 +282,7 @@ def test_redundancy(seed: int, heads: int, entries: int) -> None:
     labels = torch.randint(0, 4, (2, entries), generator=generator)
     score = torch.randn(2, heads, entries, generator=generator)
     values = torch.randn(2, 2, entries, 5, generator=generator)
-    found = redundancy(score, values, ModalityMap(labels), width, softness)
+    found = redundancy(score, values, ModalityMap(labels), width)
     for b in range(2):
         for k in range(heads):
             vectors = values[b].transpose(0, 1).flatten(1) if heads == 1 else values[b, k]
@@ -273,6 +298,17 @@ def test_redundancy(seed: int, heads: int, entries: int) -> None:
                     higher = 1 / (1 + math.exp(-float(score[b, k, j] - score[b, k, i]) / softness))
                     total += max(cosine, 0.0) * higher
                 assert float(found[b, k, i]) == pytest.approx(total, abs=1e-5)
+
+
+def test_neighbours_are_other_entries_of_the_same_modality() -> None:
+    """Text and padding have none, and there is none beyond the first and the last entry."""
+    kinds, width = [[2, 2, 1, 0, 0, 1, 2, 2], [3, 3, 1, 2, 2, 2, 1, 1]], 2
+    found = ModalityMap(torch.tensor(kinds)).alike_around(width)
+    for row, labels in enumerate(kinds):
+        for i, kind in enumerate(labels):
+            near = [j for j in range(i - width, i + width + 1)]
+            alike = [kind in (1, 2) and j != i and 0 <= j < 8 and labels[j] == kind for j in near]
+            assert found[row, 0, i].tolist() == alike
 
 
 def test_redundancy_leaves_one_of_each_event() -> None:

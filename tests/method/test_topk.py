@@ -39,6 +39,21 @@ def test_soft_gates_are_sigmoids_about_the_threshold_that_meets_each_budget(temp
             assert torch.allclose(gates[row, head], expected, atol=2e-6, rtol=0)
 
 
+def test_equal_scores_share_their_budget() -> None:
+    """The first guess of the threshold is met exactly, and stays."""
+    gates = soft_log_gates(torch.full((1, 4), 0.7), torch.ones(1, 4, dtype=torch.bool), torch.tensor([2.0]), 0.5).exp()
+    assert gates.tolist() == [pytest.approx([0.5] * 4)]
+
+
+def test_scores_far_apart_pass_on_small_gradients_of_the_right_sign() -> None:
+    """Gates that are all but open or shut hardly follow a budget: less than by an entry, and never against it."""
+    budget = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    score = torch.tensor([[11.0, -11.0]], dtype=torch.float64)
+    gates = soft_log_gates(score, torch.ones(1, 2, dtype=torch.bool), budget, 1.0).exp()
+    (slope,) = torch.autograd.grad(gates.sum(), budget)
+    assert gates[0].tolist() == pytest.approx([1, 0], abs=1e-4) and 0 < float(slope) < 1
+
+
 def test_soft_gates_follow_their_budget() -> None:
     """An entry more of budget is an entry more of gates, in its own row alone; scores move gates and not their sum."""
     draw = torch.Generator().manual_seed(1)

@@ -139,6 +139,8 @@ def test_one_head_of_the_weights_scores_as_among_others() -> None:
             assert torch.equal(alone.get_parameter(name), made.get_parameter(name))
         found = alone.saliency_score(1, keys[:, here], values[:, here], labels)
         assert torch.allclose(found, made.saliency_score(1, keys, values, labels)[:, here], atol=1e-5)
+        for name, parameter in alone.named_parameters():
+            assert torch.equal(alone.head(0).get_parameter(name), parameter)
 
 
 def test_copies_follow_a_change_and_trained_weights_are_views() -> None:
