@@ -162,7 +162,7 @@ class CompressedLayer(DynamicLayer):
             labels = torch.cat([labels, new.expand(*labels.shape[:2], -1)], dim=-1)
         bias = None
         if self.bias is not None or (merged and bool((plan.merged_bias != 0).any())):
-            bias = torch.cat([self._region_bias(length).to(plan.merged_bias.dtype), plan.merged_bias], dim=-1)
+            bias = torch.cat([self._region_bias(length), plan.merged_bias], dim=-1)
         self.seen -= self.physical - length
         keys, values = self.keys[:, :, :length], self.values[:, :, :length]
         if plan.merged_into is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from acckv.cache.cache import CompressedCache, adopt, as_compressed, compressed_layers, fresh_cache
 from acckv.cache.layer import CompressedLayer, settle_window
@@ -199,7 +199,9 @@ def test_a_cache_counts_entries_and_positions() -> None:
     gates = plan([[[1, 0, 1, 1, 0, 0]] * HEADS] * 2)
     compressed_layers(cache)[1].commit(gates, cache.labels.labels[:, None])
     assert cache.kept_entries().tolist() == [[2.5, 1.5], [1.5, 0.5]]
-    assert cache.kv_bytes() == 2 * 2 * HEADS * (6 + 3) * SIZE * 4
+    held_bytes = 2 * 2 * HEADS * (6 + 3) * SIZE * 4
+    stateful = CompressedCache([*cache.layers, LinearAttentionLayer()], cache.labels, cache.next_position)
+    assert cache.kv_bytes() == stateful.kv_bytes() == held_bytes  # a layer of another kind has no keys
     for layer in compressed_layers(cache):
         layer.update(torch.ones(2, HEADS, 3, SIZE), torch.ones(2, HEADS, 3, SIZE))
     assert cache.next_position.tolist() == [[9], [12]]  # text goes on by one a token
