@@ -16,6 +16,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +27,11 @@ from acckv.cache.cache import CompressedCache, compressed_layers, fresh_cache
 from acckv.io.files import whole_file
 from acckv.method.modality import Modality, ModalityMap
 from acckv.method.plan import LayerPlan
+from acckv.models import find_adapter
 from acckv.runtime.session import Session
 
 #: Standard deviation of the logarithm of what a head keeps: one in three keeps more than the mean.
+KV_HEADS = 4
 SPREAD = 1.0
 
 
@@ -83,7 +86,7 @@ def decoder() -> LlamaForCausalLM:
         intermediate_size=1536,
         num_hidden_layers=8,
         num_attention_heads=8,
-        num_key_value_heads=4,
+        num_key_value_heads=KV_HEADS,
         max_position_embeddings=65536,
     )
     return LlamaForCausalLM(config).eval()
@@ -95,14 +98,15 @@ def measure(model: LlamaForCausalLM, batch: int, entries: int, ratio: float, ste
     with KVCompressor("keydiff", ratio=ratio, head_budgets="joint")(model) as session:
         cache = compressed(session, head_counts(model.config, batch, entries, ratio), entries)
         layers = compressed_layers(cache)
-        mean = sum(layer.tensors[0].shape[0] for layer in layers) // (len(layers) * batch * 4)
+        mean = sum(layer.tensors[0].shape[0] for layer in layers) // (len(layers) * batch * KV_HEADS)
         widest = sum(layer.physical for layer in layers) / len(layers)
         times: list[tuple[float, float]] = []
         limit = plain(model, batch, mean)
         for step in range(steps):
             ours = timed(model, cache, batch, entries + step)
             times.append((ours, timed(model, limit, batch, entries + step)))
-        bytes_of_limit = sum(layer.keys.nbytes + layer.values.nbytes for layer in limit.layers)  # type: ignore[union-attr]
+        limits: list[Any] = limit.layers
+        bytes_of_limit = sum(layer.keys.nbytes + layer.values.nbytes for layer in limits)
         held = cache.kv_bytes() / bytes_of_limit
     warm = times[steps // 4 :]
     decode, seconds = (statistics.median(part) for part in zip(*((a / b, b) for a, b in warm), strict=True))
@@ -111,10 +115,9 @@ def measure(model: LlamaForCausalLM, batch: int, entries: int, ratio: float, ste
 
 def head_counts(config: LlamaConfig, batch: int, entries: int, ratio: float) -> Tensor:
     """int64 ``[layers, batch, heads]``: entries that each head keeps, the mean of all about `ratio` of `entries`."""
-    heads = config.num_key_value_heads
     draw = torch.Generator().manual_seed(0)
-    shares = (SPREAD * torch.randn(config.num_hidden_layers, 1, heads, generator=draw)).exp()
-    clips = 1 + 0.07 * torch.randn(config.num_hidden_layers, batch, heads, generator=draw)
+    shares = (SPREAD * torch.randn(config.num_hidden_layers, 1, KV_HEADS, generator=draw)).exp()
+    clips = 1 + 0.07 * torch.randn(config.num_hidden_layers, batch, KV_HEADS, generator=draw)
     counts = shares / shares.mean() * clips * ratio * entries
     return counts.long().clamp(1, entries)
 
@@ -137,7 +140,7 @@ def compressed(session: Session, counts: Tensor, entries: int) -> CompressedCach
 def plain(model: LlamaForCausalLM, batch: int, entries: int) -> DynamicCache:
     """A cache that all heads hold as many random entries in."""
     cache = DynamicCache(config=model.config)
-    shape = batch, model.config.num_key_value_heads, entries, model.config.head_dim
+    shape = batch, KV_HEADS, entries, find_adapter(model).dimensions["head_size"]
     for index in range(model.config.num_hidden_layers):
         cache.update(torch.randn(shape), torch.randn(shape), index)
     return cache

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from acckv.data.records import Record
-from acckv.evaluation.results import CALIBRATED, REFERENCE_NAMES, RESULTS_FILE, Results, read_results
+from acckv.errors import InputError
+from acckv.evaluation.results import CALIBRATED, REFERENCE_NAMES, RESULTS_FILE, Results, Row, read_results
 from acckv.export import CONFIG
 from acckv.io.files import whole_file
 from benchmarks.calibration_study import plain_trainer
@@ -155,6 +156,18 @@ def measure(given: argparse.Namespace, subject: str, export: Path) -> Results:
     return run_evaluation(options, console=Console(quiet=True), questions=(f"{data.title}, {subject}", asked))
 
 
+def accuracy(row: Row, kind: str) -> float:
+    """Of a row on the questions of a type.
+
+    Raises:
+        InputError: no question was of that type.
+    """
+    found = row.groups[kind].accuracy
+    if found is None:
+        raise InputError(f"none of them has a question of type {kind!r}; take more", field="clips")
+    return found
+
+
 def compare(subject: str, objective: str, results: Results) -> list[Line]:
     """A row for each type that was asked and each ratio: the export beside the best training-free policy."""
     rows = {(row.policy, row.ratio): row for row in results.rows}
@@ -162,20 +175,20 @@ def compare(subject: str, objective: str, results: Results) -> list[Line]:
     lines = []
     for kind in SUBJECTS[subject]:
         for ratio in sorted({ratio for _, ratio in rows if 0 < ratio < 1}, reverse=True):
-            group = {policy: rows[policy, ratio].groups[kind] for policy in (*rivals, CALIBRATED)}
-            best = max(sorted(rivals), key=lambda policy: group[policy].accuracy)
+            found = {policy: accuracy(rows[policy, ratio], kind) for policy in (*rivals, CALIBRATED)}
+            best = max(sorted(rivals), key=found.__getitem__)
             lines.append(
                 Line(
                     subject=subject,
                     type=kind,
                     calibrated_for=objective,
                     ratio=ratio,
-                    questions=group[CALIBRATED].n,
-                    full=rows["full", 1.0].groups[kind].accuracy,
-                    control=rows["control", 0.0].groups[kind].accuracy,
-                    calibrated=group[CALIBRATED].accuracy,
+                    questions=rows[CALIBRATED, ratio].groups[kind].n,
+                    full=accuracy(rows["full", 1.0], kind),
+                    control=accuracy(rows["control", 0.0], kind),
+                    calibrated=found[CALIBRATED],
                     best=best,
-                    best_accuracy=group[best].accuracy,
+                    best_accuracy=found[best],
                 )
             )
     return lines

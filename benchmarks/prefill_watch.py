@@ -56,7 +56,7 @@ class PrefillWatch:
             return held
 
         dispatcher.hooks.decode, dispatcher._eviction = forward, eviction
-        CompressedLayer.update = updated  # type: ignore[method-assign]
+        CompressedLayer.update = updated  # type: ignore[method-assign, assignment]
         start = time.process_time()
         try:
             yield

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -129,11 +130,11 @@ class WithScorer(CalibrationModule):
         super().configure_model()
         # What a scorer adds is in no group of weights that can be learned or left.
         for name in self.extra:
-            self.compressor.weights.get_parameter(name).requires_grad_(True)  # type: ignore[union-attr]
+            self.weights.get_parameter(name).requires_grad_(True)
 
 
 def validation_kl(
-    config: dict, data: AVDataModule, scorer: str, steps: int, seed: int, folder: Path
+    config: dict[str, Any], data: AVDataModule, scorer: str, steps: int, seed: int, folder: Path
 ) -> dict[str, float]:
     """Train with one scorer; ratio -> KL on the validation clips."""
     seed_everything(seed, verbose=False)

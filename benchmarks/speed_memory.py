@@ -44,7 +44,7 @@ from torch import Tensor
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from acckv import KVCompressor
-from acckv.cache.cache import CompressedCache, fresh_cache
+from acckv.cache.cache import CompressedCache, compressed_layers, fresh_cache
 from acckv.io.files import whole_file
 from acckv.method.modality import ModalityMap
 from acckv.method.plan import LayerPlan
@@ -68,6 +68,7 @@ SEPARATE = {
     f"{CALIBRATED}, LoRA separate, q and v only": ("q_proj", "v_proj"),
 }
 RANK = 16
+KV_HEADS, HEAD_SIZE = 2, 128
 
 
 class Words:
@@ -86,8 +87,8 @@ def decoder(layers: int, shrink: int = 1) -> Qwen2ForCausalLM:
         intermediate_size=11008 // shrink,
         num_hidden_layers=layers,
         num_attention_heads=16,
-        num_key_value_heads=2,
-        head_dim=128,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_SIZE,  # type: ignore[call-arg]  # a config takes what its model reads
         max_position_embeddings=1 << 17,
     )
     return Qwen2ForCausalLM(config).eval()
@@ -100,8 +101,7 @@ def compressor(policy: str, ratio: float, model: Qwen2ForCausalLM) -> KVCompress
     preset = AccKV.preset("context")
     if policy == "acckv-context":
         return KVCompressor(preset, ratio=ratio)
-    size = model.config
-    weights = preset.new_weights(size.num_hidden_layers, size.num_key_value_heads, size.num_attention_heads, 128)
+    weights = preset.new_weights(**find_adapter(model).dimensions)
     for parameter in weights.requires_grad_(False).parameters():
         parameter.normal_(0, 0.05)
     return KVCompressor(
@@ -148,7 +148,7 @@ def plain_prefill(model: Qwen2ForCausalLM, inputs: dict[str, Tensor]) -> Dynamic
 def born_with(cache: CompressedCache) -> DynamicCache:
     """A plain cache that never held more than a compressed one holds."""
     plain = DynamicCache()
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(compressed_layers(cache)):
         plain.update(torch.randn_like(layer.keys), torch.randn_like(layer.values), index)
     return plain
 
@@ -159,8 +159,7 @@ def batched(cache: Any, batch: int) -> Any:
         return cache.branch(batch)
     copy = DynamicCache()
     for index, layer in enumerate(cache.layers):
-        rows = [part.repeat_interleave(batch, dim=0) for part in (layer.keys, layer.values)]
-        copy.update(*rows, index)
+        copy.update(layer.keys.repeat_interleave(batch, dim=0), layer.values.repeat_interleave(batch, dim=0), index)
     return copy
 
 
@@ -207,9 +206,9 @@ def measure(options: argparse.Namespace, progress: Progress) -> list[dict[str, A
 
 def filled(model: Qwen2ForCausalLM, entries: int) -> DynamicCache:
     """A cache of random entries of one clip."""
-    size, cache = model.config, DynamicCache()
-    for layer in range(size.num_hidden_layers):
-        cache.update(*(torch.randn(1, size.num_key_value_heads, entries, 128) for _ in range(2)), layer)
+    shape, cache = (1, KV_HEADS, entries, HEAD_SIZE), DynamicCache()
+    for layer in range(model.config.num_hidden_layers):
+        cache.update(torch.randn(shape), torch.randn(shape), layer)
     return cache
 
 
@@ -219,11 +218,12 @@ def compressed(
     """The compressed cache of a clip, and the figures of its prefill."""
     context = inputs["modality_ids"].shape[1]
     if context > options.prefill_up_to or session.attached is not None:  # LoRA separate: a prefill is as without it
-        cache = fresh_cache(session.adapter)
+        blank = fresh_cache(session.adapter)
         labels = ModalityMap(inputs["modality_ids"])
         places = labels.media[0].nonzero()[:, 0]
         total, layers = int(session.planners.config.ratio * len(full.layers) * len(places) + 1e-9), len(full.layers)
-        for index, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):
+        sources: list[Any] = full.layers
+        for index, (layer, source) in enumerate(zip(compressed_layers(blank), sources, strict=True)):
             layer.update(source.keys, source.values)
             keep = labels.text.clone()
             keep[0, places[: total // layers + (index < total % layers)]] = True
@@ -232,7 +232,7 @@ def compressed(
             layer.commit(
                 LayerPlan(gates, nothing, nothing, torch.zeros(1, nothing.shape[1], 0)), labels.labels[:, None]
             )
-        held = CompressedCache(cache.layers, labels, torch.tensor([[context]]))
+        held = CompressedCache(blank.layers, labels, torch.tensor([[context]]))
         return held, dict.fromkeys(("prefill_overhead", "prefill_ratio", "peak_bytes"))
     ours, ratios, peak = [], [], 0
     for _ in range(options.repeats):

@@ -50,7 +50,7 @@ def _without(group: str) -> tuple[str, ...]:
     return tuple(name for name in GROUPS if name != group)
 
 
-MERGING = {"compression": {"integration": True}}
+MERGING: dict[str, Any] = {"compression": {"integration": True}}
 ONE_STAGE: dict[str, Any] = {"low_ratio_share": 0.0}
 EVERY_RATIO: dict[str, Any] = ONE_STAGE | {"feature_loss": "attention", "feature_loss_min_ratio": 0.0}
 #: Steps of the trainings at full length that were compared before the default had two stages.

@@ -20,7 +20,7 @@ at any time, and the same command goes on. Ratio 1 is the full cache, 0 the cont
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(2, f"{error}\n")
 
 
-def _listed(parser: argparse.ArgumentParser, option: str, text: str, known: Sequence[str]) -> list[str]:
+def _listed(parser: argparse.ArgumentParser, option: str, text: str, known: Iterable[str]) -> list[str]:
     names = [name for name in text.split(",") if name]
     for name in names:
         if name not in known:

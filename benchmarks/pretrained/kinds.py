@@ -9,7 +9,7 @@ number and size.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -157,11 +157,11 @@ def _pairs(draw: random.Random, keys: Sequence[str], values: Sequence[object], c
     return dict(zip(draw.sample(keys, count), draw.sample(values, count), strict=True))
 
 
-def _said(sentence: str, facts: dict[str, object]) -> list[str]:
+def _said(sentence: str, facts: Mapping[str, object]) -> list[str]:
     return [sentence.format(*fact) for fact in facts.items()]
 
 
-def _asked(stem: str, facts: dict[str, object], half: str) -> list[Question]:
+def _asked(stem: str, facts: Mapping[str, object], half: str) -> list[Question]:
     return [Question("\n\n" + stem.format(key), f" {value}", half) for key, value in facts.items()]
 
 

@@ -11,6 +11,7 @@ answers of each clip, and the entries held, mean over layers, heads and clips.
 import argparse
 import json
 import time
+from typing import Any
 
 import kvpress
 import torch
@@ -30,7 +31,7 @@ PRESSES = {
 }
 
 
-def compress(model, ids, press):
+def compress(model: Any, ids: list[int], press: Any) -> Any:
     """The cache of a context after compression."""
     cache = DynamicCache()
     for layer in model.model.layers:
@@ -40,7 +41,7 @@ def compress(model, ids, press):
     return cache
 
 
-def held(model, cache):
+def held(model: Any, cache: Any) -> float:
     """Entries held, mean over layers and heads; presses with budgets a head hide entries instead of evicting them."""
     found = 0.0
     for layer, kept in zip(model.model.layers, cache.layers, strict=True):
@@ -49,10 +50,11 @@ def held(model, cache):
     return found / len(cache.layers)
 
 
-def answer(model, cache, context, stem, limit, ends):
+def answer(model: Any, cache: Any, context: int, stem: list[int], limit: int, ends: list[int]) -> list[int]:
     """The tokens that a question is continued with; the cache is left as it was."""
     lengths = [layer.keys.shape[2] for layer in cache.layers]
-    new, tokens, position = [], stem, context
+    new: list[int] = []
+    tokens, position = stem, context
     while len(new) < limit and not (new and new[-1] in ends):
         # Positions go on behind the whole context; the mask follows from what the cache holds.
         places = torch.arange(position, position + len(tokens))[None]
@@ -66,7 +68,7 @@ def answer(model, cache, context, stem, limit, ends):
 
 
 @torch.no_grad()
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("decoder", help="folder")
     parser.add_argument("tokens", help="file of clips")

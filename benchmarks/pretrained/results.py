@@ -69,9 +69,9 @@ class Row:
     def of(cls, cell: Cell, scores: Sequence[tuple[int, float]], kept: float, cut: int, minutes: float) -> Row:
         """The row of a cell from (clip, score) of each question."""
         clips, values = zip(*scores, strict=True)
-        interval = bootstrap_mean(torch.tensor(values), torch.tensor(clips), seed=cell.seed)
+        low, high = bootstrap_mean(torch.tensor(values), torch.tensor(clips), seed=cell.seed)
         mean = sum(values) / len(values)
-        return cls(cell, len(values), mean, tuple(interval), round(kept, 2), cut, round(minutes, 3))
+        return cls(cell, len(values), mean, (low, high), round(kept, 2), cut, round(minutes, 3))
 
 
 def read_rows(folder: Path) -> list[Row]:

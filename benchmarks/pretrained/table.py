@@ -14,6 +14,7 @@ from rich.console import Console
 
 import acckv
 from acckv import KVCompressor
+from acckv.config import HeadBudgets
 from acckv.evaluation.fingerprint import compressor_digest
 from acckv.evaluation.results import CALIBRATED, PREDICTIONS_FILE, REFERENCE_NAMES, Answer, read_predictions, with_heads
 from benchmarks.pretrained.clips import longest_answer, tokenize, write_clips
@@ -83,7 +84,7 @@ class Measurement:
 
 
 def measure_policies(
-    given: Measurement, kind: str, policies: Sequence[str], head_budgets: Sequence[str], ratios: Sequence[float]
+    given: Measurement, kind: str, policies: Sequence[str], head_budgets: Sequence[HeadBudgets], ratios: Sequence[float]
 ) -> None:
     """Add the rows of training-free policies that are missing, with those of the full cache and the controls.
 
@@ -97,7 +98,7 @@ def measure_policies(
         _run(given, kind, NOTHING, lacking)
 
 
-def _has(policy: str, head_budgets: str) -> bool:
+def _has(policy: str, head_budgets: HeadBudgets) -> bool:
     return KVCompressor(policy, head_budgets=head_budgets).planners.default.head_budgets == head_budgets
 
 
