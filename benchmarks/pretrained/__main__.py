@@ -42,6 +42,7 @@ from lightning_modules.cli.errors import quiet_libraries
 STAGES = ("decoder", "calibrate", "table", "rival", "show")
 POLICIES_ASKED = ("kvzip", "keydiff", "expected_attention", "random")
 HEAD_BUDGETS = ("equal", "joint")
+GUESSED = " (guesses are often right: compare with the control)"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -109,7 +110,8 @@ def _run(given: argparse.Namespace, stages: Sequence[str]) -> None:
     if {"calibrate", "table", "rival"} & set(stages):
         _measure(given, stages, console)
     if "show" in stages:
-        for table in tables(read_rows(output), {name: kind.asks for name, kind in KINDS.items()}):
+        notes = {name: kind.asks + (GUESSED if kind.few_valued else "") for name, kind in KINDS.items()}
+        for table in tables(read_rows(output), notes):
             console.print(table)
 
 
