@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from acckv import InputError, KVCompressor
 from acckv.models import find_adapter
@@ -15,7 +14,7 @@ from acckv.runtime.prefill import Prefill
 from acckv.runtime.simulation import Simulation
 from tests.families import FAMILIES, Built, Tokenizer
 from tests.learned import trained, weights_of
-from tests.support.running import continued, plain_inputs
+from tests.support.running import assert_close, continued, plain_inputs
 
 QUESTION = (20, 21, 22)
 
@@ -39,10 +38,6 @@ def after(session: Any, prefill: Any, tokens: tuple[int, ...] = QUESTION) -> dic
     }
 
 
-def assert_equal(found: Tensor, expected: Tensor) -> None:
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
 @pytest.mark.parametrize("preset", ["paper", "context"])
 def test_hard_gates_equal_eviction(built: Built, preset: str) -> None:
     family, model = built
@@ -53,8 +48,8 @@ def test_hard_gates_equal_eviction(built: Built, preset: str) -> None:
         evicted = continued(model, session, session.compress(prefill), QUESTION)
         teacher = session.simulate(prefill, None, **after(session, prefill))
         full = continued(model, session, session.compress(prefill, ratio=1.0), QUESTION)
-    assert_equal(simulated[0], evicted)
-    assert_equal(teacher[0], full)
+    assert_close(simulated[0], evicted)
+    assert_close(teacher[0], full)
 
 
 def test_packed_turns_equal_single_ones(built: Built) -> None:
@@ -77,8 +72,8 @@ def test_packed_turns_equal_single_ones(built: Built) -> None:
             attention_mask=torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min),
             position_ids=session.adapter.text_positions(prefill.next_position + offsets),
         )
-    assert_equal(packed[0, :3], alone[0])
-    assert_equal(packed[0, 3:], alone[1])
+    assert_close(packed[0, :3], alone[0])
+    assert_close(packed[0, 3:], alone[1])
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "kvzip", "acckv"])
@@ -99,9 +94,9 @@ def test_kept_rows_equal_a_prefill_of_their_own(built: Built, policy: Any) -> No
             expected = session.simulate(alone, session.plan(alone), **after(session, alone))
             for prefill in (batch, again):
                 found = session.simulate(prefill, session.plan(prefill), **after(session, prefill))
-                assert_equal(found[row], expected[0])
+                assert_close(found[row], expected[0])
             kept = reversed_rows[row]
-            assert_equal(session.simulate(kept, session.plan(kept), **after(session, kept)), expected)
+            assert_close(session.simulate(kept, session.plan(kept), **after(session, kept)), expected)
 
 
 def test_gradient_checkpointing_changes_nothing(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +135,7 @@ def test_gradient_checkpointing_changes_nothing(built: Built, monkeypatch: pytes
     for parameter, flag in zip(model.parameters(), required, strict=True):
         parameter.requires_grad_(flag)
     (plain, expected), (checkpointed, gradients) = found
-    assert_equal(checkpointed, plain)
+    assert_close(checkpointed, plain)
     reached = 0
     for gradient, reference in zip(gradients, expected, strict=True):
         assert (gradient is None) == (reference is None)

@@ -17,7 +17,7 @@ from tests.families import FAMILIES, Built, Family, Tokenizer
 from tests.pairwise import by_turns
 from tests.reference import Reference
 from tests.support import not_none
-from tests.support.running import fingerprint, generate, plain_inputs
+from tests.support.running import assert_close, fingerprint, generate, plain_inputs
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 MODES: dict[str, dict[str, Any]] = {
@@ -47,11 +47,6 @@ def sdpa(family: Family) -> Built:
     return family, family.build()
 
 
-def assert_equal(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """To rounding: `tolerance` is a share of the largest logit; 1e-5 is for float32."""
-    assert (found - expected).abs().max() < tolerance * expected.abs().max()
-
-
 @pytest.mark.parametrize(("built", "mode", "when"), by_turns(ATTENTION, MODES, WHEN), indirect=["built"])
 def test_generation_equals_masked_full_attention(built: Built, mode: str, when: When) -> None:
     """Heads keep different entries."""
@@ -65,7 +60,7 @@ def test_generation_equals_masked_full_attention(built: Built, mode: str, when: 
     with reference.hiding() as full:
         expected_tokens, expected = generate(full, plain_inputs(inputs), **MODES[mode])
     assert torch.equal(tokens, expected_tokens)
-    assert_equal(logits, expected)
+    assert_close(logits, expected)
     whole, whole_logits = generate(model, plain_inputs(inputs), **MODES[mode])
     assert whole.shape == tokens.shape and not torch.allclose(logits, whole_logits, atol=1e-3)
 
@@ -101,7 +96,7 @@ def test_a_prompt_itself_sees_everything(built: Built, argument: str) -> None:
             cache = DynamicCache(config=model.config.get_text_config())
             found = model(**inputs, **{argument: cache}).logits
     assert compressed_layers(cache)[0].physical < found.shape[1] - 8
-    assert_equal(found, expected)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +117,7 @@ def test_left_padded_batch_equals_single_rows(built: Built, policy: str, when: W
         tokens, logits = generate(model, family.collate(rows), **GREEDY)
     for row, (expected_tokens, expected) in enumerate(single):
         assert torch.equal(tokens[row, -6:], expected_tokens[0, -6:])
-        assert_equal(logits[:, row], expected[:, 0])
+        assert_close(logits[:, row], expected[:, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

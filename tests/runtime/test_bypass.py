@@ -15,7 +15,7 @@ from acckv.config import When
 from acckv.errors import InputError
 from tests.families import FAMILIES, TEXT, Family
 from tests.support import not_none
-from tests.support.running import plain_inputs
+from tests.support.running import assert_close, plain_inputs
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 SLOW_PARTS = ["wrapper", "forward", "module"]
@@ -172,10 +172,6 @@ def logits(model: Any, inputs: dict[str, Any]) -> Tensor:
                 "position_ids": positions,
             }
     return torch.stack(found)
-
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def attentions(model: Any) -> dict[str, str]:

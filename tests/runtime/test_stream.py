@@ -17,7 +17,7 @@ from tests.families import FAMILIES, Built, Family, Tokenizer
 from tests.reference import Reference
 from tests.runtime.test_turns import whole
 from tests.support import not_none
-from tests.support.running import continued
+from tests.support.running import assert_close, continued
 
 POLICIES = ["random", "streaming_llm", "h2o", "snapkv", "keydiff", "acckv"]
 BUDGET, CHUNK = 10, 4 + 3  # entries a layer, media entries of a chunk
@@ -83,7 +83,7 @@ def test_a_stream_equals_one_masked_forward(built: Built, policy: str, options: 
     else:
         assert held.tolist() == [BUDGET] * family.layers
     expected = whole(family, reference, [*chunks, family.text(model, (20, 21))], 2)
-    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert_close(logits, expected)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

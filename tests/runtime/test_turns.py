@@ -14,7 +14,7 @@ from acckv.config import When
 from tests.families import Built, Family, Tokenizer
 from tests.reference import Reference
 from tests.support import not_none
-from tests.support.running import continued, plain_inputs
+from tests.support.running import assert_close, continued, plain_inputs
 
 RATIO, FIRST, SECOND = 0.4, 2 * 4 + 6, 1 * 4 + 3  # media entries of the two clips
 
@@ -51,7 +51,7 @@ def test_a_conversation_equals_one_masked_forward(built: Built, policy: str) -> 
     for (_, before), (_, after) in reference.evictions.values():
         assert torch.equal(after[:, : before.shape[1]], before)
     expected = whole(family, reference, turns, 2)
-    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert_close(logits, expected)
 
 
 @pytest.mark.parametrize("when", ["context", "prompt"])
@@ -100,7 +100,7 @@ def test_a_later_clip_under_plain_generate(built: Built, when: When) -> None:
     with reference.hiding() as full:
         expected = converse(full, in_session=False)
     for turn, right in zip(found, expected, strict=True):
-        assert (turn - right).abs().max() < 1e-5 * right.abs().max()
+        assert_close(turn, right)
 
 
 @pytest.mark.parametrize("policy", ["acckv", "look_m"])
@@ -165,7 +165,7 @@ def test_last_cache_of_generate_goes_on(built: Built) -> None:
         found = continued(model, session, not_none(session.last_cache), (tokens[-1], 30))
         cache = session.extend(family.text(model, tuple(tokens[:3])), session.compress(**clip))
         expected = continued(model, session, cache, (tokens[-1], 30))
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert_close(found, expected)
 
 
 def test_text_first_then_a_clip(built: Built) -> None:
@@ -186,7 +186,7 @@ def test_text_first_then_a_clip(built: Built) -> None:
         kept = not_none(session.last_cache).kept_entries().sum()
         expected = not_none(session.prefill(**both).logits)[0]
     assert kept == int(RATIO * family.layers * FIRST)
-    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert_close(logits, expected)
 
 
 def test_clips_of_different_length_in_a_later_turn(built: Built) -> None:

@@ -24,6 +24,12 @@ def generate(model: Any, inputs: dict[str, Any], **options: Any) -> tuple[Tensor
     return out.sequences[:, -len(out.logits) :], torch.stack(out.logits).float()
 
 
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """To rounding: `tolerance` is a share of the largest expected value; 1e-5 is for float32."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < tolerance * expected.abs().max()
+
+
 def continued(model: Any, session: Session, cache: CompressedCache, tokens: tuple[int, ...]) -> Tensor:
     """Logits of text after a cache ``[tokens, vocabulary]``, by a plain forward."""
     branch, ids = cache.branch(), torch.tensor([tokens])
