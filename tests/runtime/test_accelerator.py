@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from acckv import KVCompressor
 from acckv.cache.cache import CompressedCache, compressed_layers
-from acckv.config import When
+from acckv.config import HeadBudgets, When
 from acckv.method.weights import CalibratedWeights
 from acckv.policies import POLICIES
 from acckv.runtime.prefill import Prefill
@@ -91,13 +91,19 @@ def spread(model: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("policy", "when"),
-    [*((policy, "context") for policy in POLICIES), ("acckv", "prompt")],
+    ("policy", "when", "heads"),
+    [
+        *((policy, "context", "equal") for policy in POLICIES),
+        ("acckv", "prompt", "equal"),
+        ("acckv", "context", "joint"),
+        ("kvzip", "context", "joint"),
+        ("madakv", "prompt", "joint"),
+    ],
 )
-def test_every_policy(family: Family, model: Any, policy: str, when: When) -> None:
+def test_every_policy(family: Family, model: Any, policy: str, when: When, heads: HeadBudgets) -> None:
     """Layers on two devices, and clips of different length in one batch, whose padding is on a device too."""
     inputs = batch(family, model)
-    compressor = KVCompressor(policy, ratio=0.3, when=when)
+    compressor = KVCompressor(policy, ratio=0.3, when=when, head_budgets=heads)
     expected = generated(model, inputs, compressor)
     with SimulatedAccelerator():
         found = generated(spread(model), on_device(inputs), compressor)
@@ -116,13 +122,13 @@ def one_device(model: Any) -> Any:
     return place(copy.deepcopy(model))
 
 
-@pytest.mark.parametrize("placed", [one_device, spread])
-def test_an_export(family: Family, model: Any, export: Path, placed: Callable[[Any], Any]) -> None:
+@pytest.mark.parametrize(("placed", "heads"), [(one_device, "equal"), (spread, "equal"), (spread, "learned")])
+def test_an_export(family: Family, model: Any, export: Path, placed: Callable[[Any], Any], heads: HeadBudgets) -> None:
     """It is read on the CPU, and each layer's weights and LoRA act where that layer is."""
     inputs = batch(family, model)
-    expected = generated(model, inputs, KVCompressor.from_pretrained(export))
+    expected = generated(model, inputs, KVCompressor.from_pretrained(export, head_budgets=heads))
     with SimulatedAccelerator():
-        found = generated(placed(model), on_device(inputs), KVCompressor.from_pretrained(export))
+        found = generated(placed(model), on_device(inputs), KVCompressor.from_pretrained(export, head_budgets=heads))
     assert_same(found, expected)
 
 
