@@ -36,6 +36,7 @@ class Policy(ABC):
         window_size: how many queries a 'window' has.
         n_future_positions: positions after the prompt whose rotary embedding it reads, with that of the prompt; 0 for
             a policy that reads neither.
+        repeat_in_chat: whether the context is fed in again as the model's answer, in its chat format.
         keeps_all: whether it evicts nothing, whatever the ratio; None where the ratio decides.
         cross_layer: whether a layer's score or budget depends on other layers' scores. Then nothing can be evicted
             before the last layer has run, and a prefill's peak is the full cache.
@@ -59,6 +60,7 @@ class Policy(ABC):
     learns_heads: ClassVar[bool] = False
     window_size = 1
     n_future_positions = 0
+    repeat_in_chat = False
 
     def __post_init__(self) -> None:
         check_options(self)

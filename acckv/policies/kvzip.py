@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,7 +26,17 @@ class KVzip(Policy):
 
     With `head_budgets: joint` it keeps what arXiv 2505.23416 keeps: the best (head, entry) pairs of all layers
     together. With equal heads that ranking sets the budget of each layer alone.
+
+    Deviations from the authors' code: it asks in the model's chat format (`repeat_in_chat`); for each later chunk of
+    2000 tokens it names the last 8 tokens before in the request, where they stand behind it here; its softmax is over
+    the chunk, its repetition and the system prompt, here over all that a query sees, as the paper defines it. The
+    system prompt, its sinks, is text, which is kept anyway.
     """
+
+    repeat_in_chat: bool = field(
+        default=False,
+        metadata={"help": "Ask for the repetition in the model's chat format: a user's request, then an answer."},
+    )
 
     queries = "reconstruction"
     cross_layer = True

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from acckv.cache.cache import CompressedCache, branch_layers
+from acckv.errors import InputError
 from acckv.method.modality import ModalityMap
 from acckv.method.scoring import Observation, peak_attention
 from acckv.models.batching import DecoderInputs, column_window, gather_columns, rope_positions
@@ -27,10 +28,33 @@ REPEAT_PROMPT = "Repeat the previous context exactly."
 #: Tokens repeated at once, and tokens of the chunk before that lead in (the official code's numbers).
 CHUNK, LEAD_IN = 2000, 8
 
+#: Stands for the context where a chat template writes a request behind it.
+_CONTEXT = "(context)"
+
 #: (compressed layer, query, key, value, scaling)
 Record = Callable[[int, Tensor, Tensor, Tensor, float], None]
 #: (cache, tokens behind it, mask of all tokens so far, record)
 Feed = Callable[[CompressedCache, DecoderInputs, Tensor, Record], None]
+
+
+def repeat_prompt(processor: Any, in_chat: bool) -> str:
+    """The text between a context and its repetition: the request, as a user's in the model's chat format or bare.
+
+    Args:
+        processor: or tokenizer, with the chat template.
+
+    Raises:
+        InputError: there is no chat template.
+    """
+    if not in_chat or processor is None:
+        return REPEAT_PROMPT
+    asked = f"{_CONTEXT}\n\n{REPEAT_PROMPT}"
+    content: Any = asked if getattr(processor, "tokenizer", None) is None else [{"type": "text", "text": asked}]
+    if getattr(processor, "chat_template", None) is None:
+        raise InputError("has no chat template; leave repeat_in_chat out", field="processor")
+    messages = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return text.partition(_CONTEXT)[2]
 
 
 def reconstruction_attention(

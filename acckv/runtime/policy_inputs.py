@@ -17,7 +17,7 @@ from acckv.models.base import AttentionLayer, ModelAdapter
 from acckv.models.batching import DecoderInputs, next_position, rope_positions
 from acckv.planner import Planner
 from acckv.runtime.attention import AttentionHook
-from acckv.runtime.context_reconstruction import REPEAT_PROMPT, Record, moved_positions, reconstruction_attention
+from acckv.runtime.context_reconstruction import Record, moved_positions, reconstruction_attention, repeat_prompt
 from acckv.runtime.prefill_run import ProbePrompt, decoder_arguments
 from acckv.runtime.rotary_probe import find_layouts, spread
 
@@ -31,7 +31,7 @@ class PolicyInputs:
 
     def __init__(self, planner: Planner, adapter: ModelAdapter, attention_hook: AttentionHook, processor: Any) -> None:
         self.policy, self.adapter, self.attention_hook = planner.policy, adapter, attention_hook
-        self.prompt = ProbePrompt(processor, REPEAT_PROMPT)
+        self.prompt = ProbePrompt(processor, repeat_prompt(processor, self.policy.repeat_in_chat))
         self.layouts: list[RotaryLayout] = []
 
     def prepare(self) -> None:

@@ -13,8 +13,16 @@ from torch import Tensor
 from acckv import InputError
 from acckv.cache.cache import compressed_layers
 from acckv.method.modality import ModalityMap
+from acckv.models import load_model
 from acckv.models.batching import DecoderInputs
-from acckv.runtime.context_reconstruction import LEAD_IN, chunks, moved_positions, reconstruction_attention
+from acckv.runtime.context_reconstruction import (
+    LEAD_IN,
+    chunks,
+    moved_positions,
+    reconstruction_attention,
+    repeat_prompt,
+)
+from acckv.tiny.build import CHAT_TEMPLATE, build_processor, build_tokenizer
 from tests import tiny_omni
 from tests.policies.random_layers import (
     KV_HEADS,
@@ -114,6 +122,23 @@ def test_kvzip_ranks_all_layers_together(seed: int, ratio: float) -> None:
         assert int(budgets[b].sum()) == total
         for layer in range(LAYERS):
             assert abs(int(budgets[b, layer]) - among[layer] / KV_HEADS) <= 1 + 1e-3
+
+
+def test_the_repetition_is_an_answer_in_the_chat_format() -> None:
+    """What a chat template writes behind a user's words, of a processor and of a tokenizer alone."""
+    processor, tokenizer = build_processor(), build_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    expected = "\n\nRepeat the previous context exactly. <|im_end|> <|im_start|> assistant "
+    for one in (processor, tokenizer):
+        assert repeat_prompt(one, in_chat=True) == expected
+        assert repeat_prompt(one, in_chat=False) == "Repeat the previous context exactly."
+    with pytest.raises(InputError, match="has no chat template"):
+        repeat_prompt(build_tokenizer(), in_chat=True)
+    model, _ = load_model("tiny")
+    with compressor_of("kvzip", repeat_in_chat=True)(model, processor) as session:
+        ids = session.dispatcher.policy_inputs.prompt.ids(1, torch.device("cpu"))
+    assert ids[0].tolist() == tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert ids[0].tolist().count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
 
 
 def test_kvzip_needs_a_tokenizer(model: Any) -> None:
