@@ -199,6 +199,12 @@ class Results:
         """The rows that are no compression: the full cache and the controls."""
         return [row for row in self.rows if row.policy in REFERENCE_NAMES]
 
+    def best_other(self, row: Row, *left_out: str) -> Row | None:
+        """The most accurate of the other policies at a row's ratio, some policies left out."""
+        ignored = (row.policy, *REFERENCE_NAMES, *left_out)
+        others = [other for other in self.rows if other.ratio == row.ratio and other.policy not in ignored]
+        return max(others, key=lambda other: other.accuracy, default=None)
+
     def by_ratio(self) -> list[tuple[float, list[Row]]]:
         """For each ratio between 0 and 1 the references and all policies at it, as columns of a table."""
         others = [row for row in self.rows if row.policy not in REFERENCE_NAMES]

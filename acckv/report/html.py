@@ -109,16 +109,12 @@ def shown_policy(results: Results) -> str | None:
 
 
 def _headline(results: Results, shown: str | None) -> list[tuple[Row, Row | None]]:
-    """The shown policy's rows between 0 and 1, each with the best training-free row at its ratio.
+    """The shown policy's rows between 0 and 1, each with the best other row at its ratio.
 
     None where the full cache got nothing right, so that there is nothing to keep.
     """
-    found: list[tuple[Row, Row | None]] = []
-    for row in results.rows:
-        if row.policy == shown and row.setting.compresses and row.relative is not None:
-            others = [r for r in results.rows if r.ratio == row.ratio and r.policy not in (shown, *REFERENCE_NAMES)]
-            found.append((row, max(others, key=lambda other: other.accuracy, default=None)))
-    return found
+    own = [row for row in results.rows if row.policy == shown and row.setting.compresses and row.relative is not None]
+    return [(row, results.best_other(row)) for row in own]
 
 
 def _pareto(results: Results, intervals: Mapping[Setting, Interval]) -> list[Markup]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -183,13 +184,10 @@ def plot_budgets(path: str | Path, budgets: Mapping[float, Tensor], full: Tensor
         axes.set_yticks(_layer_ticks(layers))
         axes.tick_params(length=0)
         if layers <= _ANNOTATED:
-            for layer in range(layers):
-                for modality in range(2):
-                    value = float(share[layer, modality])
-                    dark = value < 0.6 * top
-                    text = f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
-                    colour = "white" if dark else "black"
-                    axes.text(modality, layer, text, ha="center", va="center", fontsize=9, color=colour)
+            for (layer, modality), value in np.ndenumerate(share.numpy()):
+                text = f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
+                colour = "white" if value < 0.6 * top else "black"
+                axes.text(modality, layer, text, ha="center", va="center", fontsize=9, color=colour)
         axes.set_xlabel(f"brightest: {top:.3g} %", fontsize=8)
     panels[0].set_ylabel("layer")
     figure.suptitle(f"{title}: kept share of a layer's entries in %", fontsize=11, x=0.01, ha="left")

@@ -16,7 +16,6 @@ from acckv.evaluation.results import (
     CONTROLS,
     FAILURES_FILE,
     FULL,
-    REFERENCE_NAMES,
     VIDEO_EVICTED,
     Results,
     Row,
@@ -49,21 +48,16 @@ def print_tables(console: Console, outcome: Outcome) -> None:
 
 def _leads(outcome: Outcome) -> list[str]:
     """The calibrated compressor against the best training-free policy at each ratio, paired by clip."""
-    lines = []
-    for setting, scores in outcome.scores.items():
-        others = {
-            other.policy: theirs
-            for other, theirs in outcome.scores.items()
-            if other.ratio == setting.ratio and other.policy not in REFERENCE_NAMES and not is_calibrated(other.policy)
-        }
-        if not is_calibrated(setting.policy) or not setting.compresses or not others:
-            continue
-        best = max(others, key=lambda name: float(others[name].accuracy.compute()["accuracy"]))
-        difference, (low, high) = scores.against(others[best])
-        lines.append(
-            f"ratio {setting.ratio:g}: {setting.policy} against {best}, the best training-free policy: "
-            f"{100 * difference:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
-        )
+    lines, results = [], outcome.results
+    calibrated = [name for name in results.policies if is_calibrated(name)]
+    for row in results.rows:
+        best = results.best_other(row, *calibrated)
+        if row.policy in calibrated and row.setting.compresses and best is not None:
+            difference, (low, high) = outcome.scores[row.setting].against(outcome.scores[best.setting])
+            lines.append(
+                f"ratio {row.ratio:g}: {row.policy} against {best.policy}, the best training-free policy: "
+                f"{100 * difference:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+            )
     return lines
 
 

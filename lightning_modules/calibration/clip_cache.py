@@ -50,8 +50,7 @@ class ClipCache:
         self.keep: CacheKind = keep
         self.top_p, self.limit, self.folder = top_p, limit * GB, Path(folder or tempfile.gettempdir())
         self._untold = dict(clips or {})
-        self._values: dict[tuple[Kind, ClipName], Any] = {}
-        self._sizes: dict[tuple[Kind, ClipName], tuple[str, int]] = {}
+        self._held: dict[tuple[Kind, ClipName], tuple[Any, str, int]] = {}  # the value, where it is, its bytes
         self._used = 0
 
     def holds(self, clips: Sequence[ClipName]) -> bool:
@@ -59,10 +58,10 @@ class ClipCache:
         return self.has("prefills", clips) or self.has("embeddings", clips)
 
     def has(self, kind: Kind, clips: Sequence[ClipName]) -> bool:
-        return all((kind, clip) in self._values for clip in clips)
+        return all((kind, clip) in self._held for clip in clips)
 
     def get(self, kind: Kind, clips: Sequence[ClipName]) -> list[Any]:
-        return [self._values[kind, clip] for clip in clips]
+        return [self._held[kind, clip][0] for clip in clips]
 
     def put(self, kind: Kind, clips: Sequence[ClipName], values: Sequence[Any]) -> None:
         """Keep a value of each clip.
@@ -74,20 +73,20 @@ class ClipCache:
             self._put(kind, clip, value)
         for split in {split for split, _ in clips}:
             last = {"prefill": "targets", "embeddings": "embeddings"}.get(self.keep)
-            count = sum(found == last and clip[0] == split for found, clip in self._values)
+            count = sum(found == last and clip[0] == split for found, clip in self._held)
             if kind == last and count == self._untold.get(split):
                 del self._untold[split]
                 rank_zero_only(print)(f"Kept of clips: {self.describe()}.")
 
     def forget_targets(self) -> None:
         """Forget what the teacher said; what it read stays."""
-        for kind, clip in [key for key in self._values if key[0] == "targets"]:
+        for kind, clip in [key for key in self._held if key[0] == "targets"]:
             self._drop(kind, clip)
 
     def describe(self) -> str:
         """Number and size of what is held, by split and kind."""
         counts, sizes = Counter[str](), Counter[tuple[str, str]]()
-        for (kind, (split, _)), (where, size) in self._sizes.items():
+        for (kind, (split, _)), (_, where, size) in self._held.items():
             counts[f"{split} {kind}"] += 1
             sizes[f"{split} {kind}", where] += size
         parts = []
@@ -101,18 +100,17 @@ class ClipCache:
         size, where = _tensor_bytes(value), "memory"
         if self._used + size > self.limit:
             where = "on disk"
-            if not any(place == where for place, _ in self._sizes.values()):
+            if not any(place == where for _, place, _ in self._held.values()):
                 limit = f"{self.limit / GB:g} GB of data.cache_memory_gb are full"
                 rank_zero_only(print)(f"{limit}: what else is kept of clips goes to files in {self.folder}.")
             value = self._on_disk(value)
         else:
             self._used += size
-        self._values[kind, clip], self._sizes[kind, clip] = value, (where, size)
+        self._held[kind, clip] = value, where, size
 
     def _drop(self, kind: Kind, clip: ClipName) -> None:
-        where, size = self._sizes.pop((kind, clip), ("", 0))
+        _, where, size = self._held.pop((kind, clip), (None, "", 0))
         self._used -= size if where == "memory" else 0
-        self._values.pop((kind, clip), None)
 
     def _on_disk(self, value: Any) -> Any:
         """The same, with its tensors in a file."""

@@ -88,8 +88,7 @@ def shown_settings(results: Results) -> list[Setting]:
     found = []
     own_rows = [row for row in results.rows if row.policy == shown and row.setting.compresses]
     for own in sorted(own_rows, key=lambda row: -row.ratio):
-        others = [row for row in results.rows if row.ratio == own.ratio and row.policy not in (shown, "random")]
-        best = max(others, key=lambda row: row.accuracy, default=None)
+        best = results.best_other(own, "random")
         found += [own.setting] if best is None else [own.setting, best.setting]
     return found
 

@@ -124,14 +124,14 @@ def test_a_limit_is_of_all_kinds_together(tmp_path: Path) -> None:
     one, two, three = clips = [("train", (Path(name), None, None, None, (), None)) for name in "abc"]
     kept.put("prefills", [one], [[shared, {"twice": shared}]])
     kept.put("targets", [one, two], [torch.ones(60), torch.ones(40)])
-    sizes = [kept._sizes[key] for key in (("prefills", one), ("targets", one), ("targets", two))]
+    sizes = [kept._held[key][1:] for key in (("prefills", one), ("targets", one), ("targets", two))]
     assert sizes == [("memory", 240), ("on disk", 240), ("memory", 160)] and kept._used == 400
     (found,), (far,) = kept.get("prefills", [one]), kept.get("targets", [one])
     assert found[0] is found[1]["twice"] and torch.equal(far, torch.ones(60))
     assert kept.has("targets", [one, two]) and not kept.has("targets", clips) and kept.holds([one])
     kept.put("prefills", [one], [torch.ones(2)])  # in place of what was there
     kept.put("targets", [three], [torch.ones(50)])
-    assert kept._sizes["targets", three] == ("memory", 200) and "train targets of 3 (" in kept.describe()
+    assert kept._held["targets", three][1:] == ("memory", 200) and "train targets of 3 (" in kept.describe()
     assert kept._used == 8 + 160 + 200 and list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"data\.cache_memory_gb: no room for what is kept of clips .* embeddings"):
