@@ -144,10 +144,7 @@ class Acckv(lmms):  # type: ignore[misc]
         return read_prompt(doc_to_messages(self._document(request)), task, self.store)
 
     def _generation(self, request: Instance) -> Generation:
-        return self._read_generation(request.args[2])
-
-    def _read_generation(self, options: dict[str, Any]) -> Generation:
-        generation, unused = Generation.read(options)
+        generation, unused = Generation.read(request.args[1 if self.is_simple else 2])
         for name in sorted(unused - self._warned):
             logger.warning(f"acckv makes no use of the generation option {name}")
         self._warned |= unused
@@ -195,9 +192,6 @@ class AcckvSimple(Acckv):
         visuals: Sequence[Any] = doc_to_visual(self._document(request)) or []
         parts = [*({"type": "video", "url": visual} for visual in visuals), {"type": "text", "text": context}]
         return read_prompt([{"role": "user", "content": parts}], task, self.store)
-
-    def _generation(self, request: Instance) -> Generation:
-        return self._read_generation(request.args[1])
 
     def _continuation(self, request: Instance) -> str:
         target = request.args[1]

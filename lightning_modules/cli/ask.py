@@ -23,8 +23,7 @@ from acckv.evaluation.results import CALIBRATED, with_heads
 from acckv.evaluation.sizes import Sizes
 from acckv.io.registry import load_plugins
 from acckv.models import load_model
-from acckv.plugins.answerer import named_policy
-from acckv.policies import Policy
+from acckv.plugins.answerer import build_compressor, named_policy
 from acckv.runtime.session import Prefill, Session
 
 _Made = TypeVar("_Made")
@@ -97,11 +96,6 @@ class AskOptions(MediaOptions):
             if self.compressor is not None:
                 raise InputError(f"is of use only with the policy {CALIBRATED}", field="compressor")
 
-    @property
-    def training_free(self) -> Policy | None:
-        """The training-free policy; None with an export."""
-        return named_policy(self.policy or "keydiff").seeded(self.seed) if self.compressor is None else None
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -149,7 +143,7 @@ def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked,
     with compressor(model, processor) as session:
         own = session.prefill(**inputs) if session.adapts_prompt else prefill
         compressed = asked(session, own, options.ratio)
-    policy = CALIBRATED if options.training_free is None else options.training_free.label
+    policy = CALIBRATED if options.compressor else compressor.policy.label
     name = with_heads(policy, compressor.planners.default.head_budgets)
     named = {"full cache": full, f"{name} at {options.ratio:g}": compressed}
     for name, one in named.items():
@@ -167,12 +161,10 @@ def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked,
 
 def _compressor(options: AskOptions) -> KVCompressor:
     name = options.compressor
-    heads: dict[str, Any] = {} if options.head_budgets is None else {"head_budgets": options.head_budgets}
-    if name is None:
-        return KVCompressor(options.training_free or "keydiff", **heads)
-    if not Path(name).exists() and name.count("/") != 1:
+    if name is not None and not Path(name).exists() and name.count("/") != 1:
         raise InputError("no such folder", source=name, field="compressor")
-    return KVCompressor.from_pretrained(name, when="context", **heads)
+    policy = (options.policy or "keydiff") if name is None else None
+    return build_compressor(name, policy, seed=options.seed, when="context", head_budgets=options.head_budgets)
 
 
 def _device(accelerator: str) -> str:
