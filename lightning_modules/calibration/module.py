@@ -198,11 +198,12 @@ class CalibrationModule(LightningModule):
         share = torch.stack(kept).mean() if kept else done.kl.new_ones(())
         self._ratio = ratio
         self.log_dict({"train/ratio": ratio, "train/temperature": temperature, "train/kept": share})
+        if self.options.repeated_share:
+            self.log("train/repeats_context", float(repeats))
         # Weights that nothing reads (of a modality that is not there, of a step that the preset leaves out) get zeros
         # as gradients: DDP waits for one from each.
         unread = cast(Tensor, sum(0.0 * weight.sum() for weight in self.weights.parameters()))
-        logged = {"context_kl" if repeats else "kl": done.kl}
-        return self.step_mean.add(done.weight, done.loss, **logged) + unread
+        return self.step_mean.add(done.weight, done.loss, kl=done.kl) + unread
 
     def distill(
         self, batch: CalibrationBatch, ratio: float, temperature: float | None, repeats_context: bool = False
