@@ -1,10 +1,9 @@
-"""Results, predictions, tables, plots and the model card say what was measured, and each number with its interval."""
+"""Results, predictions, tables and plots say what was measured, and each number with its interval."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import RenderableType
 
-import acckv
-from acckv.data.calibration_record import CalibrationRecord
 from acckv.errors import InputError
 from acckv.evaluation.results import (
     Answer,
-    GroupScore,
     Results,
-    Row,
     Setting,
     read_predictions,
     read_results,
@@ -33,39 +27,10 @@ from acckv.evaluation.results import (
 )
 from acckv.io.files import whole_file
 from acckv.report.calibration import KeptShares, RunFacts, render_report
-from acckv.report.card import render_card, write_card
 from acckv.report.plots import plot_budgets, plot_pareto
 from acckv.report.table import control_warning, render_group_tables, render_table
 from tests.evaluation.runs import recorder
-from tests.paths import ROOT
-
-
-def _row(policy: str, ratio: float, accuracy: float, half: float = 0.02) -> Row:
-    return Row(
-        policy=policy,
-        ratio=ratio,
-        n=480,
-        accuracy=accuracy,
-        relative=accuracy / 0.96,
-        ci95=(max(0.0, accuracy - half), min(1.0, accuracy + half)),
-        kept_entries=272 * ratio,
-        full_entries=272.0,
-        kv_bytes=18_432 + round(3072 * 272 * ratio),
-        groups={"Visual": GroupScore(300, accuracy), "Audio/Pitch": GroupScore(180, None)},
-    )
-
-
-@pytest.fixture
-def results() -> Results:
-    rows = [
-        _row("full", 1.0, 0.96),
-        _row("control", 0.0, 0.18),
-        _row("snapkv", 0.2, 0.62),
-        _row("snapkv", 0.05, 0.41),
-        _row("acckv-calibrated", 0.2, 0.95),
-        _row("acckv-calibrated", 0.05, 0.92),
-    ]
-    return Results("tiny", "generated-clips/test", "context", 7, rows)
+from tests.report.rows import table_row
 
 
 def _text(table: RenderableType) -> str:
@@ -207,10 +172,10 @@ def test_group_tables_are_one_a_ratio_with_both_references(results: Results) -> 
 
 def test_warning_when_the_control_is_not_far_below_full(results: Results) -> None:
     assert control_warning(results) is None
-    near = dataclasses.replace(results, rows=[_row("full", 1.0, 0.96), _row("control", 0.0, 0.90)])
+    near = dataclasses.replace(results, rows=[table_row("full", 1.0, 0.96), table_row("control", 0.0, 0.90)])
     assert "says nothing about the cache" in (control_warning(near) or "")
     assert "90.0% against 96.0%" in (control_warning(near) or "")
-    noisy = dataclasses.replace(results, rows=[_row("full", 1.0, 0.5, 0.3), _row("control", 0.0, 0.3, 0.2)])
+    noisy = dataclasses.replace(results, rows=[table_row("full", 1.0, 0.5, 0.3), table_row("control", 0.0, 0.3, 0.2)])
     assert "says nothing" in (control_warning(noisy) or "")
     prompt = dataclasses.replace(near, when="prompt")
     assert "first answer token before compression" in (control_warning(prompt) or "")
@@ -226,7 +191,7 @@ def _ink(path: Path) -> NDArray[np.int_]:
 
 def test_pareto_plot_moves_with_the_numbers(tmp_path: Path, results: Results) -> None:
     plot_pareto(tmp_path / "a.png", results, {})
-    other = dataclasses.replace(results, rows=[*results.rows[:5], _row("acckv-calibrated", 0.05, 0.5)])
+    other = dataclasses.replace(results, rows=[*results.rows[:5], table_row("acckv-calibrated", 0.05, 0.5)])
     plot_pareto(tmp_path / "b.png", other, {})
     first, second = _ink(tmp_path / "a.png"), _ink(tmp_path / "b.png")
     assert first.shape == second.shape
@@ -256,80 +221,6 @@ def test_budget_map_shows_the_largest_share_brightest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no budgets"):
         plot_budgets(tmp_path / "none.png", {}, torch.ones(2), "acckv")
     assert not (tmp_path / "none.png").exists()
-
-
-# ------------------------------------------------------------------ card
-
-CONFIG = {
-    "format": 1,
-    "base": {"name": "tiny", "layers": 6},
-    "compression": {"policy": "acckv", "when": "context", "ratio": 0.1},
-    "lora_scope": "after",
-    "has_lora": True,
-}
-
-
-def test_card_without_measurement_says_so() -> None:
-    card = render_card(CONFIG)
-    front = yaml.safe_load(card.split("---")[1])
-    assert front["base_model"] == "tiny"
-    assert front["library_name"] == "acckv"
-    assert "No measurement has been attached yet" in card
-    assert "| policy | ratio |" not in card
-    assert "only on tokens after the compression" in card
-
-
-def test_card_holds_the_measured_rows_and_their_command(tmp_path: Path, results: Results) -> None:
-    path = write_card(tmp_path, CONFIG, results, command="python evaluate.py --limit 3")
-    card = path.read_text()
-    assert "| acckv-calibrated | 0.05 | 92.0% | 90.0% to 94.0% | 95.8% | 13.6 / 272 | 60,211 |" in card.splitlines()
-    assert "python evaluate.py --limit 3" in card
-    assert "480 questions, seed 7" in card
-    assert "says nothing about the cache" not in card
-    table = [line for line in card.splitlines() if line.startswith("| ") and "%" in line and "interval" not in line]
-    assert len(table) == len(results.rows)
-
-
-def test_card_and_readme_say_what_an_export_keeps() -> None:
-    text = (Path(acckv.__file__).parent / "report/templates/transfer.md.jinja").read_text()
-    rows = [line.split("|")[2:-1] for line in text.splitlines() if re.match(r"\| .*\d", line)]
-    columns, *shares = [[cell.strip(" *") for cell in row] for row in rows]
-    assert (columns[1], shares[2][1], shares[3][1]) == ("0.5", "62.0", "75.5")
-    assert (columns[4], shares[0][4], shares[1][4]) == ("0.05", "99.5", "85.5")
-    readme = (ROOT / "README.md").read_text()
-    assert readme.index(text) < readme.index("\n## ")
-    assert readme.index("\n|") > readme.index("**An export keeps")  # the first table
-    assert text in render_card(CONFIG)
-
-
-def test_card_names_the_questions_of_its_calibration() -> None:
-    kinds = {"Audio/Pitch": 1200, "What is |heard| ?": 300}
-    record = CalibrationRecord("questions of train.json", 400, 1500, kinds, 0.02, 0.5, 2400)
-    card = render_card({**CONFIG, "has_weights": True, "calibration": record.to_dict()})
-    section = card[card.index("## What it was calibrated on") : card.index("**An export keeps")].splitlines()
-    assert [line for line in section if line.startswith("| ")] == [
-        "| | |",
-        "| data | questions of train.json |",
-        "| training clips, questions | 400, 1,500 |",
-        "| trained for | answers to these questions (`calibrate_for: task`) |",
-        "| kinds of questions | Audio/Pitch (1,200), What is \\|heard\\| ? (300) |",
-        "| compressed | after the media, before any question is seen (`when: context`) |",
-        "| kept shares, steps | 0.02 to 0.5, 2,400 |",
-    ]
-    assert "does not say what it was calibrated on" in render_card({**CONFIG, "has_weights": True})
-    assert "is training-free" in render_card(CONFIG)
-    with pytest.raises(InputError, match=r"calibration\.kinds: expected an object"):
-        render_card({**CONFIG, "calibration": {**record.to_dict(), "kinds": ["Audio"]}})
-
-
-def test_card_warns_where_the_control_is_near(results: Results) -> None:
-    near = dataclasses.replace(results, rows=[_row("full", 1.0, 0.9), _row("control", 0.0, 0.88)])
-    assert "says nothing about the cache" in render_card(CONFIG, near)
-
-
-def test_card_needs_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder"):
-        write_card(tmp_path / "nowhere", CONFIG)
 
 
 # ------------------------------------------------------------------ report of a calibration
