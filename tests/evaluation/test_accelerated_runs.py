@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from acckv.data.synthetic.clips import write_clips
 from acckv.evaluation.results import Results
@@ -30,6 +28,8 @@ from tests.evaluation.runs import run
 from tests.learned import trained
 from tests.support.simulated_accelerator import SimulatedAccelerator
 from tests.support.simulated_training import simulated_training
+
+pytestmark = pytest.mark.usefixtures("matrix_attention")
 
 #: Options of a training, beside those that all have.
 VARIANTS: dict[str, list[str]] = {
@@ -54,13 +54,6 @@ VARIANTS: dict[str, list[str]] = {
 
 #: What is compared of the log.
 MEASURES = {"loss", "kl", "val/kl@0.2"}
-
-
-@pytest.fixture(autouse=True)
-def plain_attention() -> Iterator[None]:
-    """The pretend device multiplies matrices where the CPU has a fused kernel: so both round alike."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from acckv import KVCompressor
 from acckv.data.encoding import encode, encode_context
@@ -21,14 +19,9 @@ from acckv.plugins.requests import ClipRef, Generation
 from tests.data.media_files import burst, write_video
 from tests.support.simulated_accelerator import SimulatedAccelerator, place
 
+pytestmark = pytest.mark.usefixtures("matrix_attention")
+
 QUESTIONS = ["What colour was the ring?", "Which shape was seen first?", "How many sounds were there?"]
-
-
-@pytest.fixture(autouse=True)
-def plain_attention() -> Iterator[None]:
-    """The pretend device multiplies matrices where the CPU has a fused kernel: so both round alike."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from acckv import KVCompressor
 from acckv.cache.cache import CompressedCache, compressed_layers
@@ -27,14 +26,9 @@ from tests.families import FAMILIES, Family, Tokenizer
 from tests.learned import trained
 from tests.support.simulated_accelerator import DEVICE, SECOND_DEVICE, SimulatedAccelerator, on_cpu, on_device, place
 
+pytestmark = pytest.mark.usefixtures("matrix_attention")
+
 Model = tuple[Family, Any]
-
-
-@pytest.fixture(autouse=True)
-def plain_attention() -> Iterator[None]:
-    """The pretend device multiplies matrices where the CPU has a fused kernel: so both round alike."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 @pytest.fixture(scope="module")
