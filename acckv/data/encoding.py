@@ -1,8 +1,4 @@
-"""Clips and questions into model inputs, by the encoder of the processor's family.
-
-The context comes first and the question after it, so that the tokens of `encode_context` are exactly the first ones of
-`encode` for every question, and the rest is `question_suffix`.
-"""
+"""Clips and questions into model inputs, by the encoder of the processor's family."""
 
 from __future__ import annotations
 
@@ -53,8 +49,7 @@ def encode(
 def encode_context(processor: Any, clip: Any, system_prompt: str | None = None) -> dict[str, Any]:
     """Model inputs of one clip up to and including its end-of-media tokens: no question, batch of one.
 
-    Its tokens are exactly the first tokens of `encode(processor, [clip], [question], system_prompt)` for every
-    question; the rest are `question_suffix(processor, question)`.
+    Its tokens are exactly the first ones of `encode` for every question; the rest are `question_suffix`.
     """
     return encode(processor, [clip], None, system_prompt)
 

@@ -231,16 +231,12 @@ class SoundTrack:
             )
             return
         for block in blocks:
-            self._keep(block)
-
-    def _keep(self, block: np.ndarray) -> None:
-        position = self._position
-        self._position += len(block)
-        if self.origin is not None:
-            origin = round(self.origin * self.sampling_rate)
-            if self._position <= origin or position > origin + self.wanted * self.sampling_rate:
-                return
-        self._blocks.append((position, block))
-        self._held += len(block)
-        while self._held > self._most + len(block):
-            self._held -= len(self._blocks.popleft()[1])
+            position, self._position = self._position, self._position + len(block)
+            if self.origin is not None:
+                origin = round(self.origin * self.sampling_rate)
+                if self._position <= origin or position > origin + self.wanted * self.sampling_rate:
+                    continue
+            self._blocks.append((position, block))
+            self._held += len(block)
+            while self._held > self._most + len(block):
+                self._held -= len(self._blocks.popleft()[1])

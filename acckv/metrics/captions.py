@@ -67,8 +67,6 @@ class CaptionScores(Metric):
     """
 
     full_state_update = False
-    is_differentiable = False
-    higher_is_better = True
     lines: list[Tensor]
 
     def __init__(self, *, cider: bool = True, **kwargs: Any) -> None:

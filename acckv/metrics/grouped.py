@@ -21,8 +21,6 @@ class GroupedAccuracy(Metric):
     """
 
     full_state_update = False
-    is_differentiable = False
-    higher_is_better = True
     sums: Tensor
     counts: Tensor
 

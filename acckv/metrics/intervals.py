@@ -54,7 +54,6 @@ def bootstrap_mean(scores: Tensor, clips: Tensor, *, resamples: int = RESAMPLES,
     Args:
         scores: [items] float in 0..1.
         clips: [items] integer clip label of each item.
-        resamples: number of bootstrap draws.
         seed: of the draws; the same input and seed give the same interval.
 
     Raises:
@@ -80,8 +79,6 @@ def bootstrap_ratio(
         scores: [items] float in 0..1, the policy measured.
         reference: [items] float in 0..1, the full cache on the same items in the same order.
         clips: [items] integer clip label of each item.
-        resamples: number of bootstrap draws.
-        seed: of the draws.
 
     Raises:
         ValueError: no items, lengths that differ, or a reference that is 0 everywhere.

@@ -15,13 +15,15 @@ YesNo = Literal["yes", "no"]
 
 def leading_yes_no(text: str) -> YesNo | None:
     """The yes or no that the first word says; None where it is neither yes nor no."""
-    found = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
-    return None if found is None else "yes" if found[1].lower() == "yes" else "no"
+    return _said(re.match(r"\W*(yes|no)\b", text, re.IGNORECASE))
 
 
 def robust_yes_no(text: str) -> YesNo | None:
     """The first "yes" or "no" after the last `</think>`; None where there is neither."""
-    found = re.search(r"\b(yes|no)\b", text.rpartition("</think>")[2], re.IGNORECASE)
+    return _said(re.search(r"\b(yes|no)\b", text.rpartition("</think>")[2], re.IGNORECASE))
+
+
+def _said(found: re.Match[str] | None) -> YesNo | None:
     return None if found is None else "yes" if found[1].lower() == "yes" else "no"
 
 
@@ -35,8 +37,6 @@ class YesNoScores(Metric):
     """
 
     full_state_update = False
-    is_differentiable = False
-    higher_is_better = True
     counts: Tensor
 
     def __init__(self, groups: Sequence[str] = (), **kwargs: Any) -> None:

@@ -166,18 +166,12 @@ def _quantization(config: Any) -> Any:
         return config
     fields = dict(config)
     kind = fields.pop("class", None)
+    if kind is not None and not (str(kind).endswith("Config") and hasattr(transformers, str(kind))):
+        message = f"{kind!r} is no class of transformers, such as BitsAndBytesConfig"
+        raise InputError(message, field="load_options.quantization_config.class")
     try:
-        if kind is None:
-            return AutoQuantizationConfig.from_dict(fields)
-        if not isinstance(kind, str) or not kind.endswith("Config") or not hasattr(transformers, kind):
-            raise InputError(
-                f"{kind!r} is no class of transformers, such as BitsAndBytesConfig",
-                field="load_options.quantization_config.class",
-            )
-        return getattr(transformers, kind)(**fields)
+        return AutoQuantizationConfig.from_dict(fields) if kind is None else getattr(transformers, kind)(**fields)
     except (ValueError, TypeError, ImportError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(_first_line(error), field="load_options.quantization_config") from error
 
 

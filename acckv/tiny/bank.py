@@ -47,16 +47,9 @@ class SlotBank:
 
     def __post_init__(self) -> None:
         shape, colour, _, timbre, pitch = self.labels.T
-        self.pictures = {
-            (s, c): np.flatnonzero((shape == s) & (colour == c))
-            for s in range(len(SHAPES))
-            for c in range(len(COLOURS))
-        }
-        self.sounds = {
-            (t, p): np.flatnonzero((timbre == t) & (pitch == p))
-            for t in range(len(TIMBRES))
-            for p in range(len(PITCHES))
-        }
+        looks, tones = np.ndindex(len(SHAPES), len(COLOURS)), np.ndindex(len(TIMBRES), len(PITCHES))
+        self.pictures = {(s, c): np.flatnonzero((shape == s) & (colour == c)) for s, c in looks}
+        self.sounds = {(t, p): np.flatnonzero((timbre == t) & (pitch == p)) for t, p in tones}
         self.no_picture = np.flatnonzero(shape == NOTHING)
         self.no_sound = np.flatnonzero(timbre == NOTHING)
 
@@ -80,13 +73,10 @@ class SlotBank:
 
 
 def load_bank(folder: Path, clips: int, seed: int, workers: int = 2) -> SlotBank:
-    """Read the bank kept in `folder`; render what is missing of it.
+    """The bank of so many clips, 16 slots each, kept in `folder`; parts that are missing are rendered.
 
     Args:
-        folder: where the parts of the bank lie.
-        clips: clips to render, 16 slots each.
-        seed: seed of the renderings; parts of another seed are other files.
-        workers: processes.
+        seed: of the renderings; parts of another seed are other files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = [folder / f"slots-{seed}-{index}.npz" for index in range(-(-clips // CLIPS_A_PART))]

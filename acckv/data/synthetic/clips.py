@@ -148,12 +148,8 @@ def write_clips(
 
     Args:
         root: folder of the data set; `default_root()` when None.
-        split: "train", "validation" or "test".
-        n_clips: how many clips.
-        seed: seed of events, renderings and questions.
+        split, n_clips, seed, settings: the fields of `ClipSettings`.
         workers: processes.
-        progress: show how far it is.
-        settings: the other fields of `ClipSettings`.
 
     Returns:
         the question file, `avqa-<split>.json` in that folder.

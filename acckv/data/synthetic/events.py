@@ -105,10 +105,8 @@ def draw_script(
     """Draw a script that belongs to `split` (see `ClipScript.split`: no script belongs to two splits).
 
     Args:
-        rng: source of randomness; equal generators give equal scripts.
-        split: "train", "validation" or "test".
-        slots: seconds of the clip.
-        both: slots with a shape and a sound. `video_only` and `audio_only`: slots with one of them.
+        rng: equal generators give equal scripts.
+        slots: seconds of the clip; both: slots with a shape and a sound; video_only, audio_only: with one of them.
 
     Raises:
         InputError: an unknown split, or more events than slots, shapes or timbres.
