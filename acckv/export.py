@@ -87,7 +87,7 @@ def save(export: Export, folder: Path) -> None:
         "has_weights": export.weights is not None,
         "has_lora": export.lora is not None,
         "low_ratio_below": 0.0 if export.low_ratio is None else export.low_ratio.below,
-        FIELD: None if export.calibration is None else export.calibration.to_dict(),
+        FIELD: None if export.calibration is None else asdict(export.calibration),
     }
     with whole_folder(folder) as staging:
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -25,7 +25,7 @@ from rich.table import Table
 from acckv.data.synthetic.clips import VARIANTS
 from acckv.evaluation.results import CALIBRATED, PREDICTIONS_FILE, Results
 from acckv.io.files import whole_file
-from acckv.metrics import bootstrap_difference
+from acckv.metrics.intervals import bootstrap_difference
 from lightning_modules.cli.errors import quiet_libraries
 from lightning_modules.evaluation.datamodule import EvaluationData
 from lightning_modules.evaluation.options import EvaluationOptions

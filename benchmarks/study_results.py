@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acckv.evaluation.results import CALIBRATED, CONTROLS, FULL, PREDICTIONS_FILE, RESULTS_FILE
-from acckv.metrics import bootstrap_difference, bootstrap_ratio
+from acckv.metrics.intervals import bootstrap_difference, bootstrap_ratio
 from benchmarks.generalisation import paired, read_scores
 from benchmarks.study_variants import Variant
 

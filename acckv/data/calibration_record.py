@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,20 +52,14 @@ class CalibrationRecord:
         """The record of a calibration.
 
         Args:
-            data: where `records` came from, in words.
             records: the training questions; 'general' asks none of them.
             ratios: least and largest kept share trained.
-            steps: optimiser steps until the export.
             kind: of a question; None is its finest group, or how it is scored where it has none.
         """
         clips = len({record.clip for record in records})
         asked = [] if calibrate_for == "general" else records
         kinds = Counter((kind or _finest_group)(record) for record in asked)
         return cls(data, clips, len(asked), dict(sorted(kinds.items())), *ratios, steps, calibrate_for)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As config.json holds it."""
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any, source: str | Path = "config.json") -> CalibrationRecord | None:

@@ -13,21 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from acckv.data.media_options import MAX_PIXELS, MAX_SECONDS, MediaOptions
+from acckv.data.media_options import MediaOptions
 from acckv.data.records import Record
 from acckv.data.sampling import LONGER, FrameSampler, SoundTrack
 from acckv.data.tracks import Wanted, read_tracks, sparse_rate, stated_seconds
 from acckv.errors import InputError
 from acckv.models.clips import Media
-
-__all__ = [
-    "MAX_PIXELS",
-    "MAX_SECONDS",
-    "MediaOptions",
-    "join_media",
-    "read_media",
-    "read_record_media",
-]
 
 SHORTEST_SOUND = 0.1
 """Seconds to which shorter sound without pictures is padded: less makes no audio token."""

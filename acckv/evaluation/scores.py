@@ -16,8 +16,8 @@ from acckv.evaluation.journal import Batch
 from acckv.evaluation.results import Answer, Failure, GroupScore, Results, Row, Setting
 from acckv.evaluation.run_config import RunConfig
 from acckv.evaluation.sizes import Sizes
-from acckv.metrics import (
-    GroupedAccuracy,
+from acckv.metrics.grouped import GroupedAccuracy
+from acckv.metrics.intervals import (
     Interval,
     bootstrap_difference,
     bootstrap_mean,

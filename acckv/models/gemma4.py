@@ -84,7 +84,8 @@ class Gemma4Adapter(ModelAdapter):
         # Positions of this family count tokens, and each question starts at the end of the prefill.
         before = positions.amin(dim=1, keepdim=True) - cached + torch.arange(cached, device=positions.device)
         keys = torch.cat([before, positions], dim=1)
-        sliding = window_mask(mask[..., mask.shape[-1] - cached - tokens :], positions, keys, windows[0].sliding_window)
+        outside = positions[:, None, :, None] - keys[:, None, None, :] >= windows[0].sliding_window
+        sliding = mask[..., mask.shape[-1] - cached - tokens :].masked_fill(outside, torch.finfo(mask.dtype).min)
         return {"full_attention": mask, "sliding_attention": sliding}
 
 
@@ -92,16 +93,6 @@ class Gemma4UnifiedAdapter(Gemma4Adapter):
     """``Gemma4UnifiedForConditionalGeneration``: patches and samples straight into the decoder, without towers."""
 
     vision_masks = "create_masks_for_generate"  # as its forward: frames see each other whole in full layers too
-
-
-def window_mask(mask: Tensor, query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
-    """An additive mask with everything outside a sliding window hidden too.
-
-    Args:
-        mask: ``[batch, 1, queries, keys]``; positions: int64 ``[batch, queries]`` and ``[batch, keys]``.
-    """
-    distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
-    return mask.masked_fill(distance >= window, torch.finfo(mask.dtype).min)
 
 
 class Gemma4Encoder(ChatEncoder):

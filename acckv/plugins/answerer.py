@@ -15,7 +15,8 @@ from torch import Tensor
 from acckv import KVCompressor
 from acckv.cache.cache import CompressedCache
 from acckv.data.encoding import encode, encode_context, question_suffix
-from acckv.data.media import MediaOptions, join_media, read_media
+from acckv.data.media import join_media, read_media
+from acckv.data.media_options import MediaOptions
 from acckv.errors import InputError
 from acckv.evaluation.answering import Generated, answer_questions, decode
 from acckv.evaluation.sizes import Sizes

@@ -21,7 +21,7 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from tqdm import tqdm
 
-from acckv.data.media import MediaOptions
+from acckv.data.media_options import MediaOptions
 from acckv.errors import InputError
 from acckv.models import load_model
 from acckv.plugins.answerer import Answerer, build_compressor

@@ -23,19 +23,16 @@ from transformers import (
 from acckv.data.synthetic.events import COLOURS, PITCHES, SHAPES, TEMPLATES, TIMBRES
 from acckv.data.synthetic.render import SIDE
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_bos|>",
-    "<|vision_eos|>",
-    "<|audio_bos|>",
-    "<|audio_eos|>",
-    "<|IMAGE|>",
-    "<|VIDEO|>",
-    "<|AUDIO|>",
-    "<|unk|>",
-)
+MEDIA_TOKENS = {
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+    "image_token": "<|IMAGE|>",
+    "video_token": "<|VIDEO|>",
+    "audio_token": "<|AUDIO|>",
+}
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *MEDIA_TOKENS.values(), "<|unk|>")
 ROLES = ("system", "user", "assistant")
 POSITION_IDS_PER_SECOND = 8
 """Audio tokens (and positions) a second; mel frames a second are four times as many."""
@@ -81,16 +78,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         unk_token="<|unk|>",
-        extra_special_tokens={
-            "image_token": "<|IMAGE|>",
-            "audio_token": "<|AUDIO|>",
-            "video_token": "<|VIDEO|>",
-            "vision_bos_token": "<|vision_bos|>",
-            "vision_eos_token": "<|vision_eos|>",
-            "audio_bos_token": "<|audio_bos|>",
-            "audio_eos_token": "<|audio_eos|>",
-            "im_start_token": "<|im_start|>",
-        },
+        extra_special_tokens={**MEDIA_TOKENS, "im_start_token": "<|im_start|>"},
         padding_side="left",
         model_max_length=8192,
         clean_up_tokenization_spaces=False,

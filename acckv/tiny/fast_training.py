@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,30 +44,25 @@ def _patch_embed(self: Any, hidden_states: Tensor) -> Tensor:
     return F.linear(hidden_states, self.proj.weight.view(self.embed_dim, -1))
 
 
-class PrefixAttention:
-    """Attention of packed rows: the media prefix is plain causal, the turns follow the mask given to the model.
-
-    `prefix` is the number of media tokens.
-    """
-
-    def __init__(self) -> None:
-        self.prefix = 0
-
-    def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
-    ) -> tuple[Tensor, None]:
-        key, value = (t.repeat_interleave(module.num_key_value_groups, 1) for t in (key, value))
-        media = [t[:, :, : self.prefix] for t in (query, key, value)]
-        first = F.scaled_dot_product_attention(*media, is_causal=True)
-        mask = attention_mask[:, :, self.prefix :] if attention_mask is not None else None
-        second = F.scaled_dot_product_attention(query[:, :, self.prefix :], key, value, attn_mask=mask)
-        return torch.cat([first, second], 2).transpose(1, 2).contiguous(), None
+def _prefix_attention(
+    prefix: int, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention of packed rows: the media prefix is plain causal, the turns follow the mask given to the model."""
+    key, value = (t.repeat_interleave(module.num_key_value_groups, 1) for t in (key, value))
+    media = [t[:, :, :prefix] for t in (query, key, value)]
+    first = F.scaled_dot_product_attention(*media, is_causal=True)
+    mask = attention_mask[:, :, prefix:] if attention_mask is not None else None
+    second = F.scaled_dot_product_attention(query[:, :, prefix:], key, value, attn_mask=mask)
+    return torch.cat([first, second], 2).transpose(1, 2).contiguous(), None
 
 
 @contextmanager
-def fast_training() -> Iterator[PrefixAttention]:
-    """Batch the encoders' segments and split prefix from turns in the text model, until exit."""
-    attention = PrefixAttention()
+def fast_training(prefix: int = 0) -> Iterator[None]:
+    """Batch the encoders' segments and split prefix from turns in the text model, until exit.
+
+    Args:
+        prefix: number of media tokens that each row begins with.
+    """
     replaced = (
         (qwen.Qwen2_5OmniAudioAttention, _audio_attention),
         (qwen.Qwen2_5OmniVisionAttention, _vision_attention),
@@ -77,8 +73,8 @@ def fast_training() -> Iterator[PrefixAttention]:
     try:
         for owner, forward in replaced:
             owner.forward = forward
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
-        yield attention
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(_prefix_attention, prefix)
+        yield
     finally:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa
         for owner, forward in originals:

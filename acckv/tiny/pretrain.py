@@ -30,7 +30,7 @@ from acckv.io.files import whole_file
 from acckv.tiny.bank import SlotBank, load_bank
 from acckv.tiny.build import POSITION_IDS_PER_SECOND, build_model, build_processor, save
 from acckv.tiny.encoders import unit_rms, warm_up
-from acckv.tiny.fast_training import PrefixAttention, fast_training
+from acckv.tiny.fast_training import fast_training
 from acckv.tiny.packing import KINDS, SLOT_LABELS, PackedBatch, PackedLayout, Stage
 
 CURRICULUM = (
@@ -117,22 +117,20 @@ class Pretraining:
             self.progress.seconds += time.perf_counter() - started
             self.say(f"encoders, held out: {json.dumps(_rounded(accuracy))}")
             self.store()
-        with fast_training() as attention:
-            while self.progress.stage < len(settings.stages) and self._in_time():
-                self._run_stage(attention, bank, held_out)
-                if self._in_time():
-                    self.progress.stage, self.progress.stage_step = self.progress.stage + 1, 0
-                self.store()
+        while self.progress.stage < len(settings.stages) and self._in_time():
+            layout = PackedLayout(self.model, self.processor, settings.stages[self.progress.stage])
+            with fast_training(len(layout.prefix)):
+                self._run_stage(layout, bank, held_out)
+            if self._in_time():
+                self.progress.stage, self.progress.stage_step = self.progress.stage + 1, 0
+            self.store()
         save(self.model, settings.output / "model")
         self.say(f"saved {settings.output / 'model'} after {self.progress.seconds / 60:.1f} minutes")
 
-    def _run_stage(self, attention: PrefixAttention, bank: SlotBank, held_out: SlotBank) -> None:
+    def _run_stage(self, layout: PackedLayout, bank: SlotBank, held_out: SlotBank) -> None:
         settings, progress = self.settings, self.progress
-        stage = settings.stages[progress.stage]
         last = progress.stage == len(settings.stages) - 1
-        layout = PackedLayout(self.model, self.processor, stage)
-        attention.prefix = len(layout.prefix)
-        self.say(f"stage {progress.stage}: {stage}, {layout.tokens} tokens a row")
+        self.say(f"stage {progress.stage}: {layout.stage}, {layout.tokens} tokens a row")
         losses: list[float] = []
         started = time.perf_counter()
         for parts in self._batches(layout, bank):

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from acckv.io.json_files import read_json_lines
 from acckv.io.typed import Amount, Count, Share, from_json
-from acckv.metrics import bootstrap_mean
+from acckv.metrics.intervals import bootstrap_mean
 
 FILE = "results.jsonl"
 

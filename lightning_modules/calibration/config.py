@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 
 from acckv.config import HeadBudgets, LoraScope, When
 from acckv.data.calibration_record import Objective
-from acckv.data.media import MediaOptions
+from acckv.data.media_options import MediaOptions
 from acckv.errors import InputError
 from acckv.method.weights import WEIGHT_GROUPS
 

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from acckv import KVCompressor
 from acckv.data.encoding import encode, question_suffix
-from acckv.data.media import MediaOptions, read_media
+from acckv.data.media import read_media
+from acckv.data.media_options import MediaOptions
 from acckv.data.records import Record
 from acckv.errors import InputError, or_error
 from acckv.evaluation.answering import answer_questions

@@ -16,7 +16,8 @@ from rich.table import Table
 from acckv import KVCompressor
 from acckv.config import HeadBudgets
 from acckv.data.encoding import encode_context
-from acckv.data.media import MediaOptions, read_media
+from acckv.data.media import read_media
+from acckv.data.media_options import MediaOptions
 from acckv.errors import InputError
 from acckv.evaluation.answering import answer_questions
 from acckv.evaluation.results import CALIBRATED, with_heads

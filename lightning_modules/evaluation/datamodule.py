@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from acckv.benchmarks import find_benchmark, load_benchmark
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
-from acckv.data.media import MediaOptions, read_record_media
+from acckv.data.media import read_record_media
 from acckv.data.media_cache import MediaCache
+from acckv.data.media_options import MediaOptions
 from acckv.data.precomputed import load_precomputed, read_clip
 from acckv.data.records import Record, with_system_prompt
 from acckv.data.synthetic.clips import VARIANTS, default_root, video_folder, write_clips

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch.multiprocessing.spawn import start_processes
 
 from acckv.errors import InputError
-from acckv.metrics import GroupedAccuracy, bootstrap_mean, clustered_standard_error
 from acckv.metrics.captions import CaptionScores, caption_tokens, rouge_l
+from acckv.metrics.grouped import GroupedAccuracy
+from acckv.metrics.intervals import bootstrap_mean, clustered_standard_error
 from acckv.metrics.yes_no import YesNoScores
 
 AVHBENCH_ANSWERS = ["Yes, he snores.", "The answer is no.", "no", "Nobody", "YES", "yes", "a man sleeps in there"]

@@ -17,7 +17,8 @@ from acckv import KVCompressor
 from acckv.benchmarks import load_benchmark
 from acckv.config import When
 from acckv.data.encoding import encode
-from acckv.data.media import MediaOptions, read_media
+from acckv.data.media import read_media
+from acckv.data.media_options import MediaOptions
 from acckv.data.video_folder import hold_out, list_videos
 from acckv.errors import InputError
 from acckv.models import load_model

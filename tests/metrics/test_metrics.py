@@ -8,14 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acckv.metrics import (
-    GroupedAccuracy,
-    bootstrap_difference,
-    bootstrap_mean,
-    bootstrap_ratio,
-    wilson,
-    word_accuracy,
-)
+from acckv.metrics.grouped import GroupedAccuracy
+from acckv.metrics.intervals import bootstrap_difference, bootstrap_mean, bootstrap_ratio, wilson
+from acckv.metrics.words import word_accuracy
 
 
 def test_grouped_accuracy_by_hand() -> None:

@@ -137,8 +137,7 @@ def test_a_packed_turn_equals_its_own_prompt(bank: SlotBank) -> None:
     layout = PackedLayout(model, processor, SMALL, turns_a_type=1)
     batch = layout.batch(bank, np.random.default_rng(3), "train", 2)
     with torch.no_grad():
-        with fast_training() as attention:
-            attention.prefix = len(layout.prefix)
+        with fast_training(len(layout.prefix)):
             packed = model(**batch.inputs).logits
         media = {k: v for k, v in batch.inputs.items() if k not in ("input_ids", "attention_mask", "position_ids")}
         start = len(layout.prefix)
