@@ -161,5 +161,5 @@ def allocate(total: Tensor, layer_shares: Tensor, modality_shares: Tensor, count
     layers = layer_shares.shape[-1]
     capacity = counts.to(modality_shares.dtype)
     layer_capacity = capacity.sum(-1, keepdim=True).expand(-1, layers)
-    by_layer = water_fill(total.to(capacity.dtype), layer_shares.expand(total.shape[0], -1), layer_capacity)
+    by_layer = water_fill(total, layer_shares, layer_capacity)
     return water_fill(by_layer, modality_shares, capacity[:, None, :].expand(-1, layers, -1))

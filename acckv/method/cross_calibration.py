@@ -19,7 +19,7 @@ def integrate(keys: Tensor, values: Tensor, gates: Tensor, members: Tensor) -> t
     Returns:
         merged keys and values ``[B, K, 2, D]`` and their mass ``[B, K, 2]``, the number of entries averaged.
     """
-    lost = (1 - gates)[:, :, None, :] * members[:, None].to(gates.dtype)
+    lost = (1 - gates)[:, :, None, :] * members[:, None]
     mass = lost.sum(-1)
     weights = (lost / mass.clamp_min(1e-6)[..., None]).expand(-1, keys.shape[1], -1, -1)
     merged_keys = (weights @ keys.to(weights.dtype)).to(keys.dtype)
@@ -58,8 +58,8 @@ def rebalance(budgets: Tensor, aligned: Tensor, high: Tensor, counts: Tensor) ->
     """
     zero = torch.zeros_like(budgets)
     high_budget, low_budget = (torch.where(side, budgets, zero).sum(-1) for side in (high, ~high))
-    room = torch.where(high, counts.to(budgets.dtype), zero).sum(-1)
-    kept_low = torch.minimum(low_budget, aligned.to(budgets.dtype))
+    room = torch.where(high, counts, zero).sum(-1)
+    kept_low = torch.minimum(low_budget, aligned)
     new_high = torch.minimum(room, high_budget + low_budget - kept_low)
     new_low = high_budget + low_budget - new_high
     return torch.where(high, new_high[..., None], new_low[..., None])

@@ -157,8 +157,8 @@ class ModalityMap:
     def alike_around(self, width: int) -> Tensor:
         """float32 ``[batch, 1, tokens, 2 * width + 1]``: 1 where a neighbour is another entry of the same modality."""
         if width not in self._alike:
-            kinds = self.host.labels.masked_fill(~self.host.media, -1)
-            same = F.pad(kinds, (width, width), value=-2).unfold(-1, 2 * width + 1, 1) == kinds[..., None]
+            kinds = self.host.labels
+            same = F.pad(kinds, (width, width)).unfold(-1, 2 * width + 1, 1) == kinds[..., None]
             same[..., width] = False
             same &= self.host.media[..., None]
             self._alike[width] = same[:, None].float().to(self.labels.device)

@@ -67,10 +67,8 @@ class LayerWeights:
         if key not in self._made:
             gain = self.modality_gain.exp()
             gain = gain.mean(0, keepdim=True) if share_heads else gain
-            mixed = [self.signal_mix[SIGNALS.index(name)].expand_as(gain) for name in names]
-            self._made[key] = torch.stack(
-                [gain + mix if name == base else mix for name, mix in zip(names, mixed, strict=True)]
-            )
+            mixed = {name: self.signal_mix[SIGNALS.index(name)].expand_as(gain) for name in names}
+            self._made[key] = torch.stack([gain + mix if name == base else mix for name, mix in mixed.items()])
         return self._made[key]
 
     @cached_property
