@@ -262,6 +262,13 @@ def test_the_policies_page_is_that_of_the_registry(generate: ModuleType) -> None
     assert all(f"\n## {name}\n" in page for name in POLICIES if POLICIES[name].__module__.startswith("acckv."))
 
 
+def test_the_tests_of_every_trap_exist() -> None:
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", (ROOT / "tests" / "README.md").read_text())
+    code = {file.stem: file.read_text() for file in (ROOT / "tests").rglob("test_*.py")}
+    missing = [f"{file}::{test}" for file, test in named if f"def {test}(" not in code.get(file, "")]
+    assert len(named) > 20 and not missing
+
+
 def test_code_cites_pages_that_exist() -> None:
     for file in [*ROOT.glob("acckv/**/*.py"), *ROOT.glob("lightning_modules/**/*.py"), *ROOT.glob("tests/**/*.py")]:
         for page in re.findall(r"docs/[\w-]+\.md", file.read_text(encoding="utf-8")):
