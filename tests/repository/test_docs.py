@@ -192,10 +192,9 @@ def every_option(options_of: Callable[..., set[str]]) -> set[str]:
     known = {"--nproc_per_node", "--model_args"}  # of torchrun and lmms-eval
     for script, subcommands in SUBCOMMANDS.items():
         known |= options_of(script).union(*(options_of(script, name) for name in subcommands))
-    for file in sorted(ROOT.glob("benchmarks/*.py")) + sorted(ROOT.glob("acckv/tiny/*.py")):
-        if "argparse" in file.read_text(encoding="utf-8") and '__name__ == "__main__"' in file.read_text(
-            encoding="utf-8"
-        ):
+    for file in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("benchmarks/*/__main__.py"), *ROOT.glob("acckv/tiny/*.py")]:
+        text = file.read_text(encoding="utf-8")
+        if "argparse" in text and (file.stem == "__main__" or '__name__ == "__main__"' in text):
             known |= options_of(".".join(file.relative_to(ROOT).with_suffix("").parts))
     return known
 
