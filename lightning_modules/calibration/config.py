@@ -16,6 +16,7 @@ from acckv.data.media_options import MediaOptions
 from acckv.errors import InputError
 from acckv.method.weights import WEIGHT_GROUPS
 
+GeneralBy = Literal["context", "random_text"]
 Divergence = Literal["forward", "reverse"]
 Features = Literal["hidden", "attention"]
 CacheKind = Literal["nothing", "embeddings", "prefill"]
@@ -43,10 +44,10 @@ class CalibrationConfig:
         compression: options of the preset that are to be others, such as ``{integration: true}``.
         calibrate_for: what is trained for. 'task': answers to the data's questions; what none of them asks about is
             not kept. 'general': whatever can be asked, without questions: a stretch of each clip's own context is fed
-            in again, and the model is to read it as it does with the full cache. 'mixed': some steps each.
-        repeated_tokens: tokens of each clip that a step of 'general' feeds in again.
-        repeated_words: count the next words that the model expects in what is fed in again, too, and not its layers'
-            features alone: of use where a clip's embeddings are those of words, as with a plain decoder.
+            in again, to be read as with the full cache. 'mixed': both.
+        general_by: 'context' is that; 'random_text' asks questions of random words without answers in its place.
+        repeated_tokens: length of that stretch.
+        repeated_words: match the next words there, too, not features alone: for embeddings that are those of words.
         mixed_share: share of the steps of 'mixed' that are 'general' ones.
         divergence: loss over words. 'forward' is KL(teacher || student): the student covers all that the teacher may
             say. 'reverse' is KL(student || teacher): it says nothing that the teacher would not.
@@ -99,6 +100,7 @@ class CalibrationConfig:
     preset: str = "context"
     compression: dict[str, Any] | None = None
     calibrate_for: Objective = "task"
+    general_by: GeneralBy = "context"
     repeated_tokens: int = 128
     repeated_words: bool = False
     mixed_share: float = 0.5
@@ -135,7 +137,8 @@ class CalibrationConfig:
     @property
     def repeated_share(self) -> float:
         """Share of the steps that feed the context in again, in place of questions."""
-        return {"task": 0.0, "general": 1.0, "mixed": self.mixed_share}[self.calibrate_for]
+        shares = {"task": 0.0, "general": 1.0, "mixed": self.mixed_share}
+        return shares[self.calibrate_for] if self.general_by == "context" else 0.0
 
     @property
     def low_ratio_below(self) -> float:
@@ -144,9 +147,8 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         share, part, positive = (0, 1, "(]"), (0, 1, "[)"), (0, math.inf, "()")
-        ranges: dict[str, tuple[float, float, str]] = {
-            name: share for name in ("ratio_min", "ratio_max", "anneal_fraction")
-        }
+        ranges: dict[str, tuple[float, float, str]]
+        ranges = {name: share for name in ("ratio_min", "ratio_max", "anneal_fraction")}
         ranges |= {name: part for name in ("full_cache_probability", "low_ratio_share")}
         ranges |= {"mixed_share": (0, 1, "()"), "repeated_tokens": (1, math.inf, "[)")}
         ranges |= {name: positive for name in ("ratio_power", "temperature_end", "temperature_start")}
@@ -158,8 +160,7 @@ class CalibrationConfig:
             if name not in WEIGHT_GROUPS:
                 raise InputError(f"{name!r} is not one of {', '.join(WEIGHT_GROUPS)}", field="model.trainable")
         if self.repeated_share and not self.repeated_words and self.feature_loss is None:
-            message = "is off, and features are all that is matched in what is fed in again; set feature_loss or this"
-            raise InputError(message, field="model.repeated_words")
+            raise InputError("is off, and features are matched alone; set feature_loss", field="model.repeated_words")
         if not self.trainable and self.lora_rank <= 0:
             raise InputError("is empty, and there is no LoRA either", field="model.trainable")
         if self.temperature_end > self.temperature_start:
@@ -182,6 +183,7 @@ class DataConfig(MediaOptions):
         base_model: model whose processor encodes the clips; linked to the model's by train.py.
         when: point of compression; linked to the model's.
         calibrate_for: linked to the model's; with 'general' nothing is asked about the training clips.
+        general_by: linked to the model's.
         source: origin of the clips: 'clips' generates clips with questions on first use; 'music_avqa' reads your own;
             'folder' takes plain videos and lets the model, with its full cache, answer `prompts` about each of them
             once; 'precomputed' takes embeddings of your own towers for a plain decoder; 'benchmark' takes two splits of
@@ -229,6 +231,7 @@ class DataConfig(MediaOptions):
     base_model: str = "tiny"
     when: When = "context"
     calibrate_for: Objective = "task"
+    general_by: GeneralBy = "context"
     source: Source = "clips"
     train_clips: int = 768
     validation_clips: int = 24
@@ -267,6 +270,8 @@ class DataConfig(MediaOptions):
         _check_ranges("data", vars(self), ranges)
         if self.prompts is not None and not all(prompt.strip() for prompt in self.prompts or [""]):
             raise InputError("holds an empty prompt, or none", field="data.prompts")
+        if self.general_by == "random_text" and self.when == "prompt":
+            raise InputError("is 'random_text', which is asked after the compression", field="model.general_by")
         needed = {
             "clips": (),
             "music_avqa": ("train_questions", "validation_questions"),
@@ -342,5 +347,6 @@ def check_trainer(trainer: Any) -> None:
             field="trainer.precision",
         )
     if isinstance(plugin, DoublePrecision):
-        message = "is 64-true; take 32-true, bf16-mixed, 16-mixed, bf16-true or 16-true"
-        raise InputError(message, field="trainer.precision")
+        raise InputError(
+            "is 64-true; take 32-true, bf16-mixed, 16-mixed, bf16-true or 16-true", field="trainer.precision"
+        )

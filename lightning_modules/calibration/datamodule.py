@@ -19,6 +19,7 @@ from acckv.models import load_processor
 from lightning_modules.calibration.clip_cache import ClipCache
 from lightning_modules.calibration.config import DataConfig
 from lightning_modules.calibration.dataset import ClipDataset, ClipLoader, StepSampler
+from lightning_modules.calibration.random_text import RandomText
 from lightning_modules.calibration.sources import ClipSource
 
 
@@ -69,7 +70,10 @@ class AVDataModule(LightningDataModule):
         read = partial(read_clip, read_media=partial(read_record_media, **options.limits()))
         for split in ("train", "validation"):
             drawn = options.when, options.questions_per_clip, options.seed
-            self.datasets[split] = ClipDataset(split, self.records(split), processor, *drawn, read)
+            by_text = split == "train" and options.calibrate_for != "task" and options.general_by == "random_text"
+            text = RandomText(processor, options.seed) if by_text else None
+            asks_records = not (by_text and options.calibrate_for == "general")
+            self.datasets[split] = ClipDataset(split, self.records(split), processor, *drawn, read, text, asks_records)
         self.clip_cache = ClipCache(
             options.cache if options.when == "context" else "nothing",
             options.teacher_top_p,

@@ -19,6 +19,7 @@ from acckv.data.records import ClipKey, Record
 from acckv.errors import InputError, or_error
 from acckv.models.clips import Media, PrecomputedClip
 from lightning_modules.calibration.clip_cache import ClipCache, ClipName
+from lightning_modules.calibration.random_text import RandomText
 
 Visit = tuple[int, list[int]]
 """A step, and the clips of a batch that it visits."""
@@ -66,6 +67,8 @@ class ClipDataset(Dataset["CalibrationBatch | InputError"]):
         questions_per_clip: drawn for each visit of a clip; 0 takes all.
         seed: of the draws.
         read: reads a clip.
+        random_text: asks about each clip, too; None for the records alone.
+        asks_records: False leaves the questions of the records out.
     """
 
     def __init__(
@@ -77,6 +80,8 @@ class ClipDataset(Dataset["CalibrationBatch | InputError"]):
         questions_per_clip: int = 0,
         seed: int = 0,
         read: Callable[[Record], Media | PrecomputedClip] = read_clip,
+        random_text: RandomText | None = None,
+        asks_records: bool = True,
     ) -> None:
         by_clip: dict[ClipKey, list[Record]] = {}
         for record in records:
@@ -84,6 +89,7 @@ class ClipDataset(Dataset["CalibrationBatch | InputError"]):
         self.split, self.clips = split, list(by_clip.values())
         self.processor, self.when, self.read = processor, when, read
         self.questions_per_clip, self.seed = questions_per_clip, seed
+        self.random_text, self.asks_records = random_text, asks_records
         self._questions: dict[int, list[Question]] = {}  # in tokens, made on the first visit
 
     def __len__(self) -> int:
@@ -109,7 +115,8 @@ class ClipDataset(Dataset["CalibrationBatch | InputError"]):
         every, drawn, places, records = [], [], [], []
         for clip in clips:
             generator = np.random.default_rng((self.seed, number, clip))
-            order = generator.permutation(len(self.clips[clip])).tolist()
+            asked = self.clips[clip] if self.when == "prompt" else self.questions(clip)
+            order = generator.permutation(len(asked)).tolist()
             places.append(generator.random())
             if self.when == "prompt":
                 record = self.clips[clip][order[0]]
@@ -133,7 +140,8 @@ class ClipDataset(Dataset["CalibrationBatch | InputError"]):
     def questions(self, clip: int) -> list[Question]:
         """All that can be asked about a clip."""
         if clip not in self._questions:
-            self._questions[clip] = [self._question(record) for record in self.clips[clip]]
+            own = [self._question(record) for record in self.clips[clip]] if self.asks_records else []
+            self._questions[clip] = own + (self.random_text.questions(clip) if self.random_text else [])
         return self._questions[clip]
 
     def _question(self, record: Record) -> Question:

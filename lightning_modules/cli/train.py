@@ -42,7 +42,7 @@ ROOT = "runs/calib"
 #: Of a checkpoint: the options of the model and of the data.
 SAVED = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
 #: Options of the data that are linked to the model's.
-LINKED = ("base_model", "when", "calibrate_for", "dtype", "load_options")
+LINKED = ("base_model", "when", "calibrate_for", "general_by", "dtype", "load_options")
 
 
 class SaveRunConfig(SaveConfigCallback):

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from acckv import InputError, KVCompressor
+from acckv.data.batching import pack_questions
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.method.modality import ModalityMap
 from acckv.models.batching import DecoderInputs
 from acckv.runtime.context_reconstruction import REPEAT_PROMPT, drawn_window
 from lightning_modules.calibration.config import CalibrationConfig
 from lightning_modules.calibration.losses import outputs_of
+from lightning_modules.calibration.random_text import QUESTIONS
 from lightning_modules.calibration.schedule import Schedule
 from tests.calibration.runs import clip_data, configured, fit, trained
 from tests.cli.test_configs import run_script
@@ -55,7 +57,7 @@ def test_steps_of_each_kind() -> None:
     assert sum(kinds(calibrate_for="mixed", mixed_share=0.3)) == 3
     with pytest.raises(InputError, match=r"model\.mixed_share: 1\.0 is not above 0 and below 1"):
         CalibrationConfig(mixed_share=1.0)
-    with pytest.raises(InputError, match=r"model\.repeated_words: is off, and features are all"):
+    with pytest.raises(InputError, match=r"model\.repeated_words: is off, and features are matched alone"):
         CalibrationConfig(calibrate_for="mixed", feature_loss=None)
     with pytest.raises(InputError, match=r"model\.repeated_tokens: 0 is not at least 1"):
         CalibrationConfig(repeated_tokens=0)
@@ -151,6 +153,25 @@ def test_tokens_of_both_kinds_are_joined() -> None:
     other = DecoderInputs(torch.zeros(1, 2, 3), torch.tensor([[2, 3]]), labels)
     for joined, expected in ((one.followed_by(other), [1, 1, 0, 0]), (other.followed_by(one), [0, 0, 1, 1])):
         assert joined.others["deep"][0, :, 0].tolist() == joined.embeds[0, :, 0].tolist() == expected
+
+
+def test_random_words_are_asked_in_place_of_questions_or_among_them(cache: Path) -> None:
+    """Of every training clip the same ones at each visit; all their tokens count. Validation asks the data's."""
+    asked = {}
+    for objective in ("task", "general", "mixed"):
+        data = clip_data(cache, calibrate_for=objective, general_by="random_text", questions_per_clip=4)
+        data.setup()
+        first, again = (data.datasets["train"].batch(number, [0, 1]) for number in (0, 9))
+        assert first.every == again.every and all(len(drawn) == 4 for drawn in first.drawn)
+        asked[objective] = first.every[0]
+        assert data.datasets["validation"].batch(0, [0]).every[0][0].first > 0
+    assert asked["mixed"] == asked["task"] + asked["general"] and len(asked["general"]) == QUESTIONS
+    assert len({question.ids for question in asked["general"]}) == QUESTIONS
+    packed = pack_questions([asked["general"][:2]])
+    assert int((packed.weight > 0).sum()) == sum(len(question.ids) - 1 for question in asked["general"][:2])
+    assert CalibrationConfig(calibrate_for="general", general_by="random_text").repeated_share == 0
+    with pytest.raises(InputError, match=r"model\.general_by: is 'random_text', which is asked after the compression"):
+        clip_data(cache, when="prompt", general_by="random_text")
 
 
 def test_a_mixed_run_goes_on_as_if_it_had_never_stopped(cache: Path, tmp_path: Path) -> None:
