@@ -12,7 +12,7 @@ from acckv.errors import InputError
 from acckv.method.budgets import allocate, share_out, split_heads, split_layer, total_budget
 from acckv.method.heads import join_heads, join_scores, one_head
 from acckv.method.modality import ModalityMap
-from acckv.method.plan import LayerPlan, LayerScore
+from acckv.method.plan import LayerInputs, LayerPlan, LayerScore
 from acckv.method.scoring import Observation
 from acckv.method.topk import soft_topk
 from acckv.policies import Policy
@@ -212,7 +212,7 @@ class Planner:
                 score, budget, own = scores[layer].to(device), split[:, layer].to(device), labels.to(device)
                 if budget.ndim == 2 and heads > 1:
                     budget = split_heads(score.score, _members([own], True), budget, soft_topk(temperature))
-                plans.append(self.policy.plan(layer, score, seen, own, budget, temperature))
+                plans.append(self.policy.plan(LayerInputs(layer, score, seen, own, budget, temperature)))
             return plans
         device = scores[0].score.device
         available = heads * labels.counts().sum(-1, keepdim=True).expand(-1, layers)
@@ -250,14 +250,14 @@ class Planner:
             by_head = score.score.to(device).expand(-1, max(score.score.shape[1], self.heads(kv_heads)), -1)
             score = LayerScore(by_head, score.modality_shares)
             split = self.split(layer, score, budget, labels, ratio).cpu()
-            return self.policy.plan(layer, score, observation, labels[0], split)
+            return self.policy.plan(LayerInputs(layer, score, observation, labels[0], split))
         alone = [one_head(observation, head, one.host.real) for head, one in enumerate(labels)]
         heads = list(zip(policies, alone, labels, strict=True))
         scores = [policy.score(layer, seen, own).on_host() for policy, seen, own in heads]
         split = self.split(layer, join_scores(scores), budget, labels, ratio)
         return join_heads(
             [
-                policy.plan(layer, scores[head], seen, own, split[:, head])
+                policy.plan(LayerInputs(layer, scores[head], seen, own, split[:, head]))
                 for head, (policy, seen, own) in enumerate(heads)
             ]
         )

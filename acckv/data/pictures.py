@@ -96,7 +96,11 @@ class PictureConverter:
             width, height = max(2, round(width * scale)), max(2, round(height * scale))
         if self._size is not None:
             height, width = self._size[::-1] if orientation.transpose else self._size
-        pixels = orientation.apply(self._scaled(frame, width, height))
+        try:
+            scaled = self._scaler.reformat(frame, width=width, height=height, format="rgb24").to_ndarray()
+        except (av.FFmpegError, ValueError) as error:
+            raise InputError(f"a picture cannot be converted ({error})", source=self.source) from error
+        pixels = orientation.apply(scaled)
         self._size = pixels.shape[0], pixels.shape[1]
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
@@ -115,9 +119,3 @@ class PictureConverter:
         if abs(b) + abs(c) > abs(a) + abs(d):
             return Orientation(True, c < 0, b < 0)
         return Orientation(False, a < 0, d < 0)
-
-    def _scaled(self, frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
-        try:
-            return self._scaler.reformat(frame, width=width, height=height, format="rgb24").to_ndarray()
-        except (av.FFmpegError, ValueError) as error:
-            raise InputError(f"a picture cannot be converted ({error})", source=self.source) from error

@@ -40,6 +40,25 @@ class LayerScore:
 
 
 @dataclass(frozen=True)
+class LayerInputs:
+    """All that one layer's plan is made from.
+
+    Args:
+        layer: its number; score: of its entries, its shares on the CPU where the budgets are whole.
+        budgets: ``[B, 2]`` or by head ``[B, K, 2]`` entries to keep of each modality, merged ones included; the last
+            axis is 1 for one top-k over both. Whole ones are on the CPU.
+        temperature: None for the hard selection that is shipped, above 0 for its differentiable twin.
+    """
+
+    layer: int
+    score: LayerScore
+    observation: Observation
+    labels: ModalityMap
+    budgets: Tensor
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
 class AlignmentRule:
     """AccKV step 4 in one layer: drop below `threshold` where `drop`, and add ``weight * c`` to the score.
 
@@ -126,28 +145,17 @@ class LayerPlan:
         return keys, values, torch.cat([gates[..., :length], gates[..., length:] + self.merged_bias], dim=-1)
 
 
-def plan_layer(
-    layer: LayerScore,
-    observation: Observation,
-    labels: ModalityMap,
-    budgets: Tensor,
-    temperature: float | None = None,
-    merge: MergeRule | None = None,
-    align: AlignmentRule | None = None,
-) -> LayerPlan:
+def plan_layer(given: LayerInputs, merge: MergeRule | None = None, align: AlignmentRule | None = None) -> LayerPlan:
     """Decide for every entry of one layer.
 
     Args:
-        budgets: ``[B, 2]`` or by head ``[B, K, 2]`` entries to keep of each modality, merged ones included (``[B, 1]``
-            or ``[B, K, 1]`` for one top-k over both). Whole ones are on the CPU, as is then `layer.modality_shares`.
-        temperature: None for the hard selection that is shipped, above 0 for its differentiable twin.
         merge, align: None where the step is off.
     """
-    if temperature is not None:
-        return _plan(layer, observation, labels, budgets, soft_topk(temperature), merge, align)
-    plan = _plan(layer, observation, labels, budgets, hard_topk, merge, align)
-    kept = (budgets if budgets.ndim == 3 else budgets[:, None]).sum(-1) + labels.host.text.sum(-1, keepdim=True)
-    return replace(plan, kept=alike(kept))
+    if given.temperature is not None:
+        return _plan(given, soft_topk(given.temperature), merge, align)
+    plan, budgets = _plan(given, hard_topk, merge, align), given.budgets
+    text = given.labels.host.text.sum(-1, keepdim=True)
+    return replace(plan, kept=alike((budgets if budgets.ndim == 3 else budgets[:, None]).sum(-1) + text))
 
 
 def alike(kept: Tensor) -> Tensor:
@@ -155,19 +163,12 @@ def alike(kept: Tensor) -> Tensor:
     return kept[:, 0] if bool((kept == kept[:, :1]).all()) else kept
 
 
-def _plan(
-    layer: LayerScore,
-    observation: Observation,
-    labels: ModalityMap,
-    budgets: Tensor,
-    to_gates: LogGates,
-    merge: MergeRule | None,
-    align: AlignmentRule | None,
-) -> LayerPlan:
-    score, keys, values = layer.score, observation.keys, observation.values
+def _plan(given: LayerInputs, to_gates: LogGates, merge: MergeRule | None, align: AlignmentRule | None) -> LayerPlan:
+    observation, labels, budgets, shares = given.observation, given.labels, given.budgets, given.score.modality_shares
+    score, keys, values = given.score.score, observation.keys, observation.values
     members = labels.by_modality
     always = labels.text_gates
-    if layer.modality_shares is None:
+    if shares is None:
         by_row = budgets if budgets.ndim == 2 else budgets[..., 0]
         log_gates = torch.maximum(always, to_gates(score, labels.media[:, None], by_row))
         return _without_merging(log_gates, keys, values)
@@ -176,7 +177,7 @@ def _plan(
     split = by_head.to(score.dtype).expand(-1, score.shape[1], -1)
     counts = labels.counts()[:, None].to(split.device)
     if align is not None:
-        score, split = _align(score, keys, observation.key_scale, labels, split, layer.modality_shares, to_gates, align)
+        score, split = _align(score, keys, observation.key_scale, labels, split, shares, to_gates, align)
         counts = counts.to(split.device)
     # A merged entry takes the place of one kept entry; it needs two places and something to average.
     merging = (split >= 2) & (split < counts) if merge is not None else torch.zeros_like(split, dtype=torch.bool)

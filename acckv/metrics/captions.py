@@ -104,7 +104,7 @@ class CaptionScores(Metric):
         return scores | {"cider": torch.tensor(_cider(predictions, references))} if self.cider else scores
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        if not self.lines:  # torchmetrics would send a float, which does not fit what the other processes send
+        if len(self.lines) == 0:  # torchmetrics would send a float, which does not fit what the other processes send
             self.lines = [torch.zeros(0, dtype=torch.uint8, device=self.device)]
         super()._sync_dist(*args, **kwargs)
 

@@ -66,8 +66,7 @@ def load_model(
         InputError: unknown dtype or option, options that contradict each other, unreadable checkpoint, or a model of no
             family.
     """
-    options = check_load_options(load_options)
-    _check_dtype(dtype)
+    options = _checked(load_options, dtype)
     if attn_implementation is not None and "attn_implementation" in options:
         raise InputError("is given twice", field="load_options.attn_implementation")
     if device is not None and "device_map" in options:
@@ -106,8 +105,7 @@ def load_processor(
     Raises:
         InputError: unreadable checkpoint, or a model of no family.
     """
-    options = check_load_options(load_options)
-    _check_dtype(dtype)
+    options = _checked(load_options, dtype)
     name = TINY_MODEL if name == "tiny" else name
     source = {option: options[option] for option in SOURCE_OPTIONS if option in options}
     with _readable(name):
@@ -124,12 +122,14 @@ def load_processor(
     return TextProcessor(tokenizer, decoder.hidden_size, DTYPES.get(dtype, stored))
 
 
-def check_load_options(options: LoadOptions | None) -> dict[str, Any]:
+def _checked(options: LoadOptions | None, dtype: str) -> dict[str, Any]:
     """The options as a dictionary of their own.
 
     Raises:
-        InputError: it is no mapping of names, or repeats what has an option beside it.
+        InputError: it is no mapping of names, or repeats what has an option beside it; or an unknown dtype.
     """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"{dtype!r} is not one of {', '.join(DTYPES)}, auto", field="dtype")
     if options is None:
         return {}
     if not isinstance(options, Mapping) or not all(isinstance(option, str) for option in options):
@@ -140,11 +140,6 @@ def check_load_options(options: LoadOptions | None) -> dict[str, Any]:
     if options.get("output_loading_info"):
         raise InputError("is of no use here", field="load_options.output_loading_info")
     return dict(options)
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"{dtype!r} is not one of {', '.join(DTYPES)}, auto", field="dtype")
 
 
 def _config(name: str | Path, options: dict[str, Any], family: Family | None) -> tuple[PreTrainedConfig, Family]:

@@ -13,7 +13,7 @@ from acckv.config import from_options
 from acckv.errors import InputError
 from acckv.method.budgets import focus
 from acckv.method.modality import ModalityMap
-from acckv.method.plan import AlignmentRule, LayerPlan, LayerScore, MergeRule, plan_layer
+from acckv.method.plan import AlignmentRule, LayerInputs, LayerPlan, LayerScore, MergeRule, plan_layer
 from acckv.method.scoring import (
     Observation,
     heavy_hitter_score,
@@ -119,18 +119,10 @@ class AccKV(Policy):
         score = standardise(self.shared(signals[self.signal]), labels)
         return LayerScore(score, self._measured_shares(signals, labels))
 
-    def plan(
-        self,
-        layer: int,
-        score: LayerScore,
-        observation: Observation,
-        labels: ModalityMap,
-        budget: Tensor,
-        temperature: float | None = None,
-    ) -> LayerPlan:
+    def plan(self, given: LayerInputs) -> LayerPlan:
         merge = MergeRule() if self.integration else None
         align = AlignmentRule(self.alignment_threshold) if self.cross_calibration else None
-        return plan_layer(score, observation, labels, budget, temperature, merge, align)
+        return plan_layer(given, merge, align)
 
     def _signals(self, observation: Observation, labels: ModalityMap, gamma: Tensor | float) -> dict[str, Tensor]:
         """The scores that the options ask for, by name, each ``[B, K, N]``.
@@ -191,24 +183,16 @@ class CalibratedAccKV(AccKV):
             score = standardise(torch.addcmul(score, price, held, value=-1), labels, widest=1.0)
         return LayerScore(score, self._measured_shares(signals, labels))
 
-    def plan(
-        self,
-        layer: int,
-        score: LayerScore,
-        observation: Observation,
-        labels: ModalityMap,
-        budget: Tensor,
-        temperature: float | None = None,
-    ) -> LayerPlan:
-        weights = self.weights.layer(layer, observation.keys.device)
+    def plan(self, given: LayerInputs) -> LayerPlan:
+        weights = self.weights.layer(given.layer, given.observation.keys.device)
         merge = MergeRule(weights.merge_bias, weights.merge_gain) if self.integration else None
         threshold: Tensor | float = self.alignment_threshold
         if self.cross_calibration:
             threshold = threshold + weights.alignment_threshold
         # Cosines span 2, standardised scores about 6: a third of the temperature is as soft for them.
-        softness = (temperature or 0.0) / 3
+        softness = (given.temperature or 0.0) / 3
         align = AlignmentRule(threshold, weights.alignment_weight, self.cross_calibration, softness)
-        return plan_layer(score, observation, labels, budget, temperature, merge, align)
+        return plan_layer(given, merge, align)
 
     def _all_signals(self, weights: LayerWeights, observation: Observation, labels: ModalityMap) -> dict[str, Tensor]:
         """The scores that the learned mix reads, by name, each ``[B, K, N]``."""

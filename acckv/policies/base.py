@@ -13,7 +13,7 @@ from torch import Tensor
 from acckv.config import check_options, option_fields
 from acckv.errors import InputError
 from acckv.method.modality import ModalityMap
-from acckv.method.plan import LayerPlan, LayerScore, plan_layer
+from acckv.method.plan import LayerInputs, LayerPlan, LayerScore, plan_layer
 from acckv.method.scoring import Observation
 from acckv.method.weights import CalibratedWeights
 
@@ -146,22 +146,9 @@ class Policy(ABC):
         """
         raise self._learns_nothing()
 
-    def plan(
-        self,
-        layer: int,
-        score: LayerScore,
-        observation: Observation,
-        labels: ModalityMap,
-        budget: Tensor,
-        temperature: float | None = None,
-    ) -> LayerPlan:
-        """The plan of one layer: the entries of largest score, unless overridden.
-
-        Args:
-            budget: ``[B, 2]`` or ``[B, K, 2]`` entries by modality; the last axis is 1 for one top-k over both.
-            temperature: None for the hard selection that is shipped, above 0 for its differentiable twin.
-        """
-        return plan_layer(score, observation, labels, budget, temperature)
+    def plan(self, given: LayerInputs) -> LayerPlan:
+        """The plan of one layer: the entries of largest score, unless overridden."""
+        return plan_layer(given)
 
     def shared(self, score: Tensor) -> Tensor:
         """The mean of a score over KV heads where one selection serves all of a layer's."""

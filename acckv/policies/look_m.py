@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acckv.method.modality import ModalityMap
-from acckv.method.plan import LayerPlan, LayerScore, MergedInto
-from acckv.method.scoring import QUERY_CHUNK, Observation
+from acckv.method.plan import LayerInputs, LayerPlan, MergedInto
+from acckv.method.scoring import QUERY_CHUNK
 from acckv.policies.h2o import H2O
 from acckv.policies.registry import register_policy
 
@@ -26,19 +25,11 @@ class LookM(H2O):
     for good, so they merge nothing.
     """
 
-    def plan(
-        self,
-        layer: int,
-        score: LayerScore,
-        observation: Observation,
-        labels: ModalityMap,
-        budget: Tensor,
-        temperature: float | None = None,
-    ) -> LayerPlan:
-        plan = super().plan(layer, score, observation, labels, budget, temperature)
-        keys, values = observation.keys, observation.values
+    def plan(self, given: LayerInputs) -> LayerPlan:
+        plan = super().plan(given)
+        keys, values = given.observation.keys, given.observation.values
         stays = torch.isfinite(plan.log_gates).expand(keys.shape[:3])
-        media = labels.media[:, None]
+        media = given.labels.media[:, None]
         return replace(plan, merged_into=pivotal_merging(keys, values, stays & media, ~stays & media))
 
 

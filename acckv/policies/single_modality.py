@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from acckv.errors import InputError
 from acckv.method.modality import COMPRESSED, Modality, ModalityMap
-from acckv.method.plan import LayerPlan, LayerScore
+from acckv.method.plan import LayerInputs, LayerPlan, LayerScore
 from acckv.method.scoring import Observation
 from acckv.policies.base import Policy
 
@@ -41,17 +40,9 @@ class EvictedModality(Policy):
     def score(self, layer: int, observation: Observation, labels: ModalityMap) -> LayerScore:
         return LayerScore((labels.labels != self.modality).float()[:, None], None)
 
-    def plan(
-        self,
-        layer: int,
-        score: LayerScore,
-        observation: Observation,
-        labels: ModalityMap,
-        budget: Tensor,
-        temperature: float | None = None,
-    ) -> LayerPlan:
+    def plan(self, given: LayerInputs) -> LayerPlan:
         """The plan that keeps text and the other modality; the budget counts for nothing."""
+        labels, keys, values = given.labels, given.observation.keys, given.observation.values
         gates = torch.zeros(labels.labels.shape, device=labels.labels.device)
         gates = gates.masked_fill((labels.labels == self.modality) | ~labels.real, -torch.inf)[:, None]
-        keys, values = observation.keys, observation.values
         return LayerPlan(gates, keys[:, :, :0], values[:, :, :0], gates.new_zeros(*keys.shape[:2], 0))

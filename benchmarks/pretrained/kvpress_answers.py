@@ -16,6 +16,7 @@ from typing import Any
 import kvpress
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging
 
 #: By how the heads of a layer share its entries: each as many, or one ranking over all of them. KVzip's joint ranking
 #: goes over the layers too.
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--press", choices=PRESSES, required=True)
     parser.add_argument("--ratios", required=True, help="kept shares, separated by commas")
     given = parser.parse_args()
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(given.decoder)
     model = AutoModelForCausalLM.from_pretrained(given.decoder, dtype=torch.float32, attn_implementation="sdpa").eval()
     ends = model.generation_config.eos_token_id

@@ -64,7 +64,8 @@ def measure_press(given: Measurement, kind: str, press: str, ratios: Sequence[fl
     limit = longest_answer(kind, given.clips, size, tokenizer)
     clips = write_tokens(file, kind, given.clips, size, limit, tokenizer)
     by_ratio = {cell.ratio: cell for cell in cells}
-    command = [str(python), str(SCRIPT), str(given.decoder.resolve()), str(file.resolve()), "--press", press]
+    # -I: nothing that this process was told to import from.
+    command = [str(python), "-I", str(SCRIPT), str(given.decoder.resolve()), str(file.resolve()), "--press", press]
     command += ["--ratios", ",".join(f"{ratio:g}" for ratio in by_ratio)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():

@@ -10,6 +10,7 @@ from acckv.method.budgets import allocate, focus, round_exactly
 from acckv.method.modality import ModalityMap
 from acckv.method.plan import (
     AlignmentRule,
+    LayerInputs,
     LayerPlan,
     LayerScore,
     MergedInto,
@@ -84,7 +85,7 @@ def slow_aligned(
 def test_alignment_of_a_layer(seed: int, rule: AlignmentRule) -> None:
     score, seen, labels = layer(seed)
     budgets = torch.tensor([[2, 3], [4, 1]])
-    plan = plan_layer(score, seen, labels, budgets, align=rule)
+    plan = plan_layer(LayerInputs(0, score, seen, labels, budgets), align=rule)
     for row, kinds in enumerate(LABELS.tolist()):
         text = {entry for entry, kind in enumerate(kinds) if kind == 0}
         for head in range(KV_HEADS):
@@ -100,7 +101,7 @@ def test_an_entry_exactly_at_the_threshold_is_aligned() -> None:
     seen = Observation(**vars(seen) | {"keys": keys, "values": keys, "real": labels.real})
     score = LayerScore(torch.tensor([[[2.0, 1.0, 0.0, 1.0]]]), torch.tensor([[0.6, 0.4]]))
     for threshold, expected in ((0.0, [0, 1, 2]), (1e-6, [0, 1, 3]), (-1.0, [0, 2, 3])):
-        plan = plan_layer(score, seen, labels, torch.tensor([[1, 2]]), align=AlignmentRule(threshold))
+        plan = plan_layer(LayerInputs(0, score, seen, labels, torch.tensor([[1, 2]])), align=AlignmentRule(threshold))
         assert plan.log_gates[0, 0].eq(0).nonzero().flatten().tolist() == expected
 
 
@@ -113,7 +114,7 @@ def test_soft_alignment_of_a_layer(shared: bool, budgets: list[list[float]]) -> 
     score = LayerScore(score.score[:, :heads], score.modality_shares)
     rule, soft = AlignmentRule(torch.tensor(0.1), weight=0.7, softness=0.2), soft_topk(0.3)
     split = torch.tensor(budgets)
-    plan = plan_layer(score, seen, labels, split, 0.3, align=rule)
+    plan = plan_layer(LayerInputs(0, score, seen, labels, split, 0.3), align=rule)
     for row, kinds in enumerate(LABELS):
         first = int(not_none(score.modality_shares)[row].argmax())
         high, low = kinds == first + 1, kinds == 2 - first
@@ -140,7 +141,7 @@ def test_heads_that_share_a_score_align_by_their_mean() -> None:
     score, seen, labels = layer(0)
     shared = LayerScore(score.score[:, :1], score.modality_shares)
     rule = AlignmentRule(9.0, weight=2.0, drop=False)
-    plan = plan_layer(shared, seen, labels, torch.tensor([[2, 3], [4, 1]]), align=rule)
+    plan = plan_layer(LayerInputs(0, shared, seen, labels, torch.tensor([[2, 3], [4, 1]])), align=rule)
     assert plan.log_gates.shape == (2, 1, 10)
     high = best({entry: float(score.score[0, 0, entry]) for entry in (1, 2, 3, 9)}, 2)
     moved = {}
@@ -156,7 +157,7 @@ def test_a_merged_entry_takes_a_place_of_two_or_more(split: list[int]) -> None:
     """It is the mean of what its modality loses, with the gain of its head; nothing is merged where all is kept."""
     score, seen, labels = layer(1)
     bias, gain = torch.tensor([[0.1, 0.2], [0.3, 0.4]]), torch.tensor([[0.5, -0.5], [1.0, 0.0]])
-    plan = plan_layer(score, seen, labels, torch.tensor([split, split]), None, MergeRule(bias, gain))
+    plan = plan_layer(LayerInputs(0, score, seen, labels, torch.tensor([split, split])), MergeRule(bias, gain))
     assert torch.equal(plan.merged_bias, bias.expand(2, -1, -1))
     for row, kinds in enumerate(LABELS.tolist()):
         for head in range(KV_HEADS):
@@ -245,7 +246,7 @@ def test_entries_keep_the_type_of_the_cache() -> None:
     """Weights are float32, a cache may be half: what is merged is computed in the one and held in the other."""
     score, seen, labels = layer(2)
     half = Observation(**vars(seen) | {"keys": seen.keys.half(), "values": seen.values.half()})
-    plan = plan_layer(score, half, labels, torch.tensor([[2, 3], [2, 3]]), None, MergeRule())
+    plan = plan_layer(LayerInputs(0, score, half, labels, torch.tensor([[2, 3], [2, 3]])), MergeRule())
     assert plan.merged_keys.dtype == plan.merged_values.dtype == torch.float16
     wide = LayerPlan(plan.log_gates, plan.merged_keys.float(), plan.merged_values.float(), plan.merged_bias)
     keys, values, _ = wide.apply(half.keys, half.values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -63,7 +62,7 @@ def test_card_and_readme_say_what_an_export_keeps() -> None:
 def test_card_names_the_questions_of_its_calibration() -> None:
     kinds = {"Audio/Pitch": 1200, "What is |heard| ?": 300}
     record = CalibrationRecord("questions of train.json", 400, 1500, kinds, 0.02, 0.5, 2400)
-    card = render_card({**CONFIG, "has_weights": True, "calibration": asdict(record)})
+    card = render_card({**CONFIG, "has_weights": True, "calibration": dataclasses.asdict(record)})
     section = card[card.index("## What it was calibrated on") : card.index("**An export keeps")].splitlines()
     assert [line for line in section if line.startswith("| ")] == [
         "| | |",
@@ -77,7 +76,7 @@ def test_card_names_the_questions_of_its_calibration() -> None:
     assert "does not say what it was calibrated on" in render_card({**CONFIG, "has_weights": True})
     assert "is training-free" in render_card(CONFIG)
     with pytest.raises(InputError, match=r"calibration\.kinds: expected an object"):
-        render_card({**CONFIG, "calibration": {**asdict(record), "kinds": ["Audio"]}})
+        render_card({**CONFIG, "calibration": {**dataclasses.asdict(record), "kinds": ["Audio"]}})
 
 
 def test_card_warns_where_the_control_is_near(results: Results) -> None:

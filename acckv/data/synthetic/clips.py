@@ -90,12 +90,11 @@ class ClipSettings:
                 raise InputError(f"{getattr(self, field)!r} is not one of {', '.join(allowed)}", field=field)
         if self.n_clips < 1 + self.swap:
             raise InputError(f"at least {1 + self.swap} needed", field="n_clips")
-        if self.noise < 0:
-            raise InputError("cannot be negative", field="noise")
+        for field in ("noise", "questions_per_clip"):
+            if getattr(self, field) < 0:
+                raise InputError("cannot be negative", field=field)
         if not 0 <= self.descriptions_per_clip <= len(DESCRIPTION_TYPES):
             raise InputError(f"0 to {len(DESCRIPTION_TYPES)} descriptions a clip", field="descriptions_per_clip")
-        if self.questions_per_clip < 0:
-            raise InputError("cannot be negative", field="questions_per_clip")
 
     def script(self, index: int) -> ClipScript:
         """The events of clip `index`, as they are seen and heard."""
