@@ -103,7 +103,9 @@ class PackedEntries:
         empty = torch.arange(self.width) < self.width - self.lengths[..., None]
         ends = self._starts + self.lengths + self.tail
         index = (ends[..., None] - width + torch.arange(width)).clamp_min(0).to(device)
-        return self.keys[index], self.values[index], empty.to(device)
+        # Where no head holds anything, every place is empty.
+        keys, values = (part if len(part) else part.new_zeros(1, part.shape[-1]) for part in (self.keys, self.values))
+        return keys[index], values[index], empty.to(device)
 
     def _copied(self, rows: Tensor | None, room: int) -> PackedEntries:
         lengths = self.lengths if rows is None else self.lengths[rows]

@@ -17,6 +17,7 @@ from acckv.cache.packed import PackedEntries
 from acckv.errors import InputError
 from acckv.method.plan import LayerPlan
 from acckv.runtime.attention import attend_packed, region_mask
+from tests.support import not_none
 
 ROWS, HEADS, GROUPS, SIZE = 2, 3, 2, 4
 
@@ -97,6 +98,13 @@ def test_segments_are_lists_to_which_tokens_are_added(data: st.DataObject) -> No
             assert rectangle.shape[2] == held.widest >= max(map(len, expected))
             assert (empty.sum(-1) + held.lengths).unique().tolist() == [held.widest - held.tail]
     assert all(torch.equal(held.values, -held.keys) for held, _ in alive)
+
+
+def test_rows_that_hold_nothing_are_a_rectangle_of_empty_places() -> None:
+    kept = torch.tensor([[2, 0], [0, 0]])
+    packed = PackedEntries.of(torch.ones(2, 2, 2, SIZE), torch.ones(2, 2, 2, SIZE), kept).select(torch.tensor([1]))
+    keys, values, empty = packed.padded()
+    assert keys.shape == values.shape == (1, 2, 2, SIZE) and bool(empty.all())
 
 
 def test_bytes_held_are_those_of_the_entries_kept() -> None:
@@ -217,17 +225,20 @@ def test_beams_batches_and_further_evictions_are_those_of_the_rectangle(mass: fl
     assert packed.packed is None and packed.keys.shape == (ROWS, HEADS, 3, SIZE)
 
 
-def test_a_branch_leaves_the_entries_of_the_other_alone() -> None:
+def test_branches_leave_the_entries_of_each_other_alone() -> None:
     layer = committed(some_gates())
-    layer.update(*later(1))  # there is room from now on
-    (branch,) = branch_layers([layer])
-    assert isinstance(branch, CompressedLayer) and layer.packed is not None and branch.packed is not None
-    assert branch.packed.keys.data_ptr() == layer.packed.keys.data_ptr()
-    before = as_lists(layer.packed)
-    branch.update(*later(2))
-    assert as_lists(layer.packed) == before and layer.seen + 2 == branch.seen
-    layer.update(*later(4))
-    assert [each[:-4] for each in as_lists(layer.packed)] == before
+    layer.update(*later(3))  # there is room from now on
+    (first,), (second,) = branch_layers([layer]), branch_layers([layer])
+    packed = [not_none(one.packed) for one in (layer, first, second)]
+    assert len({one.keys.data_ptr() for one in packed}) == 1
+    before = as_lists(packed[0])
+    layer.crop(-2)
+    layer.update(*later(1))  # where the others' entries lie
+    first.update(*later(2))
+    second.update(*later(4))
+    for one, cut, added in zip(packed, (2, 0, 0), (1, 2, 4), strict=True):
+        new = later(added)[0].flatten(0, 1)[..., 0].tolist()
+        assert as_lists(one) == [held[: len(held) - cut] + more for held, more in zip(before, new, strict=True)]
 
 
 def test_a_cache_of_an_inference_mode_goes_on_outside_of_it() -> None:

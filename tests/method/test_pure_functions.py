@@ -165,6 +165,8 @@ def test_budgets_are_exact(seed: int, ratio: float, layers: int) -> None:
 def test_round_exactly_gives_largest_remainders_first() -> None:
     amounts = torch.tensor([[1.6, 2.9, 0.5]])
     assert round_exactly(amounts, torch.tensor([5]), torch.tensor([[9, 9, 9]])).tolist() == [[2, 3, 0]]
+    few = torch.tensor([[5.1, 1.9]])
+    assert round_exactly(few, torch.tensor([7]), torch.tensor([[9, 9]])).tolist() == [[5, 2]]
 
 
 def test_absolute_budget() -> None:
