@@ -58,7 +58,7 @@ def _markdown(text: str) -> str:
 
 def _reads(policy: type) -> str:
     """The queries that a policy observes."""
-    rows = getattr(policy, "rows", "none")
+    queries = getattr(policy, "queries", "none")
     names = {
         "none": "keys and values alone",
         "window": "the last queries",
@@ -66,7 +66,7 @@ def _reads(policy: type) -> str:
         "all": "all queries",
         "reconstruction": "queries of the context fed in again",
     }
-    read = names[rows] if isinstance(rows, str) else "queries of the text, or keys alone"
+    read = names[queries] if isinstance(queries, str) else "queries of the text, or keys alone"
     return f"{read}; waits for the last layer" if getattr(policy, "cross_layer", False) else read
 
 

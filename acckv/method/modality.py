@@ -134,18 +134,24 @@ class ModalityMap:
         return self._of_modality[which]
 
     @_made_on_host
+    def segment_offset(self) -> Tensor:
+        """int64 ``[batch, tokens]``: entries before each in its segment, a run of one modality such as a frame."""
+        index = torch.arange(self.labels.shape[1], device=self.labels.device)
+        first = F.pad(self.labels[:, 1:] != self.labels[:, :-1], (1, 0), value=True)
+        return index - torch.where(first, index, 0).cummax(1).values
+
+    @_made_on_host
     def segment_position(self) -> Tensor:
-        """float ``[batch, tokens, 3]``: position of each entry in its segment, a run of one modality such as a frame.
+        """float ``[batch, tokens, 3]``: position of each entry in its segment.
 
         From 0 to 1, with its sine and cosine over one turn. Neither padding nor how long a clip is changes it. In a
         stream, the position among what is left of the segment.
         """
         index = torch.arange(self.labels.shape[1], device=self.labels.device).expand_as(self.labels)
-        first = F.pad(self.labels[:, 1:] != self.labels[:, :-1], (1, 0), value=True)
-        last = F.pad(first[:, 1:], (0, 1), value=True)
-        start = torch.where(first, index, 0).cummax(1).values
+        offset = self.segment_offset
+        last = F.pad(offset[:, 1:] == 0, (0, 1), value=True)
         end = torch.where(last, index, index.shape[1]).flip(1).cummin(1).values.flip(1)
-        position = (index - start + 0.5) / (end - start + 1)
+        position = (offset + 0.5) / (end - index + offset + 1)
         return torch.stack([position, (math.tau * position).sin(), (math.tau * position).cos()], dim=-1)
 
     @_made_on_host

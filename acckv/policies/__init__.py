@@ -14,19 +14,23 @@ from acckv.policies.pyramidkv import PyramidKV
 from acckv.policies.look_m import LookM
 from acckv.policies.fastv import FastV
 from acckv.policies.madakv import MadaKV
+from acckv.policies.tgv_kv import TGVKV
 from acckv.policies.knorm import KNorm
 from acckv.policies.keydiff import KeyDiff
 from acckv.policies.expected_attention import ExpectedAttention
+from acckv.policies.infinipot_v import InfiniPotV
 from acckv.policies.kvzip import KVzip
 from acckv.policies.acckv import AccKV
 
 __all__ = [
     "H2O",
     "POLICIES",
+    "TGVKV",
     "AccKV",
     "ExpectedAttention",
     "FastV",
     "Full",
+    "InfiniPotV",
     "KNorm",
     "KVzip",
     "KeyDiff",
