@@ -10,6 +10,7 @@ from torch import nn
 
 from acckv import export
 from acckv.config import CompressionConfig, HeadBudgets, LoraScope, When
+from acckv.data.asked_questions import AskedQuestions
 from acckv.data.calibration_record import CalibrationRecord
 from acckv.errors import InputError
 from acckv.export import Export, LowRatio
@@ -39,6 +40,8 @@ class KVCompressor(nn.Module):
         source: the export it was loaded from, for messages.
         low_ratio: weights and an adapter of the lowest ratios, where those have their own, or None.
         calibration: what the weights were calibrated on, for the export; None where that is not known.
+        asked: the questions that calibration asked, which tells which others lie outside of them
+            (``compressor.asked.outside([...])``); None where it asked none, or that is not known.
 
     Raises:
         InputError: an unknown policy, an option out of its range, weights for a policy that learns none, or a
@@ -60,6 +63,7 @@ class KVCompressor(nn.Module):
         source: str | None = None,
         low_ratio: LowRatio | None = None,
         calibration: CalibrationRecord | None = None,
+        asked: AskedQuestions | None = None,
     ) -> None:
         super().__init__()
         if low_ratio is not None and lora_scope == "all":
@@ -68,7 +72,7 @@ class KVCompressor(nn.Module):
         self.config = CompressionConfig(ratio, budget, when, head_budgets)
         self.weights, self.lora = weights, lora
         self.lora_scope: LoraScope = lora_scope
-        self.base, self.source, self.calibration = base, source, calibration
+        self.base, self.source, self.calibration, self.asked = base, source, calibration, asked
         self.planners = Planners(self._planner(weights))
         self.low_ratio: LowRatio | None = None
         if low_ratio is not None:
@@ -125,7 +129,7 @@ class KVCompressor(nn.Module):
 
     def _parts(self) -> dict[str, Any]:
         """The arguments that make this compressor, but for the options shared by all policies and the source."""
-        names = ("policy", "weights", "lora", "lora_scope", "base", "low_ratio", "calibration")
+        names = ("policy", "weights", "lora", "lora_scope", "base", "low_ratio", "calibration", "asked")
         return {name: getattr(self, name) for name in names}
 
     def _planner(self, weights: CalibratedWeights | None) -> Planner:

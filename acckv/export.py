@@ -1,5 +1,5 @@
-"""The export: config.json, model.safetensors, adapter/, the same two in low_ratio/, and a model card. No pickle, no
-half-written file."""
+"""The export: config.json, model.safetensors, adapter/, the same two in low_ratio/, asked.json, and a model card. No
+pickle, no half-written file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from acckv.config import CompressionConfig, LoraScope, from_options, option_fields
+from acckv.data.asked_questions import AskedQuestions
 from acckv.data.calibration_record import FIELD, CalibrationRecord
 from acckv.errors import InputError
 from acckv.io.files import whole_folder
 from acckv.io.hub import download, is_hub_id
 from acckv.io.json_files import read_json
+from acckv.io.typed import read_versioned, write_versioned
 from acckv.method.weights import MAY_BE_ABSENT, CalibratedWeights
 from acckv.policies import POLICIES, Policy
 from acckv.report.card import render_card
@@ -25,6 +27,8 @@ from acckv.runtime.lora import LoraWeights
 
 FORMAT = 4
 CONFIG, WEIGHTS, ADAPTER, CARD = "config.json", "model.safetensors", "adapter", "README.md"
+#: The questions that calibration asked: absent of a calibration without questions, and of older exports.
+ASKED, ASKED_FORMAT = "asked.json", 1
 #: Folder of the weights and the adapter of the lowest ratios, where they have their own.
 LOW_RATIO = "low_ratio"
 _REQUIRED = ("format", "policy", "compression", "base", "lora_scope", "has_weights", "has_lora", "low_ratio_below")
@@ -58,6 +62,7 @@ class Export:
         base: where the weights belong: ``{"name", "layers", "query_heads", "kv_heads", "head_size"}``.
         low_ratio: of the lowest ratios, where those have their own, or None.
         calibration: what the weights were calibrated on; None where that is not known.
+        asked: the questions that calibration asked; None where it asked none, or that is not known.
     """
 
     policy: Policy
@@ -68,6 +73,7 @@ class Export:
     base: dict[str, Any] | None
     low_ratio: LowRatio | None
     calibration: CalibrationRecord | None
+    asked: AskedQuestions | None
 
 
 def save(export: Export, folder: Path) -> None:
@@ -87,6 +93,7 @@ def save(export: Export, folder: Path) -> None:
         "has_weights": export.weights is not None,
         "has_lora": export.lora is not None,
         "low_ratio_below": 0.0 if export.low_ratio is None else export.low_ratio.below,
+        "has_asked": export.asked is not None,
         FIELD: None if export.calibration is None else asdict(export.calibration),
     }
     with whole_folder(folder) as staging:
@@ -95,6 +102,8 @@ def save(export: Export, folder: Path) -> None:
         if export.low_ratio is not None:
             (staging / LOW_RATIO).mkdir()
             _write_learned(export.low_ratio, staging / LOW_RATIO)
+        if export.asked is not None:
+            write_versioned(staging / ASKED, export.asked, ASKED_FORMAT, indent=1)
         (staging / CARD).write_text(render_card(config))
 
 
@@ -132,7 +141,8 @@ def load(name: str | Path, options: dict[str, Any] | None = None) -> Export:
     calibration = CalibrationRecord.from_dict(config.get(FIELD), source)
     weights, lora = _load_learned(config, policy, folder)
     low_ratio = LowRatio(below, *_load_learned(config, policy, folder / LOW_RATIO)) if below else None
-    return Export(policy, compression, weights, lora, config["lora_scope"], base, low_ratio, calibration)
+    asked = read_versioned(AskedQuestions, folder / ASKED, ASKED_FORMAT) if config.get("has_asked") else None
+    return Export(policy, compression, weights, lora, config["lora_scope"], base, low_ratio, calibration, asked)
 
 
 def _read_options(config: dict[str, Any], options: dict[str, Any], source: Path) -> tuple[Policy, CompressionConfig]:
@@ -168,7 +178,7 @@ def _folder(name: str | Path) -> Path:
     if not is_hub_id(name):
         raise InputError("is no export folder", source=name)
     return download(
-        str(name), "a hub repository", allow_patterns=[CONFIG, WEIGHTS, f"{ADAPTER}/*", f"{LOW_RATIO}/*", CARD]
+        str(name), "a hub repository", allow_patterns=[CONFIG, WEIGHTS, f"{ADAPTER}/*", f"{LOW_RATIO}/*", ASKED, CARD]
     )
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from acckv import InputError, KVCompressor
+from acckv.data.asked_questions import AskedQuestions
 from acckv.data.calibration_record import CalibrationRecord
 from acckv.policies import AccKV
 from tests import tiny_omni
@@ -69,6 +70,26 @@ def test_an_export_holds_budgets_of_heads_only_where_they_were_learned(model: An
     assert json.loads(config.read_text())["compression"] == {**older, "head_budgets": "learned"}
     edit(config, compression=older)
     assert KVCompressor.from_pretrained(tmp_path / "equal").config.head_budgets == "equal"
+
+
+def test_an_export_holds_what_its_calibration_asked(model: Any, tmp_path: Path) -> None:
+    compressor = calibrated(model)
+    compressor.asked = AskedQuestions(
+        {"pitch": ["What pitch was the beep?"], "count|": ["Wie viele Töne?", "How many?"]}
+    )
+    compressor.calibration = CalibrationRecord("clips", 2, 6, {"pitch": 6}, 0.02, 0.5, 9)
+    compressor.save_pretrained(tmp_path / "export")
+    loaded = KVCompressor.from_pretrained(tmp_path / "export")
+    assert loaded.asked == loaded.with_ratio(0.5).asked == compressor.asked
+    assert "`evaluate.py` warns of them: `asked.json` holds" in (tmp_path / "export" / "README.md").read_text()
+    edit(tmp_path / "export" / "asked.json", wordings={"pitch": [3]})
+    with pytest.raises(InputError, match=r"asked\.json: wordings\.pitch\[0\]: 3 is not a text"):
+        KVCompressor.from_pretrained(tmp_path / "export")
+    (tmp_path / "export" / "asked.json").unlink()
+    with pytest.raises(InputError, match=r"asked\.json: no such file"):
+        KVCompressor.from_pretrained(tmp_path / "export")
+    edit(tmp_path / "export" / "config.json", has_asked=None)  # as older ones are
+    assert KVCompressor.from_pretrained(tmp_path / "export").asked is None
 
 
 def test_an_export_holds_the_calibration_of_the_lowest_ratios(model: Any, tmp_path: Path) -> None:

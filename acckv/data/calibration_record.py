@@ -16,6 +16,11 @@ FIELD = "calibration"
 """Of config.json."""
 
 
+def finest_group(record: Record) -> str:
+    """The kind of a question: its finest group, or how it is scored where it has none."""
+    return record.groups[-1] if record.groups else record.protocol
+
+
 @dataclass(frozen=True)
 class CalibrationRecord:
     """The data and the ratios of one calibration.
@@ -46,7 +51,7 @@ class CalibrationRecord:
         records: Sequence[Record],
         ratios: tuple[float, float],
         steps: int,
-        kind: Callable[[Record], str] | None = None,
+        kind: Callable[[Record], str] = finest_group,
         calibrate_for: Objective = "task",
     ) -> CalibrationRecord:
         """The record of a calibration.
@@ -54,11 +59,11 @@ class CalibrationRecord:
         Args:
             records: the training questions; 'general' asks none of them.
             ratios: least and largest kept share trained.
-            kind: of a question; None is its finest group, or how it is scored where it has none.
+            kind: of a question.
         """
         clips = len({record.clip for record in records})
         asked = [] if calibrate_for == "general" else records
-        kinds = Counter((kind or _finest_group)(record) for record in asked)
+        kinds = Counter(kind(record) for record in asked)
         return cls(data, clips, len(asked), dict(sorted(kinds.items())), *ratios, steps, calibrate_for)
 
     @classmethod
@@ -69,7 +74,3 @@ class CalibrationRecord:
             InputError: a field is missing or ill-valued.
         """
         return None if values is None else from_json(cls, values, source, FIELD)
-
-
-def _finest_group(record: Record) -> str:
-    return record.groups[-1] if record.groups else record.protocol

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from acckv.data.asked_questions import Coverage
 from acckv.io.files import write_text
 from acckv.io.json_files import read_json, read_json_lines, write_json
 from acckv.io.typed import Amount, Count, Share, from_json, read_versioned, write_versioned
@@ -173,6 +174,8 @@ class Results:
         score: parser that the accuracies are by, "official" or "robust".
         clips: that were asked about.
         failed_clips, failed_questions: clips that could not be read and their questions, which no accuracy counts.
+        coverage: how many of the questions the export was not calibrated for; None without an export, or where it does
+            not say what its calibration asked.
     """
 
     model: str
@@ -184,6 +187,7 @@ class Results:
     clips: int = 0
     failed_clips: int = 0
     failed_questions: int = 0
+    coverage: Coverage | None = None
 
     def row(self, policy: str, ratio: float) -> Row | None:
         """The row of a policy at a ratio, None if it was not measured."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from acckv.benchmarks import Mode
 from acckv.benchmarks.judging import Judge
+from acckv.data.asked_questions import Coverage
 from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.evaluation.fingerprint import compressor_digest, digest, model_digest
@@ -30,6 +31,8 @@ class RunConfig:
         vocabulary: words that a one-word answer is looked for in.
         score: the parser that the answers were judged by; answers do not depend on it.
         clips: the questions about each clip.
+        coverage: how many of them the export was not calibrated for, where there is one that says; answers do not
+            depend on it.
     """
 
     options: dict[str, Any]
@@ -38,6 +41,7 @@ class RunConfig:
     vocabulary: list[str]
     score: Mode
     clips: list[list[Record]]
+    coverage: Coverage | None = None
 
     @property
     def settings(self) -> list[Setting]:

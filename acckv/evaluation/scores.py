@@ -168,5 +168,6 @@ def score_batches(config: RunConfig, batches: Iterable[Batch]) -> Outcome:
         clips=len({answer.clip for answer in full}),
         failed_clips=len(failed),
         failed_questions=sum(len(config.clips[clip]) for clip in failed),
+        coverage=config.coverage,
     )
     return Outcome(config, results, scores, answers, failures)

@@ -11,7 +11,7 @@ from acckv.errors import InputError
 from acckv.evaluation.results import Results
 from acckv.io.files import write_text
 from acckv.report.rendering import render
-from acckv.report.table import control_warning
+from acckv.report.table import all_warnings
 
 CARD_FILE = "README.md"
 
@@ -21,7 +21,7 @@ def render_card(config: Mapping[str, Any], results: Results | None = None, comma
 
     Args:
         config: the export's `config.json`, parsed; read are `base` (its `name`), `compression`, `calibration`,
-            `has_weights`, `has_lora`, `lora_scope` and `low_ratio_below`.
+            `has_weights`, `has_lora`, `has_asked`, `lora_scope` and `low_ratio_below`.
         results: of an evaluation, for the table; None where nothing has been measured yet.
         command: the command that the results came from.
 
@@ -37,11 +37,12 @@ def render_card(config: Mapping[str, Any], results: Results | None = None, comma
         low_ratio_below=config.get("low_ratio_below"),
         options=options,
         has_weights=config.get("has_weights", False),
+        has_asked=config.get("has_asked", False),
         calibration=CalibrationRecord.from_dict(config.get(FIELD)),
         when=options.get("when", "context"),
         results=measured,
         command=command,
-        warning=control_warning(measured) if measured else None,
+        warnings=all_warnings(measured) if measured else [],
     )
 
 

@@ -37,7 +37,7 @@ from acckv.report.answers import Answers
 from acckv.report.plots import inline_svg, pareto
 from acckv.report.rendering import render
 from acckv.report.run_record import RECORD_FILE, RunRecord, read_run
-from acckv.report.table import control_warning, group_scores, metric_scores
+from acckv.report.table import all_warnings, group_scores, metric_scores
 
 REPORT_FILE = "report.html"
 MOST_FLIPS = 25
@@ -67,7 +67,7 @@ def write_html(folder: str | Path) -> Path:
         shown=shown,
         run=run,
         failures=read_failures(folder / FAILURES_FILE),
-        warning=control_warning(results),
+        warnings=all_warnings(results),
         names=REFERENCE_NAMES,
         clips=len({answer.clip for answer in answers.full.values()}),
         intervals=intervals,

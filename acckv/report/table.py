@@ -41,9 +41,15 @@ def print_tables(console: Console, outcome: Outcome) -> None:
         console.print(line, highlight=False)
     for line in _failures(outcome):
         console.print(line, style="bold red", highlight=False, soft_wrap=True)
-    warning = control_warning(results)
-    if warning is not None:
-        console.print(warning, style="bold red", highlight=False, soft_wrap=True)
+    for warning in all_warnings(results):
+        console.print(warning, style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
+def all_warnings(results: Results) -> list[str]:
+    """Whatever makes numbers say less than they seem to: a benchmark that needs no cache, questions outside those that
+    the export was calibrated for."""
+    outside = results.coverage.warning if results.coverage is not None else None
+    return [warning for warning in (control_warning(results), outside) if warning is not None]
 
 
 def _leads(outcome: Outcome) -> list[str]:

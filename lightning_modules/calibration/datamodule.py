@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 
-from acckv.data.calibration_record import CalibrationRecord
+from acckv.data.asked_questions import AskedQuestions
+from acckv.data.calibration_record import CalibrationRecord, finest_group
 from acckv.data.media import read_record_media
 from acckv.data.precomputed import read_clip
 from acckv.data.records import Record, with_system_prompt
@@ -125,6 +127,13 @@ class AVDataModule(LightningDataModule):
             ratios: least and largest kept share trained; steps: optimiser steps.
         """
         options, (data, _) = self.options, self.source.names
-        # Prompts are all that tells questions of plain videos apart.
-        kind = attrgetter("question") if options.source == "folder" else None
-        return CalibrationRecord.of(data, self.records("train"), ratios, steps, kind, options.calibrate_for)
+        return CalibrationRecord.of(data, self.records("train"), ratios, steps, self._kind, options.calibrate_for)
+
+    def asked_questions(self) -> AskedQuestions | None:
+        """The training questions in their words, for the export; None where none was asked."""
+        return None if self.options.calibrate_for == "general" else AskedQuestions.of(self.records("train"), self._kind)
+
+    @property
+    def _kind(self) -> Callable[[Record], str]:
+        """Of a question; prompts are all that tells those of plain videos apart."""
+        return attrgetter("question") if self.options.source == "folder" else finest_group

@@ -91,6 +91,7 @@ class ExportCompressor(EndOfCalibration):
         ratios = module.options.ratio_min, module.options.ratio_max
         data: AVDataModule = trainer.datamodule  # type: ignore[attr-defined]
         exported.calibration = data.calibration_record(ratios, self.step)
+        exported.asked = data.asked_questions()
         if trainer.is_global_zero:
             exported.save_pretrained(folder)
         if is_sharded(module):

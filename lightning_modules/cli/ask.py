@@ -150,6 +150,9 @@ def run_ask(options: AskOptions, console: Console | None = None) -> tuple[Asked,
     for name, one in named.items():
         cut = f" ... (cut: --max_new_tokens {options.max_new_tokens})" if one.cut else ""
         console.print(f"{name}: {one.text}{cut}", markup=False, highlight=False, soft_wrap=True)
+    warning = compressor.asked.coverage([options.question]).warning if compressor.asked is not None else None
+    if warning is not None:
+        console.print(warning, style="bold red", markup=False, highlight=False, soft_wrap=True)
     console.print(_table(named))
     console.print(
         f"saved {1 - compressed.entries / max(full.entries, 1):.1%} of the audio and video entries and "

@@ -18,6 +18,7 @@ from rich.console import Console
 from acckv import KVCompressor
 from acckv.benchmarks import Benchmark, Mode, find_benchmark
 from acckv.benchmarks.judging import answer_vocabulary
+from acckv.data.asked_questions import Coverage
 from acckv.data.records import Record
 from acckv.errors import InputError
 from acckv.evaluation.answer_limits import LEAST, WORDS, answer_limits, longest_references
@@ -221,8 +222,9 @@ def _config(
     trainer: Trainer,
 ) -> RunConfig:
     clips = group_by_clip(records, options.limit)
+    asked = [[(record, asking.prompt(record)) for record in clip] for clip in clips]
     described = describe_options(
-        [[(record, asking.prompt(record)) for record in clip] for clip in clips],
+        asked,
         compressors,
         model,
         benchmark=title,
@@ -238,7 +240,14 @@ def _config(
     )
     vocabulary = sorted(answer_vocabulary(records)) if benchmark is None else []
     name = None if benchmark is None else benchmark.name
-    return RunConfig(described, options.model, name, vocabulary, options.mode, clips)
+    coverage = _coverage(compressors, [prompt for clip in asked for _, prompt in clip])
+    return RunConfig(described, options.model, name, vocabulary, options.mode, clips, coverage)
+
+
+def _coverage(compressors: Mapping[Setting, KVCompressor], questions: Sequence[str]) -> Coverage | None:
+    """Of the export, which all its rows share; None where there is none that says what its calibration asked."""
+    asked = next((each.asked for each in compressors.values() if each.asked is not None), None)
+    return None if asked is None else asked.coverage(questions)
 
 
 def _writer(shard: Shard, trainer: Trainer) -> str:

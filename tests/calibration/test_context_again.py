@@ -200,6 +200,8 @@ def test_a_folder_is_calibrated_on_without_a_question(
     assert run_script(monkeypatch, "train.py", *options) == 0
     card = (run / "export" / "README.md").read_text()
     assert "`calibrate_for: general`" in card and "| kinds of questions | none |" in card
+    assert "| questions outside of these | none: nothing was asked |" in card
+    assert KVCompressor.from_pretrained(run / "export").asked is None
     record = json.loads((run / "export" / "config.json").read_text())["calibration"]
     answered = json.loads((run / "answers.json").read_text())["clips"]
     assert record["questions"] == 0 and record["clips"] + len(answered) == 4 and record["clips"] > 0 < len(answered)

@@ -41,6 +41,8 @@ def test_an_export_is_measured_on_the_types_that_were_held_out(
     main(words)
     folder = tmp_path / "mixed" / "all-but-coincidence"
     record = KVCompressor.from_pretrained(folder / "export").calibration
+    coverage = read_results(folder / "coincidence" / "results.json").coverage
+    assert coverage is not None and coverage.outside == coverage.asked > 0
     assert record is not None and record.calibrate_for == "mixed" and not {*record.kinds} & {*SUBJECTS["coincidence"]}
     rows = json.loads((tmp_path / "held_out_types.json").read_text())["rows"]
     assert [row["type"] for row in rows] == [*SUBJECTS["coincidence"]]

@@ -95,6 +95,8 @@ def test_ctrl_c_ends_between_two_steps_with_a_checkpoint_that_can_be_exported(
     config = ("--config", run / CONFIG_FILE)  # without the callback
     assert run_script(monkeypatch, "train.py", "export", *config, *options[:1], "--ckpt_path=last") == 0
     export = KVCompressor.from_pretrained(tmp_path / "export")
+    assert export.asked is not None and export.calibration is not None
+    assert export.asked.wordings.keys() == export.calibration.kinds.keys()
     learned = weights_of(export).state_dict()
     assert not learned.pop("head_budget").any()  # not trained with equal heads
     for name, value in learned.items():

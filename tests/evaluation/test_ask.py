@@ -10,9 +10,11 @@ import pytest
 
 from acckv import KVCompressor
 from acckv.benchmarks import load_benchmark
+from acckv.data.asked_questions import AskedQuestions
 from acckv.models import load_model
 from lightning_modules.cli.ask import AskOptions, run_ask
 from tests.evaluation.runs import generated, recorder
+from tests.learned import calibrated
 from tests.paths import ROOT
 
 
@@ -28,6 +30,20 @@ def test_ask_gives_what_generate_gives(benchmark: Path) -> None:
     text = console.export_text()
     assert f"full cache: {full.text}" in text and f"snapkv at 0.1: {compressed.text}" in text
     assert f"{compressed.kv_bytes:,}" in text and "90.0% of the audio and video entries" in text
+
+
+def test_ask_warns_of_a_question_outside_of_the_calibration(benchmark: Path, tmp_path: Path) -> None:
+    video = str(load_benchmark("custom", benchmark)[0].video)
+    compressor = calibrated(load_model("tiny")[0])
+    compressor.asked = AskedQuestions({"pitch": ["What pitch was the beep?", "What pitch was the knock?"]})
+    compressor.save_pretrained(tmp_path / "export")
+    said = []
+    for question in ("What pitch was the siren?", "What colour was the ring?"):
+        console = recorder()
+        run_ask(AskOptions(video, question, compressor=str(tmp_path / "export"), max_new_tokens=2), console)
+        said.append(console.export_text())
+    assert "warning" not in said[0]
+    assert "warning: 1 of 1 questions lie outside what the export was calibrated for, such as 'What colour" in said[1]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from acckv import InputError, KVCompressor
 from acckv.benchmarks.judging import Judge, answer_vocabulary
 from acckv.benchmarks.music_avqa_questions import load_music_avqa
+from acckv.data.asked_questions import AskedQuestions, Coverage
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.evaluation.results import Results, Setting, read_results, with_heads
 from acckv.evaluation.timeline import load_timelines
@@ -56,9 +57,13 @@ def tiny() -> Tiny:
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Path:
-    """A calibrated compressor with weights that are not those it starts from."""
+    """A calibrated compressor with weights that are not those it starts from, which was asked about pitches alone."""
     folder = tmp_path_factory.mktemp("calib") / "export"
-    calibrated(tiny[0], noise=0.3).save_pretrained(folder)
+    compressor = calibrated(tiny[0], noise=0.3)
+    compressor.asked = AskedQuestions(
+        {"pitch": [f"What pitch was the {sound}?" for sound in ("beep", "hiss", "knock")]}
+    )
+    compressor.save_pretrained(folder)
     return folder
 
 
@@ -207,6 +212,18 @@ def test_report_files_and_card(evaluated: Evaluated, export: Path) -> None:
     assert f"| acckv-calibrated | 0.05 | {row.accuracy:.1%} |" in card
     assert "acckv-calibrated against" in text
     assert "control*" in text
+
+
+def test_questions_outside_of_the_calibration_are_counted_and_warned_of(
+    evaluated: Evaluated, question_file: Path, export: Path
+) -> None:
+    output, results, text = evaluated
+    asked = [record.question for record in load_music_avqa(question_file, question_file.parent / "videos")]
+    outside = [question for question in asked if not question.startswith("What pitch was the")]
+    assert 0 < len(outside) < len(asked)
+    assert results.coverage == Coverage(len(asked), len(outside), list(dict.fromkeys(outside))[:2])
+    line = f"warning: {len(outside)} of {len(asked)} questions lie outside what the export was calibrated for, such as"
+    assert line in text and line in (export / "README.md").read_text() and line in (output / "report.html").read_text()
 
 
 def test_report_says_what_was_measured(evaluated: Evaluated) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import acckv
+from acckv.data.asked_questions import Coverage
 from acckv.data.calibration_record import CalibrationRecord
 from acckv.errors import InputError
 from acckv.evaluation.results import Results
@@ -70,6 +71,7 @@ def test_card_names_the_questions_of_its_calibration() -> None:
         "| training clips, questions | 400, 1,500 |",
         "| trained for | answers to these questions (`calibrate_for: task`) |",
         "| kinds of questions | Audio/Pitch (1,200), What is \\|heard\\| ? (300) |",
+        "| questions outside of these | unknown: the export does not hold what was asked, so that nothing warns |",
         "| compressed | after the media, before any question is seen (`when: context`) |",
         "| kept shares, steps | 0.02 to 0.5, 2,400 |",
     ]
@@ -77,6 +79,16 @@ def test_card_names_the_questions_of_its_calibration() -> None:
     assert "is training-free" in render_card(CONFIG)
     with pytest.raises(InputError, match=r"calibration\.kinds: expected an object"):
         render_card({**CONFIG, "calibration": {**dataclasses.asdict(record), "kinds": ["Audio"]}})
+
+
+def test_card_says_how_many_questions_lie_outside(results: Results) -> None:
+    pitch = "What pitch was the beep?"
+    few, many = (dataclasses.replace(results, coverage=Coverage(480, outside, [pitch])) for outside in (3, 300))
+    card = render_card(CONFIG, few)
+    assert "3 of the 480 questions lie outside" in card and "warning" not in card
+    card = render_card(CONFIG, many)
+    assert f"300 of 480 questions lie outside what the export was calibrated for, such as '{pitch}': what" in card
+    assert "lie outside" not in render_card(CONFIG, results)
 
 
 def test_card_warns_where_the_control_is_near(results: Results) -> None:

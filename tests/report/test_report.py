@@ -45,7 +45,13 @@ def _text(table: RenderableType) -> str:
 def test_results_have_exactly_the_fields_of_format_1(tmp_path: Path, results: Results) -> None:
     write_results(tmp_path / "results.json", results)
     written = json.loads((tmp_path / "results.json").read_text())
-    added = ["score", "clips", "failed_clips", "failed_questions"]  # files from before they came are read too
+    added = [
+        "score",
+        "clips",
+        "failed_clips",
+        "failed_questions",
+        "coverage",
+    ]  # files from before they came are read too
     assert list(written) == ["format", "model", "benchmark", "when", "seed", "rows", *added]
     older = {name: json.loads(json.dumps(written[name])) for name in written if name not in added}
     for row in older["rows"]:

@@ -1,0 +1,32 @@
+"""The table of warnings counts what it says, and every type of question that was held out is warned of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from acckv.data.asked_questions import Coverage
+from benchmarks.held_out_types import SUBJECTS
+from benchmarks.question_coverage import embedded_model, pretrained_kinds, warned
+from lightning_modules.evaluation.datamodule import EvaluationData
+
+
+def test_every_type_that_was_held_out_is_warned_of(cache: Path) -> None:
+    test = EvaluationData(clips=2, split="validation", cache_dir=str(cache))
+    found = embedded_model(6, test)
+    held_out = {(name, kind): found[name][kind] for name in SUBJECTS for kind in SUBJECTS[name] if kind in found[name]}
+    assert len(held_out) > 10 and all(one.outside == one.asked and not own for one, own in held_out.values())
+    assert [own for _, own in found["nothing"].values()] == [True] * len(found["nothing"])
+
+
+def test_kinds_of_clips_that_were_not_calibrated_on_are_warned_of() -> None:
+    facts = pretrained_kinds(3)["facts"]
+    outside = {kind for kind, (one, _) in facts.items() if one.warning}
+    assert outside == {"other", "quotes", "joined", "counted", "summary"}
+    assert {kind for kind, (_, own) in facts.items() if own} == {"facts", "facts, other names"}
+
+
+def test_warnings_are_counted() -> None:
+    many, few = Coverage(10, 5, ["why"]), Coverage(10, 1, ["why"])
+    found = {"a": {"x": (few, True), "y": (many, False)}, "b": {"x": (few, False), "y": (many, True)}}
+    line = "warned of 1 of 2 kinds that were not calibrated on and of 1 of 2 kinds that were calibrated on"
+    assert warned(found) == line
