@@ -1,24 +1,27 @@
 """How often an evaluation's warning of questions outside of the calibration is right.
 
     python -m benchmarks.question_coverage
+    python -m benchmarks.question_coverage --music-avqa json/avqa-test.json json/avqa-val.json
 
 A calibration's questions decide alone what lies outside, so nothing is trained. Two tables give the share of the
 questions about other clips that lie outside, in %, and mark where the warning comes. Of the embedded model, as in
 `benchmarks.held_out_types`: a row for each subject that was held out, with its types beside those that were asked. Of
 the pretrained decoder's clips: a row for the kinds that were asked, a column for each kind, and facts of things and
-people that no clip names.
+people that no clip names. With two question files of MUSIC-AVQA, a calibration on the first asks the second: with each
+of its types held out by turns, and with that type alone. No video is needed.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from acckv.benchmarks.music_avqa_questions import read_questions
 from acckv.data.asked_questions import AskedQuestions, Coverage
 from acckv.data.calibration_record import finest_group
 from acckv.data.records import Record
@@ -44,24 +47,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=64, help="test clips, generated and of each kind")
     parser.add_argument("--seed", type=int, default=1, help="of the generated test clips")
     parser.add_argument("--cache-dir", default=None, help="of the generated clips")
+    parser.add_argument("--music-avqa", type=Path, nargs=2, metavar="FILE", help="to calibrate on, and to ask")
     given = parser.parse_args(arguments)
-    console = Console(width=160)
+    console = Console(width=200)
     test = EvaluationData(clips=given.clips, seed=given.seed, cache_dir=given.cache_dir)
-    for title, found in (
-        ("embedded model, calibrated on all types but those of", embedded_model(given.train_clips, test)),
-        ("pretrained decoder, calibrated on", pretrained_kinds(given.clips)),
-    ):
+    tables = {
+        "embedded model, calibrated on all types but those of": embedded_model(given.train_clips, test),
+        "pretrained decoder, calibrated on": pretrained_kinds(given.clips),
+    }
+    if given.music_avqa:
+        tables |= music_avqa(*given.music_avqa)
+    for title, found in tables.items():
         console.print(table(title, found), warned(found))
 
 
 def embedded_model(train_clips: int, test: EvaluationData) -> Found:
     """By held-out subject and type of question."""
-    asked = by_kind(test.records())
+    data = QuestionsWithout((), train_clips=train_clips, cache_dir=test.cache_dir)
+    return held_out_by_turns(data.records("train"), test.records(), {**SUBJECTS, "nothing": ()})
+
+
+def music_avqa(train: Path, test: Path) -> dict[str, Found]:
+    """By the type that is held out, or asked alone, and type of question.
+
+    Raises:
+        InputError: a file is not as MUSIC-AVQA has it.
+    """
+    records, asked = ([record for _, record in read_questions(file, file.parent)] for file in (train, test))
+    types = sorted({finest_group(record) for record in records})
+    return {
+        "MUSIC-AVQA, calibrated on all but": held_out_by_turns(records, asked, {name: (name,) for name in types}),
+        "MUSIC-AVQA, calibrated on": held_out_by_turns(records, asked, {name: {*types} - {name} for name in types}),
+    }
+
+
+def held_out_by_turns(records: Sequence[Record], test: Sequence[Record], turns: Mapping[str, Collection[str]]) -> Found:
+    """By turn and kind of the test questions.
+
+    Args:
+        records: to calibrate on; turns: the kinds that each leaves out.
+    """
+    asked = by_kind(test)
     found: dict[str, dict[str, tuple[Coverage, bool]]] = {}
-    for subject, held_out in {**SUBJECTS, "nothing": ()}.items():
-        data = QuestionsWithout(held_out, train_clips=train_clips, cache_dir=test.cache_dir)
-        calibrated = AskedQuestions.of(data.records("train"), finest_group)
-        found[subject] = {kind: (calibrated.coverage(asked[kind]), kind not in held_out) for kind in sorted(asked)}
+    for name, held_out in turns.items():
+        calibrated = AskedQuestions.of([one for one in records if finest_group(one) not in held_out], finest_group)
+        found[name] = {kind: (calibrated.coverage(asked[kind]), kind not in held_out) for kind in sorted(asked)}
     return found
 
 
@@ -99,7 +129,7 @@ def table(title: str, found: Found) -> Table:
     """A row for each kind of questions: the share that lies outside in %, a star where that is warned of."""
     made = Table(title=f"{title} ...: questions outside in %, * where it is warned of", box=box.SIMPLE_HEAD)
     for name in ("questions", *found):
-        made.add_column(name, justify="left" if name == "questions" else "right")
+        made.add_column(name.replace("/", "/ "), justify="left" if name == "questions" else "right")
     for kind in next(iter(found.values())):
         cells = (own[kind][0] for own in found.values())
         made.add_row(kind, *(f"{100 * one.outside / one.asked:.0f}{'*' if one.warning else ''}" for one in cells))

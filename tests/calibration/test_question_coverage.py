@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from acckv.data.asked_questions import Coverage
 from benchmarks.held_out_types import SUBJECTS
-from benchmarks.question_coverage import embedded_model, pretrained_kinds, warned
+from benchmarks.question_coverage import embedded_model, music_avqa, pretrained_kinds, warned
 from lightning_modules.evaluation.datamodule import EvaluationData
 
 
@@ -23,6 +24,30 @@ def test_kinds_of_clips_that_were_not_calibrated_on_are_warned_of() -> None:
     outside = {kind for kind, (one, _) in facts.items() if one.warning}
     assert outside == {"other", "quotes", "joined", "counted", "summary"}
     assert {kind for kind, (_, own) in facts.items() if own} == {"facts", "facts, other names"}
+
+
+def test_question_files_are_compared_without_a_video(tmp_path: Path) -> None:
+    types = {"Counting": "How many {}s are there?", "Location": "Where in the picture does the {} stand?"}
+    rows = [
+        {
+            "video_id": "1",
+            "question_id": number,
+            "type": f'["Visual", "{name}"]',
+            "question_content": words.format(thing),
+            "templ_values": "[]",
+            "question_deleted": 0,
+            "anser": "two",
+        }
+        for name, words in types.items()
+        for number, thing in enumerate(("flute", "piano", "drum", "banjo"))
+    ]
+    (tmp_path / "questions.json").write_text(json.dumps(rows))
+    tables = music_avqa(tmp_path / "questions.json", tmp_path / "questions.json")
+    assert len(tables) == 2
+    for found in tables.values():
+        assert warned(found) == (
+            "warned of 2 of 2 kinds that were not calibrated on and of 0 of 2 kinds that were calibrated on"
+        )
 
 
 def test_warnings_are_counted() -> None:
