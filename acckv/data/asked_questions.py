@@ -89,9 +89,9 @@ class AskedQuestions:
             found.setdefault(kind(record), {})[record.question] = None
         most, generator = max(MOST // max(len(found), 1), LEAST), np.random.default_rng(seed)
         drawn = {}
-        for name, wordings in sorted(found.items()):
-            places = sorted(generator.permutation(len(wordings))[:most])
-            drawn[name] = [list(wordings)[place] for place in places]
+        for name in sorted(found):
+            wordings = list(found[name])
+            drawn[name] = [wordings[place] for place in sorted(generator.permutation(len(wordings))[:most])]
         return cls(drawn)
 
     def coverage(self, questions: Sequence[str]) -> Coverage:
@@ -144,7 +144,7 @@ class _RunIndex:
 
     def distances(self, texts: Sequence[str]) -> Tensor:
         """``[texts, wordings]``: 1 - cosine."""
-        parts = []
+        parts = [torch.zeros(0, len(self.lengths))]
         for start in range(0, len(texts), _AT_ONCE):
             runs = [_runs_of(text) for text in texts[start : start + _AT_ONCE]]
             weights = torch.zeros(len(self.columns), len(runs))

@@ -91,6 +91,11 @@ def test_a_warning_counts_every_question_and_names_two() -> None:
     assert Coverage(20, 2, colours[:2]).warning is None and Coverage(20, 3, colours[:2]).warning is not None
 
 
+def test_nothing_asked_is_nothing_outside() -> None:
+    assert AskedQuestions({"pitch": PITCH, "none": []}).outside([PITCH[0], "Why?"]) == [False, True]
+    assert ASKED.outside([]) == [] and ASKED.coverage([]) == Coverage(0, 0, []) and ASKED.coverage([]).warning is None
+
+
 def test_no_wording_at_all_is_refused() -> None:
     empty: list[dict[str, list[str]]] = [{}, {"pitch": []}]
     for wordings in empty:
