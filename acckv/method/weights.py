@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acckv.method.modality import SEGMENT_POSITIONS, ModalityMap
@@ -21,14 +22,14 @@ WEIGHT_GROUPS = {
     "budgets": ("layer_budget", "modality_budget", "head_budget"),
     "gains": ("redistribution", "modality_gain"),
     "probes": ("probe_queries", "signal_mix"),
-    "scorer": ("saliency", "saliency_bias"),
+    "scorer": ("saliency", "saliency_bias", "scorer_hidden", "scorer_bias", "scorer_output"),
     "positions": ("saliency_position",),
     "redundancy": ("redundancy",),
     "merging": ("merge_bias", "merge_gain"),
     "alignment": ("alignment_weight", "alignment_threshold"),
 }
 #: What an export leaves out where it is zero, as those do that are older than it.
-MAY_BE_ABSENT = ("head_budget",)
+MAY_BE_ABSENT = ("head_budget", "scorer_hidden", "scorer_bias", "scorer_output")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class LayerWeights:
     saliency: Tensor
     saliency_bias: Tensor
     saliency_position: Tensor
+    scorer_hidden: Tensor
+    scorer_bias: Tensor
+    scorer_output: Tensor
     signal_mix: Tensor
     redundancy: Tensor
     merge_bias: Tensor
@@ -93,6 +97,11 @@ class LayerWeights:
         return self.saliency.permute(1, 2, 0) * math.sqrt(self.saliency.shape[-1])
 
     @cached_property
+    def scorer_input(self) -> Tensor:
+        """``[K, 2 * D, U]``: the hidden layer of the scorer for (key, value) over their length."""
+        return self.scorer_hidden * math.sqrt(self.scorer_hidden.shape[1])
+
+    @cached_property
     def by_position(self) -> Tensor:
         """``[K, 8]``: weights of :attr:`ModalityMap.segment_positions`."""
         return torch.cat([self.saliency_position, self.saliency_bias[..., None]], dim=-1).transpose(0, 1).flatten(1)
@@ -102,7 +111,8 @@ class CalibratedWeights(nn.Module):
     """Everything that calibration learns besides LoRA; zero everywhere (but the probes) is the training-free preset.
 
     Args:
-        layers: decoder layers L; kv_heads: K; query_heads: Hq; head_size: D; probes: learned queries a head, P.
+        layers: decoder layers L; kv_heads: K; query_heads: Hq; head_size: D; probes: learned queries a head, P;
+            units: of the scorer's hidden layer, U.
 
     Attributes:
         layer_budget: ``[L, 2]`` log share of a layer in the budget, and its slope over log ratio.
@@ -114,15 +124,19 @@ class CalibratedWeights(nn.Module):
         saliency: ``[L, 2, K, 2 * D]`` linear scorer on an entry's own (key, value), one for each modality.
         saliency_bias: ``[L, 2, K]``.
         saliency_position: ``[L, 2, K, 3]`` linear scorer on an entry's position in its segment.
+        scorer_hidden, scorer_bias, scorer_output: ``[L, K, 2 * D, U]``, ``[L, K, U]`` and ``[L, K, U, 2]``, a network
+            on the same (key, value) with an output for each modality, added to the linear scorer.
         signal_mix: ``[L, 4]`` added to the preset's mix of SIGNALS.
         redundancy: ``[L, 2]`` by modality, what a score loses for what better neighbours hold already.
         merge_bias, merge_gain: ``[L, K, 2]`` log mass and relative value gain of merged entries.
         alignment_weight, alignment_threshold: ``[L]``.
     """
 
-    def __init__(self, layers: int, kv_heads: int, query_heads: int, head_size: int, probes: int) -> None:
+    def __init__(
+        self, layers: int, kv_heads: int, query_heads: int, head_size: int, probes: int, units: int = 0
+    ) -> None:
         super().__init__()
-        self.shape = (layers, kv_heads, query_heads, head_size, probes)
+        self.shape = (layers, kv_heads, query_heads, head_size, probes, units)
 
         def zeros(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(*size))
@@ -139,6 +153,10 @@ class CalibratedWeights(nn.Module):
         self.saliency = zeros(layers, 2, kv_heads, 2 * head_size)
         self.saliency_bias = zeros(layers, 2, kv_heads)
         self.saliency_position = zeros(layers, 2, kv_heads, SEGMENT_POSITIONS)
+        hidden = torch.randn(layers, kv_heads, 2 * head_size, units, generator=generator, device="cpu")
+        self.scorer_hidden = nn.Parameter(hidden.to(self.layer_budget.device) / math.sqrt(2 * head_size))
+        self.scorer_bias = zeros(layers, kv_heads, units)
+        self.scorer_output = zeros(layers, kv_heads, units, 2)
         self.signal_mix = zeros(layers, len(SIGNALS))
         self.redundancy = zeros(layers, 2)
         self.merge_bias = zeros(layers, kv_heads, 2)
@@ -150,10 +168,11 @@ class CalibratedWeights(nn.Module):
 
     def head(self, index: int) -> CalibratedWeights:
         """The weights of one KV head, as those of a model without another; a copy without gradients."""
-        layers, kv_heads, query_heads, head_size, probes = self.shape
+        layers, kv_heads, query_heads, head_size, probes, units = self.shape
         group = query_heads // kv_heads
-        alone = CalibratedWeights(layers, 1, group, head_size, probes)
-        axes = {"modality_gain": 1, "merge_bias": 1, "merge_gain": 1}
+        alone = CalibratedWeights(layers, 1, group, head_size, probes, units)
+        axes = dict.fromkeys(("modality_gain", "merge_bias", "merge_gain"), 1)
+        axes |= dict.fromkeys(("scorer_hidden", "scorer_bias", "scorer_output"), 1)
         axes |= dict.fromkeys(("head_budget", "saliency", "saliency_bias", "saliency_position"), 2)
         for name, parameter in self.named_parameters():
             whole = parameter.detach()
@@ -190,7 +209,7 @@ class CalibratedWeights(nn.Module):
         return shares.reshape(len(shares), -1, 2) * learned
 
     def saliency_score(self, layer: int, keys: Tensor, values: Tensor, labels: ModalityMap) -> Tensor:
-        """Linear score of each entry's own key and value and of its position in its segment, ``[B, K, N]``.
+        """Score of each entry's own key and value and of its position in its segment, ``[B, K, N]``.
 
         Args:
             keys, values: ``[B, K, N, D]``.
@@ -201,13 +220,25 @@ class CalibratedWeights(nn.Module):
         of_key, of_value = torch.linalg.vector_norm(keys, dim=-1), torch.linalg.vector_norm(values, dim=-1)
         squares = torch.addcmul(torch.addcmul(weights.least_square, of_key, of_key), of_value, of_value)
         size = squares.rsqrt()  # the weights hold the square root of how many numbers there are
-        # (key, value) side by side would be a copy of both.
-        by_key, by_value = (
-            weights.by_entry.expand(batch, -1, -1, -1).flatten(0, 1).split([key_size, values.shape[-1]], 1)
-        )
-        linear = torch.baddbmm(keys.flatten(0, 1) @ by_key, values.flatten(0, 1), by_value).unflatten(0, (batch, -1))
-        linear = (linear * labels.masks.transpose(1, 2)[:, None]).sum(-1)
-        return torch.addcmul(weights.by_position @ labels.segment_positions, linear, size)
+
+        def product(matrices: Tensor) -> Tensor:
+            """``[B, K, N, X]``: (key, value) times ``[K, 2 * D, X]``; the two side by side would be a copy of both."""
+            by_key, by_value = matrices.expand(batch, -1, -1, -1).flatten(0, 1).split([key_size, values.shape[-1]], 1)
+            linear = torch.baddbmm(keys.flatten(0, 1) @ by_key, values.flatten(0, 1), by_value)
+            return linear.unflatten(0, (batch, -1))
+
+        by_modality = product(weights.by_entry)
+        score = weights.by_position @ labels.segment_positions
+        if weights.scorer_hidden.shape[-1]:
+            scaled = product(weights.scorer_input) * size[..., None]
+            hidden = F.gelu(scaled + weights.scorer_bias[:, None])
+            score = score + self._of_modality(hidden @ weights.scorer_output, labels)
+        return torch.addcmul(score, self._of_modality(by_modality, labels), size)
+
+    @staticmethod
+    def _of_modality(by_modality: Tensor, labels: ModalityMap) -> Tensor:
+        """``[B, K, N]``: of ``[B, K, N, 2]`` that of each entry's own modality, 0 for others."""
+        return (by_modality * labels.masks.transpose(1, 2)[:, None]).sum(-1)
 
     def layer(self, index: int, device: torch.device) -> LayerWeights:
         """The weights of one layer where that layer is.
@@ -233,6 +264,12 @@ class CalibratedWeights(nn.Module):
         parts = {part.name: getattr(self, part.name)[index] for part in fields(LayerWeights)}
         kind = torch.promote_types(self.merge_bias.dtype, torch.float32)
         return LayerWeights(**{name: part.to(device, kind, copy=copy) for name, part in parts.items()})
+
+
+def scaled_entries(keys: Tensor, values: Tensor) -> Tensor:
+    """Inputs of the scorer ``[..., 2 * D]``: (key, value) of ``[..., D]`` each, over the root of their mean square."""
+    entries = torch.cat([keys, values], dim=-1).float()
+    return entries * (entries.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def log_ratio(ratio: float) -> float:

@@ -76,6 +76,14 @@ class AccKV(Policy):
     n_probe_queries: int = field(
         default=4, metadata={"help": "Calibrated: learned probe queries a query head; 0 to 16.", "low": 0, "high": 16}
     )
+    n_scorer_units: int = field(
+        default=0,
+        metadata={
+            "help": "Calibrated: hidden units of the scorer's network a KV head, beside its linear part; 0 to 1024.",
+            "low": 0,
+            "high": 1024,
+        },
+    )
     n_neighbours: int = field(
         default=8,
         metadata={
@@ -109,7 +117,8 @@ class AccKV(Policy):
         return "text" if self.observes_attention else "none"
 
     def new_weights(self, layers: int, kv_heads: int, query_heads: int, head_size: int) -> CalibratedWeights:
-        return CalibratedWeights(layers, kv_heads, query_heads, head_size, self.n_probe_queries)
+        sizes = layers, kv_heads, query_heads, head_size
+        return CalibratedWeights(*sizes, self.n_probe_queries, self.n_scorer_units)
 
     def calibrated(self, weights: CalibratedWeights) -> CalibratedAccKV:
         return CalibratedAccKV(**self.options, weights=weights)

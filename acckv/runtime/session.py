@@ -260,6 +260,11 @@ class Session:
         return planner.plan(observations, prefill.labels, ratio, temperature)
 
     @served
+    def reconstruction(self, prefill: Prefill) -> list[Tensor]:
+        """By compressed layer ``[B, K, N]``, the most attention that each entry gets while the context is repeated."""
+        return self.dispatcher.policy_inputs.reconstruction(prefill.cache.layers, prefill.embedded)
+
+    @served
     @torch.no_grad()
     def repetition(self, prefill: Prefill, places: Sequence[float], tokens: int) -> tuple[DecoderInputs, int]:
         """A prompt to repeat the context, then up to `tokens` of it, for :meth:`simulate`; and the prompt's length.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from acckv.data.records import ClipKey
 from acckv.errors import InputError
-from lightning_modules.calibration.config import CacheKind
+from lightning_modules.calibration.data_config import CacheKind
 
 GB = 1 << 30
 HOST = torch.device("cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -19,7 +19,7 @@ from acckv.data.precomputed import read_clip
 from acckv.data.records import Record, with_system_prompt
 from acckv.models import load_processor
 from lightning_modules.calibration.clip_cache import ClipCache
-from lightning_modules.calibration.config import DataConfig
+from lightning_modules.calibration.data_config import DataConfig
 from lightning_modules.calibration.dataset import ClipDataset, ClipLoader, StepSampler
 from lightning_modules.calibration.random_text import RandomText
 from lightning_modules.calibration.sources import ClipSource
@@ -105,10 +105,18 @@ class AVDataModule(LightningDataModule):
         return ClipLoader(dataset, sampler, self.clip_cache, options.num_workers)
 
     def val_dataloader(self) -> ClipLoader:
-        dataset, size = self.datasets["validation"], self.options.batch_size
-        clips = range(len(dataset))
+        return self._each_once("validation", range(len(self.datasets["validation"])))
+
+    def drawn_dataloader(self, clips: int) -> ClipLoader:
+        """Training clips drawn by the seed, each once, the same for all processes."""
+        dataset = self.datasets["train"]
+        drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.options.seed))
+        return self._each_once("train", drawn[:clips].tolist())
+
+    def _each_once(self, split: str, clips: Sequence[int]) -> ClipLoader:
+        size = self.options.batch_size
         order = [(0, list(clips[start : start + size])) for start in range(0, len(clips), size)]
-        return ClipLoader(dataset, order, self.clip_cache, self.options.num_workers)
+        return ClipLoader(self.datasets[split], order, self.clip_cache, self.options.num_workers)
 
     def reorder(self, seed: int) -> None:
         """Another order, and other draws of questions, for another calibration of the same model.

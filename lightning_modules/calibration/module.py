@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from acckv.compressor import KVCompressor
 from acckv.config import CompressionConfig
 from acckv.errors import InputError
+from acckv.io.progress import Progress
 from acckv.method.plan import LayerPlan
 from acckv.method.weights import WEIGHT_GROUPS, CalibratedWeights
 from acckv.models import find_adapter, load_model
@@ -26,7 +27,7 @@ from acckv.runtime.session import Session
 from acckv.runtime.simulation import enable_checkpointing
 from lightning_modules.calibration.checkpoint import LOW_RATIO_LORA, LOW_RATIO_WEIGHTS, TRAINING, Resumed, check_fixed
 from lightning_modules.calibration.clip_cache import ClipCache
-from lightning_modules.calibration.config import CalibrationConfig, check_trainer
+from lightning_modules.calibration.config import CalibrationConfig
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.dataset import CalibrationBatch
 from lightning_modules.calibration.distributed import StepMean, shard_frozen
@@ -35,6 +36,8 @@ from lightning_modules.calibration.progress import calibration_bar
 from lightning_modules.calibration.schedule import Schedule, restart_rates, scheduled_adam
 from lightning_modules.calibration.stopping import StopBetweenSteps
 from lightning_modules.calibration.teacher import Teacher, answer_logits
+from lightning_modules.calibration.trainer_settings import check_trainer
+from lightning_modules.calibration.warm_start import WarmStart
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class CalibrationModule(LightningModule):
         adapter = find_adapter(model)
         sizes = adapter.dimensions
         shape = sizes["layers"], sizes["kv_heads"], sizes["query_heads"], sizes["head_size"]
-        weights = self.weights_class(*shape, self.policy.n_probe_queries)
+        weights = self.weights_class(*shape, self.policy.n_probe_queries, self.policy.n_scorer_units)
         learned = {name for group in options.trainable for name in WEIGHT_GROUPS[group]}
         if options.head_budgets != "learned":
             learned.discard("head_budget")
@@ -176,6 +179,23 @@ class CalibrationModule(LightningModule):
     def on_fit_start(self) -> None:
         if self.trainer.max_steps >= 0:  # they alone end it: the one epoch of a run that goes on is used up
             self.trainer.fit_loop.max_epochs = -1
+        if self.options.warm_start is not None and self.resumed is None:
+            self._start_warm()
+
+    def _start_warm(self) -> None:
+        data, first = self.trainer.datamodule, self.trainer.is_global_zero  # type: ignore[attr-defined]
+        start = WarmStart(self.policy, self.options.head_budgets, self.options.seed, shown=first)
+        clips = min(self.options.warm_start_clips, len(data.datasets["train"]))
+        with Progress("measuring what KVzip keeps", clips, "clips", shown=first) as progress:
+            for batch in data.drawn_dataloader(clips):
+                batch = data.transfer_batch_to_device(batch, self.device, 0)
+                with self.live.base_projections():
+                    prefill = self.teacher.prefill(batch)
+                    start.add(prefill, self.live.reconstruction(prefill))
+                progress.advance(len(batch.clips))
+        explained = start.write(self.weights)
+        self.weights.load_state_dict(self.trainer.strategy.broadcast(self.weights.state_dict()))
+        rank_zero_only(print)(f"The scorer starts with {explained:.0%} of the variance of KVzip's scores.")
 
     def on_train_start(self) -> None:
         if self.resumed is not None:

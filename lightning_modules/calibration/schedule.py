@@ -17,7 +17,13 @@ from acckv.method.weights import CalibratedWeights
 from lightning_modules.calibration.config import CalibrationConfig
 
 #: Option with the peak learning rate, by a part of a weight's name; `lr_other` for all others.
-RATES = {"budget": "lr_budget", "saliency": "lr_score", "signal_mix": "lr_score", "redundancy": "lr_redundancy"}
+RATES = {
+    "budget": "lr_budget",
+    "saliency": "lr_score",
+    "signal_mix": "lr_score",
+    "scorer": "lr_scorer",
+    "redundancy": "lr_redundancy",
+}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from acckv.data.records import Record
 from acckv.data.synthetic.clips import video_folder, write_clips
 from acckv.data.video_folder import hold_out, list_videos
 from acckv.errors import InputError
-from lightning_modules.calibration.config import DataConfig
+from lightning_modules.calibration.data_config import DataConfig
 from lightning_modules.calibration.pseudo_labels import FILE, PROMPTS, LabelSettings, PseudoLabels, label_clips
 
 

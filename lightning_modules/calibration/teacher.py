@@ -43,7 +43,7 @@ class Teacher:
         """
         cache = self.cache
         with self.session.base_projections():
-            prefill = self._prefill(batch)
+            prefill = self.prefill(batch)
             if repeated:
                 questions = pack_embedded(*self.session.repetition(prefill, batch.places, repeated))
                 return prefill, questions, self._ask(prefill, questions)
@@ -71,8 +71,8 @@ class Teacher:
             return DecoderInputs.stack(self.cache.get("embeddings", batch.clips)).to(batch.device)
         return None
 
-    def _prefill(self, batch: CalibrationBatch) -> Prefill:
-        """That of the base model, which is kept if it is new."""
+    def prefill(self, batch: CalibrationBatch) -> Prefill:
+        """That of the base model, LoRA off, which is kept if it is new."""
         kept, cache = self._kept(batch), self.cache
         if isinstance(kept, Prefill):
             return kept

@@ -22,12 +22,12 @@ from lightning_modules.calibration.checkpoint import (
     read_checkpoint,
     run_config,
 )
-from lightning_modules.calibration.config import freeze_precision
 from lightning_modules.calibration.datamodule import AVDataModule
 from lightning_modules.calibration.export import CalibrationTrainer, ExportCompressor
 from lightning_modules.calibration.module import CalibrationModule
 from lightning_modules.calibration.progress import TrainingProgress
 from lightning_modules.calibration.report import CalibrationReport, EvaluateExport
+from lightning_modules.calibration.trainer_settings import freeze_precision
 from lightning_modules.cli.errors import (
     CONFIG_OPTIONS,
     given_options,

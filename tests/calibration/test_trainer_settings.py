@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from acckv import InputError, KVCompressor
-from lightning_modules.calibration.config import check_trainer, freeze_precision
 from lightning_modules.calibration.module import CalibrationModule
+from lightning_modules.calibration.trainer_settings import check_trainer, freeze_precision
 from tests.calibration.runs import clip_data, quiet_trainer
 from tests.cli.test_configs import run_script
 from tests.learned import lora_of, weights_of

@@ -15,13 +15,13 @@ from acckv.method.plan import LayerPlan, MergedInto
 from acckv.method.scoring import Observation, standardise, standardised_sum
 from acckv.method.weights import SIGNALS, WEIGHT_GROUPS, CalibratedWeights
 
-LAYERS, KV_HEADS, HEADS, SIZE, PROBES = 3, 2, 6, 4, 5
+LAYERS, KV_HEADS, HEADS, SIZE, PROBES, UNITS = 3, 2, 6, 4, 5, 7
 LABELS = torch.tensor([[0, 1, 1, 0, 2, 2, 2, 1], [3, 3, 2, 2, 1, 0, 1, 1]])
 
 
 def weights(seed: int = 0) -> CalibratedWeights:
     """No two numbers alike."""
-    made = CalibratedWeights(LAYERS, KV_HEADS, HEADS, SIZE, PROBES)
+    made = CalibratedWeights(LAYERS, KV_HEADS, HEADS, SIZE, PROBES, UNITS)
     draw = torch.Generator().manual_seed(seed)
     for parameter in made.parameters():
         parameter.data = torch.randn(parameter.shape, generator=draw)
@@ -29,10 +29,10 @@ def weights(seed: int = 0) -> CalibratedWeights:
 
 
 def test_the_start_is_the_preset() -> None:
-    """Only the probes are drawn, the same ones everywhere; every weight belongs to one group."""
-    made = CalibratedWeights(LAYERS, KV_HEADS, HEADS, SIZE, PROBES)
+    """Only probes and a hidden layer are drawn, the same ones everywhere; every weight belongs to one group."""
+    made = CalibratedWeights(LAYERS, KV_HEADS, HEADS, SIZE, PROBES, UNITS)
     named = dict(made.named_parameters())
-    assert {name for name, value in named.items() if value.any()} == {"probe_queries"}
+    assert {name for name, value in named.items() if value.any()} == {"probe_queries", "scorer_hidden"}
     shapes = {
         **dict.fromkeys(("layer_budget", "redundancy"), (LAYERS, 2)),
         **dict.fromkeys(("modality_gain", "merge_bias", "merge_gain"), (LAYERS, KV_HEADS, 2)),
@@ -43,6 +43,9 @@ def test_the_start_is_the_preset() -> None:
         "saliency": (LAYERS, 2, KV_HEADS, 2 * SIZE),
         "saliency_bias": (LAYERS, 2, KV_HEADS),
         "saliency_position": (LAYERS, 2, KV_HEADS, 3),
+        "scorer_hidden": (LAYERS, KV_HEADS, 2 * SIZE, UNITS),
+        "scorer_bias": (LAYERS, KV_HEADS, UNITS),
+        "scorer_output": (LAYERS, KV_HEADS, UNITS, 2),
         "signal_mix": (LAYERS, 4),
     }
     assert {name: tuple(value.shape) for name, value in named.items()} == shapes
@@ -78,7 +81,8 @@ def test_shares_of_layers_and_modalities(ratio: float) -> None:
 
 
 def test_saliency_of_each_entry() -> None:
-    """By the scorer of the entry's modality: key and value side by side at root mean square 1, its position, a bias."""
+    """By the scorer of the entry's modality: key and value side by side at root mean square 1, through a linear part
+    and a hidden layer; its position, a bias."""
     made, labels = weights(), ModalityMap(LABELS)
     draw = torch.Generator().manual_seed(1)
     keys, values = torch.randn(2, 2, KV_HEADS, 8, SIZE, generator=draw)
@@ -92,8 +96,10 @@ def test_saliency_of_each_entry() -> None:
                 if kind in (1, 2):
                     both = torch.cat([keys[row, head, entry], values[row, head, entry]])
                     both = both / both.square().mean().sqrt()
+                    hidden = torch.nn.functional.gelu(both @ made.scorer_hidden[1, head] + made.scorer_bias[1, head])
                     expected = float(
-                        made.saliency[1, kind - 1, head] @ both
+                        hidden @ made.scorer_output[1, head, :, kind - 1]
+                        + made.saliency[1, kind - 1, head] @ both
                         + made.saliency_position[1, kind - 1, head] @ positions[row, entry]
                         + made.saliency_bias[1, kind - 1, head]
                     )
@@ -132,7 +138,7 @@ def test_one_head_of_the_weights_scores_as_among_others() -> None:
     for head in range(KV_HEADS):
         alone, here = made.head(head), slice(head, head + 1)
         assert torch.equal(alone.probe_queries, made.probe_queries[:, 3 * head : 3 * head + 3])
-        for name in ("modality_gain", "merge_bias", "merge_gain"):
+        for name in ("modality_gain", "merge_bias", "merge_gain", "scorer_bias", "scorer_output"):
             assert torch.equal(alone.get_parameter(name), made.get_parameter(name)[:, here])
         assert torch.equal(alone.head_budget, made.head_budget[:, :, here])
         for name in ("layer_budget", "modality_budget", "redistribution", "signal_mix", "redundancy"):

@@ -277,9 +277,9 @@ def test_code_cites_pages_that_exist() -> None:
 def test_the_method_lists_every_learned_weight_with_its_shape() -> None:
     text = (ROOT / "docs/method.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(\w+)` \| `\[(.*?)\]` \| (\w+) \|", text, re.MULTILINE)
-    sizes = {"L": 2, "K": 3, "Hq": 6, "D": 5, "2D": 10, "P": 4}
+    sizes = {"L": 2, "K": 3, "Hq": 6, "D": 5, "2D": 10, "P": 4, "U": 7}
     shapes = {name: tuple(sizes.get(part) or int(part) for part in shape.split(", ")) for name, shape, _ in listed}
-    weights = CalibratedWeights(layers=2, kv_heads=3, query_heads=6, head_size=5, probes=4)
+    weights = CalibratedWeights(layers=2, kv_heads=3, query_heads=6, head_size=5, probes=4, units=7)
     assert shapes == {name: tuple(weight.shape) for name, weight in weights.named_parameters()}
     assert {name: group for name, _, group in listed} == {
         name: group for group, names in WEIGHT_GROUPS.items() for name in names
