@@ -61,8 +61,10 @@ class OneForAllLayers(CalibratedWeights):
 class WithClipPlace(CalibratedWeights):
     """Sees also where in the clip an entry is."""
 
-    def __init__(self, layers: int, kv_heads: int, *sizes: int) -> None:
-        super().__init__(layers, kv_heads, *sizes)
+    def __init__(
+        self, layers: int, kv_heads: int, query_heads: int, head_size: int, probes: int, units: int = 0
+    ) -> None:
+        super().__init__(layers, kv_heads, query_heads, head_size, probes, units)
         self.saliency_clip = nn.Parameter(torch.zeros(layers, 2, kv_heads, 2))
 
     def saliency_score(self, layer: int, keys: Tensor, values: Tensor, labels: ModalityMap) -> Tensor:
@@ -78,8 +80,10 @@ class Perceptron(CalibratedWeights):
 
     hidden = 16
 
-    def __init__(self, layers: int, kv_heads: int, query_heads: int, head_size: int, *sizes: int) -> None:
-        super().__init__(layers, kv_heads, query_heads, head_size, *sizes)
+    def __init__(
+        self, layers: int, kv_heads: int, query_heads: int, head_size: int, probes: int, units: int = 0
+    ) -> None:
+        super().__init__(layers, kv_heads, query_heads, head_size, probes, units)
         generator, inputs = torch.Generator().manual_seed(1), 2 * head_size + 2
         shape = (layers, kv_heads, inputs, self.hidden)
         self.saliency_first = nn.Parameter(torch.randn(*shape, generator=generator) / math.sqrt(inputs))

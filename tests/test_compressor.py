@@ -97,7 +97,7 @@ def test_budgets_of_learned_weights_are_exact(model: Any, head_budgets: HeadBudg
 
 def test_every_weight_gets_a_gradient(model: Any) -> None:
     """With all steps on, each learned weight of docs/method.md is reached by the soft selection's gradient."""
-    compressor = calibrated(model, AccKV(), noise=0.1, head_budgets="learned")
+    compressor = calibrated(model, AccKV(n_scorer_units=4), noise=0.1, head_budgets="learned")
     with compressor(model, tiny_omni.Tokenizer()) as session:
         prefill = session.prefill(**tiny_omni.context())
         loss = torch.zeros(())

@@ -114,7 +114,7 @@ class CalibrationModule(LightningModule):
         if options.head_budgets != "learned":
             learned.discard("head_budget")
         for name, weight in weights.named_parameters():
-            weight.requires_grad_(name in learned)
+            weight.requires_grad_(name in learned and weight.numel() > 0)
         lora = None
         if options.lora_rank > 0:
             alpha = options.lora_alpha or 2.0 * options.lora_rank
