@@ -90,21 +90,25 @@ class WarmStart:
         self.shares += list(kept / kept.mean((2, 3), keepdim=True).sum(-1, keepdim=True).clamp_min(1e-12))
         counts = labels.counts().float()
         self.present += list(counts / counts.sum(-1, keepdim=True).clamp_min(1))
+        targets = [self._target(layer, one, labels.to(one.keys.device)) for layer, one in enumerate(seen)]
         for row in range(len(counts)):
-            self.samples.append(self._sample(seen, labels, row))
+            self.samples.append(self._sample(seen, targets, labels, row))
 
-    def _sample(self, seen: Sequence[Observation], labels: ModalityMap, row: int) -> _Sample:
+    def _target(self, layer: int, seen: Observation, labels: ModalityMap) -> Tensor:
+        """``[B, K, N]``: the logarithm of KVzip's scores, standardised in each modality."""
+        score = self.kvzip.score(layer, seen, labels).score.clamp_min(1e-12).log()
+        return standardise(score, labels).expand(-1, seen.keys.shape[1], -1)
+
+    def _sample(self, seen: Sequence[Observation], targets: Sequence[Tensor], labels: ModalityMap, row: int) -> _Sample:
         media = labels.host.media[row].nonzero().flatten()
         drawn = media[torch.randperm(len(media), generator=self.generator)[:ENTRIES]]
-        entries, targets = [], []
-        for layer, one in enumerate(seen):
-            own, at = labels.to(one.keys.device), drawn.to(one.keys.device)
-            score = self.kvzip.score(layer, one, own).score.clamp_min(1e-12).log()
-            target = standardise(score, own).expand(-1, one.keys.shape[1], -1)
-            targets.append(target[row][:, at].cpu())
+        entries, wanted = [], []
+        for one, target in zip(seen, targets, strict=True):
+            at = drawn.to(one.keys.device)
+            wanted.append(target[row][:, at].cpu())
             entries.append(scaled_entries(one.keys[row][:, at], one.values[row][:, at]).half().cpu())
         modality = labels.host.by_modality[row, 1, drawn].long()
-        return _Sample(torch.stack(entries), torch.stack(targets), modality)
+        return _Sample(torch.stack(entries), torch.stack(wanted), modality)
 
     @torch.no_grad()
     def write(self, weights: CalibratedWeights) -> float:
